@@ -1,0 +1,183 @@
+"""Configuration of a Transfusion model (Zhou et al., arXiv 2408.11039)."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+# Table 2: layers, hidden size, heads; the SwiGLU width is 8/3 of the hidden size rounded up to a multiple of 256.
+# Llama 2's 32,000 tokens and, behind them, <BOI>, the patch placeholder and <EOI>.
+_PRESETS: dict[str, dict[str, int]] = {
+    "0.16B": {"num_hidden_layers": 16, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048},
+    "0.37B": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 2816},
+    "0.76B": {"num_hidden_layers": 24, "hidden_size": 1536, "num_attention_heads": 24, "intermediate_size": 4096},
+    "1.4B": {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 5632},
+    "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008},
+}
+
+
+def _preset_text_config(name: str) -> LlamaConfig:
+    return LlamaConfig(vocab_size=32003, max_position_embeddings=4096, **_PRESETS[name])
+
+
+@strict
+class TransfusionConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`TransfusionForCausalLMAndDiffusion`]: a decoder, the light image parts around it, the noise
+    schedule and the special tokens. The defaults are the paper's 0.16B model (Table 2) over 32×32×8 latents.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            The decoder, of any supported family. Defaults to a `LlamaConfig` of the paper's smallest size.
+        vae_config (`dict`, *optional*):
+            The configuration of a diffusers `AutoencoderKL`. `None`: the image itself is the latent. Anything else is
+            refused by the model for now.
+        latent_channels (`int`, defaults to 8):
+            Channels of a latent; of the image itself without a VAE.
+        sample_size (`int` or pair of `int`, defaults to 32):
+            Height and width, in latent pixels, of an image that `generate()` draws when it is not told a size.
+        patch_size (`int`, defaults to 2):
+            Side, in latent pixels, of the window that becomes one transformer vector (§3).
+        patch_encoder (`str`, defaults to `"linear"`):
+            How patches become vectors and back. `"linear"`: one linear layer on patch plus timestep embedding.
+        num_train_timesteps (`int`, defaults to 1000):
+            T, the number of steps of the noise schedule.
+        beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
+            The noise schedule, by diffusers' name; the default is the cosine schedule (Eq. 3).
+        prediction_type (`str`, defaults to `"epsilon"`):
+            What the model predicts, by diffusers' name. Only `"epsilon"` (Eq. 3).
+        diffusion_loss_weight (`float`, defaults to 5.0):
+            λ in L = L_LM + λ·L_DDPM (Eq. 4).
+        bidirectional_image_attention (`bool`, defaults to `True`):
+            Whether the patches of one image see each other in both directions (Fig. 4). `False`: the causal ablation
+            of Table 5.
+        image_start_token_id (`int`, defaults to 32000): Id of `<BOI>`.
+        image_token_id (`int`, defaults to 32001): Id of the placeholder that stands where a patch does.
+        image_end_token_id (`int`, defaults to 32002): Id of `<EOI>`.
+        tie_word_embeddings (`bool`, *optional*): Always that of `text_config`.
+
+    Raises:
+        ValueError: a field out of its range, special tokens that coincide or lie outside of the vocabulary.
+
+    Example:
+
+    ```python
+    >>> config = TransfusionConfig.from_preset("0.37B", patch_size=4)
+    >>> config.text_config.num_hidden_layers, config.num_patches(32, 32)
+    (24, 64)
+    ```"""
+
+    model_type = "transfusion"
+    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    # What `forward` returns beside the logits is nothing that an evaluation loop should gather.
+    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "diffusion_loss", "image_predictions"]
+
+    text_config: dict | PreTrainedConfig | None = None
+    vae_config: dict | None = None
+    latent_channels: int = 8
+    sample_size: int | list | tuple = 32
+    patch_size: int = 2
+    patch_encoder: str = "linear"
+    num_train_timesteps: int = 1000
+    beta_schedule: str = "squaredcos_cap_v2"
+    prediction_type: str = "epsilon"
+    diffusion_loss_weight: float | int = 5.0
+    bidirectional_image_attention: bool = True
+    image_start_token_id: int = 32000
+    image_token_id: int = 32001
+    image_end_token_id: int = 32002
+    tie_word_embeddings: bool | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.text_config is None:
+            self.text_config = _preset_text_config("0.16B")
+        super().__post_init__(**kwargs)
+        # Mirrored, or a tied family loses its head on reload: transformers reads the outer config's flag.
+        tied = self.text_config.tie_word_embeddings
+        if self.tie_word_embeddings not in (None, tied):
+            raise ValueError(
+                f"`tie_word_embeddings` is {self.tie_word_embeddings} but that of `text_config` is {tied}; set it in "
+                "`text_config` only."
+            )
+        self.tie_word_embeddings = tied
+        self.validate_transfusion()
+
+    @classmethod
+    def from_preset(cls, name: str, **kwargs: Any) -> "TransfusionConfig":
+        """
+        The configuration of one of the paper's five sizes (Table 2).
+
+        Args:
+            name (`str`): `"0.16B"`, `"0.37B"`, `"0.76B"`, `"1.4B"` or `"7B"`.
+            kwargs: Further fields, as for the constructor.
+
+        Raises:
+            ValueError: `name` is no preset.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"`name` must be one of the presets {', '.join(_PRESETS)}; got {name!r}.")
+        return cls(text_config=_preset_text_config(name), **kwargs)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of a drawn image in latent pixels."""
+        if isinstance(self.sample_size, int):
+            return self.sample_size, self.sample_size
+        height, width = self.sample_size
+        return height, width
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels of the image along one side of a latent pixel: 1 without a VAE."""
+        return 1 if self.vae_config is None else 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    @property
+    def pixels_per_patch(self) -> int:
+        """Pixels of the image along one side of a patch: image sizes are multiples of it."""
+        return self.vae_scale_factor * self.patch_size
+
+    def num_patches(self, height: int, width: int) -> int:
+        """
+        Number of transformer vectors of an image whose latent is `height` × `width`.
+
+        Raises:
+            ValueError: a side is no positive multiple of `patch_size`.
+        """
+        if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"The sides of a latent must be positive multiples of `patch_size` ({self.patch_size}); got "
+                f"{height} × {width}. Resize or crop the image to multiples of {self.pixels_per_patch} pixels."
+            )
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def validate_transfusion(self) -> None:
+        """Checks every field; called at construction and before saving."""
+        for name in ("latent_channels", "patch_size", "num_train_timesteps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        if self.patch_encoder != "linear":
+            raise ValueError(f"`patch_encoder` must be 'linear'; got {self.patch_encoder!r}.")
+        if self.prediction_type != "epsilon":
+            raise ValueError(f"`prediction_type` must be 'epsilon'; got {self.prediction_type!r}.")
+        if self.diffusion_loss_weight < 0:
+            raise ValueError(f"`diffusion_loss_weight` must not be negative; got {self.diffusion_loss_weight}.")
+        if not isinstance(self.sample_size, int) and len(self.sample_size) != 2:
+            raise ValueError(f"`sample_size` must be one integer or (height, width); got {self.sample_size}.")
+        self.num_patches(*self.latent_size)
+
+        vocab_size = self.text_config.vocab_size
+        ids = {name: getattr(self, name) for name in ("image_start_token_id", "image_token_id", "image_end_token_id")}
+        for name, value in ids.items():
+            if not 0 <= value < vocab_size:
+                raise ValueError(
+                    f"`{name}` must lie inside the vocabulary, 0 to {vocab_size - 1}; got {value}. Enlarge "
+                    "`text_config.vocab_size` or let `TransfusionProcessor.for_model` add the tokens."
+                )
+        if len(set(ids.values())) != len(ids):
+            raise ValueError(
+                f"The three image tokens must differ; got {', '.join(f'{k}={v}' for k, v in ids.items())}."
+            )
+
+
+__all__ = ["TransfusionConfig"]

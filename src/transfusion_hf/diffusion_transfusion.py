@@ -1,0 +1,164 @@
+"""
+The diffusion half of Transfusion as pure functions over diffusers' schedulers (Eq. 2-3, arXiv 2408.11039).
+
+Legend: `x_0` a clean latent, `eps` the noise ε, `x_t` = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε. Time runs from t = 0, almost clean, to
+t = T − 1, almost pure noise; a clean image is conditioned on as t = 0. Everything here is float32.
+"""
+
+import copy
+import zlib
+from collections.abc import Sequence
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler, SchedulerMixin
+
+from .configuration_transfusion import TransfusionConfig
+
+
+def make_noise_scheduler(config: TransfusionConfig) -> DDPMScheduler:
+    """
+    The schedule that the model is trained with.
+
+    Clipping x_0 to [−1, 1] while sampling is right for pixels only. Timesteps are spaced `"leading"`: at t = T − 1 the
+    cosine schedule has √ᾱ ≈ 5e-5, and an error of ε there would be magnified 20,000 times.
+    """
+    return DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        clip_sample=config.vae_config is None,
+        timestep_spacing="leading",
+    )
+
+
+def make_sampling_scheduler(
+    noise_scheduler: SchedulerMixin, scheduler: SchedulerMixin | str | None, num_inference_steps: int, device
+) -> SchedulerMixin:
+    """
+    A scheduler ready to sample, whose state nobody else shares.
+
+    Args:
+        noise_scheduler (`SchedulerMixin`): That of the training.
+        scheduler (`SchedulerMixin` or `str`, *optional*):
+            A diffusers scheduler, or the name of its class, then made from the model's own schedule. Defaults to the
+            DDPM sampler of the paper.
+        num_inference_steps (`int`): 1 to T.
+
+    Raises:
+        ValueError: an unknown name, a schedule or prediction type other than the model's, steps out of range.
+    """
+    num_train_timesteps = noise_scheduler.config.num_train_timesteps
+    if not 1 <= num_inference_steps <= num_train_timesteps:
+        raise ValueError(f"`num_inference_steps` must be 1 to {num_train_timesteps}; got {num_inference_steps}.")
+    if scheduler is None:
+        scheduler = noise_scheduler
+    elif isinstance(scheduler, str):
+        scheduler_class = getattr(diffusers, scheduler, None)
+        if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
+            raise ValueError(f"`scheduler` must name a scheduler of diffusers, as 'DDIMScheduler'; got {scheduler!r}.")
+        scheduler = scheduler_class.from_config(noise_scheduler.config)
+    remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
+    prediction_type = scheduler.config.get("prediction_type")
+    if prediction_type != noise_scheduler.config.prediction_type:
+        raise ValueError(
+            f"`scheduler` samples a model of prediction type {prediction_type!r}, this one predicts "
+            f"{noise_scheduler.config.prediction_type!r}; {remedy}."
+        )
+    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
+    if alphas_cumprod is None or not torch.allclose(
+        alphas_cumprod.cpu(), noise_scheduler.alphas_cumprod.cpu(), atol=1e-6
+    ):
+        raise ValueError(
+            f"`scheduler` ({type(scheduler).__name__}) has another noise schedule than the model; {remedy}."
+        )
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(num_inference_steps, device=device)
+    return scheduler
+
+
+def content_seeds(stacks: Sequence[torch.Tensor]) -> list[int]:
+    """
+    A seed for each image from its own values: evaluation then sees the same t and ε however the data are batched.
+
+    Args:
+        stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): One image after the other.
+    """
+    return [zlib.crc32(image.cpu().contiguous().numpy().tobytes()) for stack in stacks for image in stack.float()]
+
+
+def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | None = None) -> torch.LongTensor:
+    """
+    Draws one t per image, uniform in 0 … `max_timesteps` − 1 (§4.3.4: 500 for images before their caption).
+
+    Args:
+        max_timesteps (`torch.LongTensor` of shape `(num_images,)`)
+        seeds (`list[int]`, *optional*): One per image; otherwise torch's global generator decides.
+
+    Returns:
+        `torch.LongTensor` of shape `(num_images,)`.
+    """
+    if seeds is None:
+        uniform = torch.rand(max_timesteps.shape, device=max_timesteps.device, dtype=torch.float64)
+    else:
+        draws = [torch.rand((), generator=_generator(seed), dtype=torch.float64) for seed in seeds]
+        uniform = torch.stack(draws).to(max_timesteps.device)
+    return (uniform * max_timesteps).long()
+
+
+def sample_noise(stacks: Sequence[torch.Tensor], seeds: Sequence[int] | None = None) -> list[torch.Tensor]:
+    """
+    Draws ε ~ N(0, 1) for each image, in its shape, dtype and on its device.
+
+    Args:
+        stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): One image after the other.
+        seeds (`list[int]`, *optional*): One per image; otherwise torch's global generator decides.
+    """
+    if seeds is None:
+        return [torch.randn_like(stack) for stack in stacks]
+    # Drawn on the CPU, so that a seed means the same on every device; the offset keeps ε apart from the draw of t.
+    generators = iter([_generator(seed + 1) for seed in seeds])
+    return [
+        torch.stack([torch.randn(image.shape, generator=next(generators), dtype=image.dtype) for image in stack]).to(
+            stack.device
+        )
+        for stack in stacks
+    ]
+
+
+def add_noise(
+    noise_scheduler: SchedulerMixin,
+    x_0: Sequence[torch.Tensor],
+    eps: Sequence[torch.Tensor],
+    timesteps: torch.LongTensor,
+) -> list[torch.Tensor]:
+    """
+    x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (Eq. 2).
+
+    Args:
+        noise_scheduler (`SchedulerMixin`)
+        x_0 (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): One image after the other.
+        eps (`list[torch.Tensor]`): In the shapes of `x_0`.
+        timesteps (`torch.LongTensor` of shape `(num_images,)`): Over all stacks.
+    """
+    per_stack = timesteps.split([len(stack) for stack in x_0])
+    return [noise_scheduler.add_noise(x, e, t) for x, e, t in zip(x_0, eps, per_stack, strict=True)]
+
+
+def image_losses(predictions: Sequence[torch.Tensor], eps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    The mean squared error of ε of each image (Eq. 3).
+
+    Returns:
+        `torch.Tensor` of shape `(num_images,)`, over all stacks.
+    """
+    return torch.cat([(p - e).square().flatten(1).mean(1) for p, e in zip(predictions, eps, strict=True)])
+
+
+def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
+    """Classifier-free guidance: the unconditional prediction moved `guidance_scale` times towards the conditional."""
+    return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(seed))

@@ -1,0 +1,785 @@
+"""
+`generate()` for Transfusion (§3, Inference, arXiv 2408.11039): a language model that draws when it says `<BOI>`.
+
+Each stretch of text is the library's own `_sample`. A row that emits `<BOI>` is parked while the others go on; when
+every row is parked or finished, all parked rows are drawn together in one denoising loop, the finished images are read
+back in at t = 0, `<EOI>` is appended, and the text goes on.
+
+Rows are kept *aligned*: their last tokens stand in one column and pads only at the left, in the ids and, for every
+token but the last, in the cache. Time runs from t = T − 1, noise, down to t = 0.
+"""
+
+import copy
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.generation import (
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    GenerationMode,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
+from transformers.utils import ModelOutput, logging
+
+from .diffusion_transfusion import guide, make_sampling_scheduler
+from .masking_transfusion import create_transfusion_mask, image_block_ids
+from .patching_transfusion import stack_images
+
+logger = logging.get_logger(__name__)
+
+# What `generate()` takes beside the library's own parameters; most may stand in `generation_config.json`.
+_DRAWING_DEFAULTS: dict[str, Any] = {
+    "generation_mode": None,
+    "num_inference_steps": 250,
+    "image_guidance_scale": 3.0,
+    "height": None,
+    "width": None,
+    "scheduler": None,
+    "generator": None,
+}
+_MODES = ("interleaved", "text", "image")
+# These count columns from the prompt's end; parked rows make columns and tokens two things.
+_COLUMN_COUNTING = (
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+)
+
+
+@dataclass
+class TransfusionGenerateOutput(ModelOutput):
+    """
+    Args:
+        sequences (`torch.LongTensor` of shape `(batch, seq)`):
+            The prompts as they came, then the new ids, filled up with padding at the right. A drawn image is `<BOI>`,
+            one placeholder per patch, `<EOI>`.
+        images (`list[list[torch.FloatTensor]]`):
+            For each row the images drawn, in order: `(channels, height, width)`, float32, about [−1, 1].
+        past_key_values (`Cache`, *optional*):
+            Keys and values of every row but for its last token, pads at the left; with `return_dict_in_generate=True`.
+    """
+
+    sequences: torch.LongTensor | None = None
+    images: list[list[torch.Tensor]] | None = None
+    past_key_values: Cache | None = None
+
+
+class TransfusionGenerationMixin(GenerationMixin):
+    """`generate()` that switches between text and diffusion."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> TransfusionGenerateOutput | ModelOutput | torch.LongTensor:
+        r"""
+        Writes text and draws images. Takes all that [`~transformers.GenerationMixin.generate`] takes, and:
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                The images of the prompts, of all rows in order; `latents` likewise.
+            generation_mode (`str`, *optional*, defaults to `"interleaved"`):
+                `"interleaved"`: text, and an image wherever the model says `<BOI>`. `"text"`: `<BOI>` is suppressed.
+                `"image"`: one image for each prompt, at once. A prompt that ends at `<BOI>` draws at once, too.
+            num_inference_steps (`int`, *optional*, defaults to 250): Denoising steps per image, 1 to T.
+            image_guidance_scale (`float`, *optional*, defaults to 3.0):
+                Classifier-free guidance of images; 1 is off and costs nothing. The unconditional context is `<BOI>`,
+                behind the beginning-of-sequence token if the prompt begins with it. (`guidance_scale` is the
+                library's guidance of *text*.)
+            height (`int`, *optional*), width (`int`, *optional*):
+                Pixels of the drawn images, multiples of `config.pixels_per_patch`; default `config.sample_size`.
+            scheduler (`SchedulerMixin` or `str`, *optional*):
+                A diffusers scheduler, or the name of one, as `"DDIMScheduler"`; default the paper's DDPM sampler.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                One for all, or one per row: then each row comes out as it does alone. Draws noise, and text if
+                `do_sample=True`.
+
+        Every id that a row gains is a new token: text, `<BOI>`, patches and `<EOI>`. `max_new_tokens` and
+        `min_new_tokens` count them row by row, whatever the other rows do. An image is drawn whole or not at all: a
+        row whose remaining budget is too small for one ends at its `<BOI>`, with a warning. Without any limit given, a
+        row may gain the library's 20 tokens and one image; `"image"` mode knows no limit. Rules that look at the
+        history, as `no_repeat_ngram_size`, see all ids of a row. Beam search, assisted decoding and all others but
+        greedy search and sampling run in `"text"` mode.
+
+        Returns:
+            In `"text"` mode what the library returns; otherwise a [`TransfusionGenerateOutput`].
+
+        Raises:
+            ValueError: an unknown mode or scheduler, steps or size out of range, a prompt that ends among patches, a
+                budget that cannot hold an image asked for, or an option that has no meaning beside images.
+        """
+        return super().generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any):
+        raise ValueError(
+            f"Continuous batching is not supported by {type(self).__name__}: it has its own loop, which cannot draw. "
+            "Use `generate()`."
+        )
+
+    # What follows overrides the library's preparation, in the order in which `generate()` calls it.
+
+    def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
+        ours = {name: kwargs.pop(name) for name in _DRAWING_DEFAULTS if kwargs.get(name) is not None}
+        generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for name, default in _DRAWING_DEFAULTS.items():
+            model_kwargs.pop(name, None)
+            stored = getattr(generation_config, name, None)
+            setattr(generation_config, name, ours.get(name, default if stored is None else stored))
+        return generation_config, model_kwargs
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        mode = generation_config.generation_mode
+        if mode is not None and mode not in _MODES:
+            raise ValueError(f"`generation_mode` must be one of {', '.join(_MODES)}; got {mode!r}.")
+        if generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            generation_config.generation_mode = mode or "interleaved"
+        elif mode in (None, "text"):
+            generation_config.generation_mode = "text"
+        else:
+            raise ValueError(
+                f"`generation_mode={mode!r}` draws, which {generation_mode.value} cannot; use greedy search or "
+                "sampling, or `generation_mode='text'`."
+            )
+        if generation_config.generation_mode == "text":
+            return
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name):
+                raise ValueError(
+                    f"`{name}` is one record per column, which images break; use `generation_mode='text'`."
+                )
+        if generation_config.guidance_scale not in (None, 1):
+            raise ValueError(
+                f"`guidance_scale={generation_config.guidance_scale}` guides text, by a second language model context "
+                "that knows no images; to guide images pass `image_guidance_scale`, to guide text "
+                "`generation_mode='text'`."
+            )
+        if generation_config.prefill_chunk_size is not None:
+            raise ValueError("`prefill_chunk_size` could cut an image in two; use `generation_mode='text'`.")
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Images belong to rows in groups; the library would repeat them one by one.
+        for name in ("pixel_values", "latents"):
+            if expand_size > 1 and model_kwargs.get(name) is not None:
+                rows = self._split_by_row(model_kwargs.pop(name), input_ids)
+                images = [image for row in rows for _ in range(expand_size) for image in row]
+                input_ids_, model_kwargs = super()._expand_inputs_for_generation(
+                    expand_size, is_encoder_decoder, input_ids, **model_kwargs
+                )
+                return input_ids_, {**model_kwargs, name: images}
+        return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **model_kwargs)
+
+    def _split_by_row(self, images, input_ids: torch.LongTensor) -> list[list[torch.Tensor]]:
+        """The images of each row, told by its image blocks."""
+        images = [image for stack in stack_images(images) for image in stack]
+        counts = (image_block_ids(input_ids, self.config.image_token_id).amax(dim=-1) + 1).tolist()
+        if sum(counts) != len(images):
+            raise ValueError(
+                f"`pixel_values` or `latents` hold {len(images)} images but `input_ids` has {sum(counts)} image "
+                "blocks; pass one image per block."
+            )
+        iterator = iter(images)
+        return [[next(iterator) for _ in range(count)] for count in counts]
+
+    def _prepare_generated_length(self, generation_config, has_default_max_length, input_ids_length, **kwargs):
+        mode = generation_config.generation_mode
+        image_length = 0 if mode == "text" else self.config.num_patches(*self._drawn_size(generation_config)) + 2
+        if mode == "image":
+            generation_config.max_new_tokens, has_default_max_length = image_length, True
+        has_default = has_default_max_length and generation_config.max_new_tokens is None
+        generation_config = super()._prepare_generated_length(
+            generation_config=generation_config,
+            has_default_max_length=has_default_max_length,
+            input_ids_length=input_ids_length,
+            **kwargs,
+        )
+        if has_default:
+            generation_config.max_length += image_length
+        return generation_config
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        wants_default = model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False
+        if generation_config.generation_mode == "text" or not wants_default:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"`cache_implementation={generation_config.cache_implementation!r}` cannot give up the keys of a "
+                "denoising step; use 'dynamic', or `generation_mode='text'`."
+            )
+        # Without the config every layer keeps its full length: a sliding layer could not give up a step's keys.
+        model_kwargs["past_key_values"] = DynamicCache()
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        # Placeholders and <EOI> are appended by the decoder, never sampled (§3). First of all, so that what is sampled
+        # from is a distribution without them.
+        never = [self.config.image_token_id, self.config.image_end_token_id]
+        if generation_config.generation_mode == "text":
+            never.append(self.config.image_start_token_id)
+        processors.insert(0, SuppressTokensLogitsProcessor(never, device=kwargs.get("device") or "cpu"))
+        return processors
+
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            kwargs.pop("latents", None)  # as the library does with `pixel_values`: they are in the cache
+        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        synced_gpus: bool = False,
+        streamer=None,
+        **model_kwargs: Any,
+    ):
+        if input_ids.shape[1] and (input_ids[:, -1] == self.config.image_token_id).any():
+            raise ValueError(
+                "`input_ids` ends among the patches of an image; end a prompt with text, with `<EOI>` after an image, "
+                "or with `<BOI>` to draw one."
+            )
+        if generation_config.generation_mode == "text":
+            logits_processor = self._with_generator(logits_processor, generation_config, None)
+            return super()._sample(
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **model_kwargs,
+            )
+        if synced_gpus:
+            raise ValueError("`synced_gpus` keeps step with text only; use `generation_mode='text'`.")
+        decoder = _InterleavedDecoder(self, input_ids, generation_config, streamer, model_kwargs)
+        return decoder.run(logits_processor, stopping_criteria)
+
+    def _sample_text(self, *args: Any, **kwargs: Any) -> torch.LongTensor:
+        """The library's loop, verbatim, for one stretch of text."""
+        return GenerationMixin._sample(self, *args, **kwargs)
+
+    def _with_generator(self, logits_processor, generation_config, rows: "_Rows | None") -> LogitsProcessorList:
+        if generation_config.generator is None or not generation_config.do_sample:
+            return logits_processor
+        if generation_config.output_scores:
+            raise ValueError(
+                "`output_scores` would show the token drawn by `generator`, not the scores; pass only one."
+            )
+        return LogitsProcessorList([*logits_processor, _SampleWithGenerator(generation_config.generator, rows)])
+
+    def _drawn_size(self, generation_config: GenerationConfig) -> tuple[int, int]:
+        """Height and width of the drawn latents."""
+        factor = self.config.vae_scale_factor
+        sides = []
+        for name, default in zip(("height", "width"), self.config.latent_size, strict=True):
+            side = getattr(generation_config, name)
+            if side is None:
+                sides.append(default)
+            elif side < 1 or side % self.config.pixels_per_patch:
+                raise ValueError(
+                    f"`{name}` must be a positive multiple of {self.config.pixels_per_patch} pixels (VAE factor × "
+                    f"patch size); got {side}."
+                )
+            else:
+                sides.append(side // factor)
+        return sides[0], sides[1]
+
+
+class _Rows:
+    """What is known of each row across the stretches of text: new tokens, parked, finished."""
+
+    def __init__(self, batch_size: int, device: torch.device):
+        self.num_new = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.parked = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+
+    @property
+    def running(self) -> torch.BoolTensor:
+        return ~(self.parked | self.finished)
+
+
+class _EndOfText(StoppingCriteria):
+    """Ends the stretch of each row at `<BOI>`, at its budget, or where the given criteria say so; remembers which."""
+
+    def __init__(self, criteria: StoppingCriteriaList, rows: _Rows, boi: int, max_new_tokens: int):
+        self.criteria = criteria
+        self.rows = rows
+        self.max_new_tokens = max_new_tokens
+        self.eos_token_id = boi  # `_sample` fills up stopped rows with padding if a criterion has this attribute
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs: Any) -> torch.BoolTensor:
+        running = self.rows.running
+        self.rows.num_new += running
+        ended = self.criteria(input_ids, scores, **kwargs) | (self.rows.num_new >= self.max_new_tokens)
+        self.rows.finished |= running & ended
+        self.rows.parked |= running & ~ended & (input_ids[:, -1] == self.eos_token_id)
+        return ~self.rows.running
+
+
+class _RowRules(LogitsProcessor):
+    """Keeps stopped rows at padding, and the end-of-sequence token out of rows below `min_new_tokens`."""
+
+    def __init__(
+        self, rows: _Rows, pad_token_id: torch.Tensor, eos_token_id: torch.Tensor | None, min_new_tokens: int
+    ):
+        self.rows = rows
+        self.pad_token_id = pad_token_id
+        self.eos_token_id = eos_token_id
+        self.min_new_tokens = min_new_tokens
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        scores = scores.clone()
+        if self.eos_token_id is not None:
+            too_short = self.rows.num_new < self.min_new_tokens
+            scores[:, self.eos_token_id] = scores[:, self.eos_token_id].masked_fill(too_short[:, None], -torch.inf)
+        padding = torch.full_like(scores, -torch.inf)
+        padding[:, self.pad_token_id] = 0.0
+        return torch.where(self.rows.running[:, None], scores, padding)
+
+
+class _SampleWithGenerator(LogitsProcessor):
+    """Draws the token itself, with the user's generator, and leaves `_sample` no choice."""
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator], rows: _Rows | None):
+        self.generator = generator
+        self.rows = rows
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        batch_size = len(scores)
+        running = range(batch_size) if self.rows is None else self.rows.running.nonzero()[:, 0].tolist()
+        drawn = scores.argmax(dim=-1)
+        for row in running:
+            generator = self.generator[row] if isinstance(self.generator, list) else self.generator
+            probabilities = scores[row].softmax(dim=-1).to(generator.device)
+            drawn[row] = torch.multinomial(probabilities, 1, generator=generator)[0]
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
+
+
+class _SegmentStreamer:
+    """Hands tokens on and swallows the end of each stretch of text, which is not that of the generation."""
+
+    def __init__(self, streamer):
+        self.streamer = streamer
+
+    def put(self, value: torch.Tensor) -> None:
+        self.streamer.put(value)
+
+    def end(self) -> None:
+        pass
+
+
+def _align(rows: list[torch.LongTensor], pad_token_id: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Rows of ids to `(rows, columns)`, padded at the left, and their attention mask."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left")
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths)[:, None]
+    return ids, mask.long()
+
+
+def _positions(mask: torch.LongTensor) -> torch.LongTensor:
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _move_columns(states: torch.Tensor, ends: torch.LongTensor, length: int) -> torch.Tensor:
+    """
+    Of keys or values `(rows, heads, columns, dim)`: for each row the `length` columns before `ends[row]`. Columns that
+    would lie before the first repeat it; they are padding.
+    """
+    columns = torch.arange(length, device=states.device) + (ends.to(states.device) - length)[:, None]
+    columns = columns.clamp(min=0)[:, None, :, None]
+    return states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+class _InterleavedDecoder:
+    """One call of `generate()` in a mode that draws."""
+
+    def __init__(self, model, input_ids, generation_config, streamer, model_kwargs):
+        self.model = model
+        self.config = model.config
+        self.generation_config = generation_config
+        self.streamer = streamer
+        self.device = input_ids.device
+        self.prompts = input_ids
+        batch_size, self.prompt_length = input_ids.shape
+        if not self.prompt_length:
+            raise ValueError(
+                "`input_ids` must hold at least one token; `inputs_embeds` needs `generation_mode='text'`."
+            )
+        if generation_config._pad_token_tensor is None:
+            raise ValueError(
+                "Neither `pad_token_id` nor `eos_token_id` is set: rows that stop have nothing to be filled up with. "
+                "Pass `pad_token_id` or set it in `model.generation_config`."
+            )
+        self.pad_token_id = int(generation_config._pad_token_tensor)
+        self.generators = generation_config.generator
+        if isinstance(self.generators, list) and len(self.generators) != batch_size:
+            raise ValueError(
+                f"`generator` holds {len(self.generators)} generators for {batch_size} rows; pass one each."
+            )
+
+        mask = model_kwargs.pop("attention_mask", None)
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        if mask.shape != input_ids.shape or (mask[:, :-1] > mask[:, 1:]).any() or not mask[:, -1].all():
+            raise ValueError(
+                "`attention_mask` must have the shape of `input_ids` and be 0 at left padding only; use "
+                "`padding_side='left'`."
+            )
+        self.mask = mask
+        self.ids = [row[row_mask.bool()] for row, row_mask in zip(input_ids, mask, strict=True)]
+        self.rows = _Rows(batch_size, self.device)
+
+        model_kwargs.pop("position_ids", None)
+        pixel_values, latents = model_kwargs.pop("pixel_values", None), model_kwargs.pop("latents", None)
+        if pixel_values is not None:
+            latents = model.encode_images(pixel_values)
+        self.cache = model_kwargs.pop("past_key_values", None)
+        self._check_cache()
+        num_cached = 0 if self.cache is None else self.cache.get_seq_length()
+        # The images of each row that are not in the cache; without one, all of them, read anew in every pass.
+        self.latents = (
+            [[] for _ in self.ids] if latents is None else model._split_by_row(latents, input_ids[:, num_cached:])
+        )
+        self.images: list[list[torch.Tensor]] = [[] for _ in self.ids]
+        self.model_kwargs = model_kwargs
+
+        self.latent_size = model._drawn_size(generation_config)
+        self.num_patches = self.config.num_patches(*self.latent_size)
+        self.max_new_tokens = generation_config.max_length - self.prompt_length
+        self.min_new_tokens = (generation_config.min_length or 0) - self.prompt_length
+
+    def _check_cache(self) -> None:
+        if self.cache is None:
+            return
+        layers = getattr(self.cache, "layers", None)
+        if not isinstance(self.cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in layers):
+            raise ValueError(
+                "`past_key_values` must be a `DynamicCache()` without config, all of whose layers keep their full "
+                f"length: the keys of a denoising step are given up again. Got {self.cache!r}."
+            )
+
+    def run(self, logits_processor: LogitsProcessorList, criteria: StoppingCriteriaList) -> TransfusionGenerateOutput:
+        boi = self.config.image_start_token_id
+        ends_at_boi = self.prompts[:, -1] == boi
+        num_uncached = torch.ones_like(ends_at_boi, dtype=torch.long)
+        if self.generation_config.generation_mode == "image":
+            num_uncached -= (~ends_at_boi).long()  # the <BOI> appended is the uncached token then
+            for row in (~ends_at_boi).nonzero()[:, 0].tolist():
+                self._append(row, self.prompts.new_tensor([boi]))
+            self.rows.parked[:] = True
+        elif ends_at_boi.any():
+            needed = self.num_patches + 1
+            if self.max_new_tokens < needed:
+                raise ValueError(
+                    f"`max_new_tokens` is {self.max_new_tokens}, but a prompt ends at <BOI> and its image needs "
+                    f"{needed}: {self.num_patches} patches and <EOI>."
+                )
+            self.rows.parked |= ends_at_boi
+        if self.cache is not None and self.cache.get_seq_length():
+            self._adopt_cache(num_uncached)
+        logits_processor, criteria = self._per_row(logits_processor, criteria)
+
+        while not self.rows.finished.all():
+            if self.rows.running.any():
+                self._write(logits_processor, criteria)
+            parked = self.rows.parked.nonzero()[:, 0].tolist()
+            if parked:
+                self._draw(parked)
+        if self.streamer is not None:
+            self.streamer.end()
+        return self._output()
+
+    def _per_row(self, logits_processor, criteria) -> tuple[LogitsProcessorList, StoppingCriteriaList]:
+        """The user's rules, with those that count columns replaced by ones that count the tokens of a row."""
+        for processor in logits_processor:
+            if isinstance(processor, (*_COLUMN_COUNTING, UnbatchedClassifierFreeGuidanceLogitsProcessor)):
+                raise ValueError(
+                    f"{type(processor).__name__} counts columns, which is meaningless once images are drawn; use "
+                    "`generation_mode='text'`."
+                )
+        by_column = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
+        rules = _RowRules(
+            self.rows,
+            self.generation_config._pad_token_tensor.to(self.device),
+            None if self.min_new_tokens <= 0 else self.generation_config._eos_token_tensor,
+            self.min_new_tokens,
+        )
+        processors = [p for p in logits_processor if not isinstance(p, by_column)]
+        processors = self.model._with_generator(
+            LogitsProcessorList([*processors, rules]), self.generation_config, self.rows
+        )
+        criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, MaxLengthCriteria))
+        end = _EndOfText(criteria, self.rows, self.config.image_start_token_id, self.max_new_tokens)
+        return processors, StoppingCriteriaList([end])
+
+    def _append(self, row: int, new: torch.LongTensor) -> None:
+        self.ids[row] = torch.cat([self.ids[row], new])
+        self.rows.num_new[row] += len(new)
+        if self.streamer is not None:
+            self.streamer.put(new.cpu())
+
+    def _write(self, logits_processor: LogitsProcessorList, criteria: StoppingCriteriaList) -> None:
+        """One stretch of text for all running rows, by the library's loop; then every row aligned again."""
+        ids, mask = _align(self.ids, self.pad_token_id)
+        columns = ids.shape[1]
+        before = self.rows.num_new.clone()
+        # The loop's own: it returns the ids alone, and looks up how long a mask of ones would be.
+        generation_config = copy.copy(self.generation_config)
+        generation_config.return_dict_in_generate = False
+        generation_config._mask_length = columns
+        model_kwargs = {
+            **self.model_kwargs,
+            "attention_mask": None if mask.all() else mask,
+            "position_ids": _positions(mask),
+            "past_key_values": self.cache,
+        }
+        if any(self.latents):
+            model_kwargs["latents"] = [image for row in self.latents for image in row]
+        sequences = self.model._sample_text(
+            ids,
+            logits_processor,
+            criteria,
+            generation_config,
+            streamer=None if self.streamer is None else _SegmentStreamer(self.streamer),
+            **model_kwargs,
+        )
+        taken = (self.rows.num_new - before).tolist()
+        self.ids = [
+            torch.cat([row, new[columns : columns + n]])
+            for row, new, n in zip(self.ids, sequences, taken, strict=True)
+        ]
+        if self.cache is not None:
+            self.latents = [[] for _ in self.ids]
+            ends = columns + self.rows.num_new - before - 1  # the last token of a row counts as not yet cached
+            self._align_cache(ends)
+        for row in self.rows.parked.nonzero()[:, 0].tolist():
+            if self.rows.num_new[row] + self.num_patches + 1 > self.max_new_tokens:
+                self.rows.parked[row], self.rows.finished[row] = False, True
+                logger.warning(
+                    f"Row {row} ends at <BOI>: its image needs {self.num_patches + 1} tokens more, and "
+                    f"`max_new_tokens` leaves {self.max_new_tokens - int(self.rows.num_new[row])}."
+                )
+
+    def _align_cache(self, ends: torch.LongTensor) -> None:
+        length = max(len(row) for row in self.ids) - 1
+        for layer in self.cache.layers:
+            layer.keys = _move_columns(layer.keys, ends, length)
+            layer.values = _move_columns(layer.values, ends, length)
+
+    def _adopt_cache(self, num_uncached: torch.LongTensor) -> None:
+        """Reads what of the prompts a cache handed in does not hold yet, and aligns it with the rows."""
+        num_cached = self.cache.get_seq_length()
+        if num_cached >= self.prompt_length:
+            raise ValueError(
+                f"`past_key_values` holds {num_cached} tokens and `input_ids` only {self.prompt_length}; pass all "
+                "ids so far, those in the cache included, and at least one new one."
+            )
+        self.model(
+            self.prompts[:, num_cached:],
+            latents=[image for row in self.latents for image in row] or None,
+            attention_mask=self.mask,
+            position_ids=_positions(self.mask)[:, num_cached:],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.latents = [[] for _ in self.ids]
+        self._align_cache(self.prompt_length - num_uncached)
+
+    def _draw(self, parked: list[int]) -> None:
+        """All parked rows: one denoising loop, the images read back in, `<EOI>`."""
+        generators = [self.generators[row] for row in parked] if isinstance(self.generators, list) else self.generators
+        loop = _DenoisingLoop(self, parked)
+        x_0 = loop.run(generators)
+        images = self.model.decode_latents(x_0)
+        image = self.ids[0].new_tensor(
+            [self.config.image_token_id] * self.num_patches + [self.config.image_end_token_id]
+        )
+        ends_here = self.generation_config.generation_mode == "image"
+        for i, row in enumerate(parked):
+            self._append(row, image)
+            self.images[row].append(images[i])
+            if self.cache is None:
+                self.latents[row].append(x_0[i])
+        self.rows.parked[:] = False
+        self.rows.finished |= ends_here | (self.rows.num_new >= self.max_new_tokens)
+        if self.cache is None:
+            return
+        self.latents = [[] for _ in self.ids]
+        is_wanted = self.generation_config.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False)
+        if is_wanted or not self.rows.finished.all():
+            loop.commit(x_0)
+
+    def _output(self) -> TransfusionGenerateOutput:
+        """The prompts as they came, and behind them what each row gained."""
+        new = [row[len(row) - n :] for row, n in zip(self.ids, self.rows.num_new.tolist(), strict=True)]
+        new = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=self.pad_token_id)
+        return TransfusionGenerateOutput(
+            sequences=torch.cat([self.prompts, new], dim=-1),
+            images=self.images,
+            past_key_values=self.cache if self.generation_config.return_dict_in_generate else None,
+        )
+
+
+class _DenoisingLoop:
+    """
+    The images of some rows, together. With guidance the unconditional rows stand behind the conditional ones, all in
+    one pass. The first pass reads whatever the cache does not hold yet; the others compute the image alone.
+    """
+
+    def __init__(self, decoder: _InterleavedDecoder, rows: list[int]):
+        self.decoder = decoder
+        self.model = decoder.model
+        self.device = decoder.device
+        self.rows = torch.tensor(rows, device=self.device)
+        self.guidance_scale = decoder.generation_config.image_guidance_scale
+        bos = decoder.generation_config._bos_token_tensor
+        contexts = [decoder.ids[row] for row in rows]
+        self.latents = [decoder.latents[row] for row in rows]
+        if self.guidance_scale != 1:
+            has_bos = [bos is not None and len(row) > 1 and bool(row[0] == bos) for row in contexts]
+            unconditional = [row[[0, -1]] if keep else row[-1:] for row, keep in zip(contexts, has_bos, strict=True)]
+            contexts = contexts + unconditional
+            self.latents = self.latents + [[] for _ in unconditional]
+        all_columns = max(len(row) for row in decoder.ids)
+        ids, mask = _align(contexts, decoder.pad_token_id)
+        self.cache = None if decoder.cache is None else DynamicCache()
+        self.num_cached = 0 if decoder.cache is None else decoder.cache.get_seq_length()
+        if self.num_cached:
+            # Same columns as the decoder's cache, whose longest row may not be among these.
+            ids = torch.nn.functional.pad(ids, (all_columns - ids.shape[1], 0), value=decoder.pad_token_id)
+            mask = torch.nn.functional.pad(mask, (all_columns - mask.shape[1], 0))
+            self._copy_prefix(with_guidance=self.guidance_scale != 1)
+        block = ids.new_full((len(ids), decoder.num_patches), self.model.config.image_token_id)
+        self.ids = torch.cat([ids, block], dim=-1)
+        self.mask = torch.cat([mask, torch.ones_like(block)], dim=-1)
+        self.positions = _positions(self.mask)
+        self.columns = ids.shape[1]
+        self.block_mask: Any = None
+
+    def _copy_prefix(self, with_guidance: bool) -> None:
+        """The keys and values of these rows; for the unconditional ones, those of their first token."""
+        lengths = torch.tensor([len(row) for row in self.decoder.ids], device=self.device)[self.rows]
+        first = (self.num_cached + 1 - lengths).clamp(max=self.num_cached - 1)  # column of each row's first token
+        for index, layer in enumerate(self.decoder.cache.layers):
+            states = [layer.keys[self.rows], layer.values[self.rows]]
+            if with_guidance:
+                for i, conditional in enumerate(states):
+                    # Position 0 sees only itself: the token has the same keys and values in either context.
+                    unconditional = torch.zeros_like(conditional)
+                    unconditional[:, :, -1] = conditional[torch.arange(len(first), device=first.device), :, first]
+                    states[i] = torch.cat([conditional, unconditional])
+            self.cache.update(*states, index)
+
+    def run(self, generators) -> torch.Tensor:
+        """From pure noise to x_0, `(rows, channels, height, width)`, float32 throughout."""
+        config = self.decoder.generation_config
+        scheduler = make_sampling_scheduler(
+            self.model.noise_scheduler, config.scheduler, config.num_inference_steps, self.device
+        )
+        step_kwargs = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        shape = (len(self.rows), self.model.config.latent_channels, *self.decoder.latent_size)
+        x_t = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
+        x_t = x_t * scheduler.init_noise_sigma
+        for t in scheduler.timesteps:
+            x_in = scheduler.scale_model_input(x_t, t)
+            if self.guidance_scale == 1:
+                eps = self._predict(x_in, t)
+            else:
+                eps = guide(*self._predict(torch.cat([x_in, x_in]), t).chunk(2), self.guidance_scale)
+            x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
+        return x_t
+
+    def _predict(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """One pass: ε of every row, `(rows, channels, height, width)`."""
+        is_first = self.cache is None or self.cache.get_seq_length() < self.columns
+        if not is_first:
+            self.block_mask = self._make_block_mask() if self.block_mask is None else self.block_mask
+            predictions = self._block_pass(x_t, t.expand(len(x_t)), self.block_mask)
+        else:
+            images = [[*row, x] for row, x in zip(self.latents, x_t, strict=True)]
+            counts = torch.tensor([len(row) for row in images])
+            last = counts.cumsum(0) - 1
+            timesteps = torch.zeros(int(counts.sum()), dtype=t.dtype, device=self.device)
+            timesteps[last.to(self.device)] = t
+            output = self.model(
+                self.ids[:, self.num_cached :],
+                latents=[image for row in images for image in row],
+                timesteps=timesteps,
+                attention_mask=self.mask,
+                position_ids=self.positions[:, self.num_cached :],
+                past_key_values=self.cache,
+                use_cache=self.cache is not None,
+                logits_to_keep=1,
+            )
+            predictions = [output.image_predictions[i] for i in last.tolist()]
+        if self.cache is not None:
+            self.cache.crop(-self.decoder.num_patches)  # x_{t−1} overwrites x_t
+        return torch.stack(predictions)
+
+    def _make_block_mask(self):
+        """The mask of the image alone behind its prefix: the same for every step."""
+        config = self.model.config
+        block = self.ids[:, self.columns :]
+        block_ids = image_block_ids(block, config.image_token_id) if config.bidirectional_image_attention else None
+        return create_transfusion_mask(
+            config.text_config,
+            torch.empty(*block.shape, 0, dtype=self.model.dtype, device=self.device),
+            block_ids,
+            self.mask,
+            self.cache,
+            self.positions[:, self.columns :],
+        )
+
+    def _block_pass(self, x: torch.Tensor, timesteps: torch.Tensor | None, mask) -> list[torch.Tensor] | None:
+        output = self.model(
+            self.ids[: len(x), self.columns :],
+            latents=x,
+            timesteps=timesteps,
+            attention_mask=mask,
+            position_ids=self.positions[: len(x), self.columns :],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.image_predictions
+
+    def commit(self, x_0: torch.Tensor) -> None:
+        """Reads the finished images at t = 0 and hands the keys and values of these rows to the decoder."""
+        self.cache.batch_select_indices(torch.arange(len(x_0), device=self.device))
+        self._block_pass(x_0, None, self.mask[: len(x_0)])
+        main, length = self.decoder.cache, max(len(row) for row in self.decoder.ids) - 1
+        drawn_ends = torch.full((len(self.rows),), self.ids.shape[1], device=self.device)
+        all_rows = len(self.decoder.ids)
+        for index, layer in enumerate(self.cache.layers):
+            drawn = [_move_columns(states, drawn_ends, length) for states in (layer.keys, layer.values)]
+            if len(self.rows) < all_rows:
+                old = main.layers[index]
+                ends = torch.full((all_rows,), self.num_cached, device=self.device)
+                merged = [_move_columns(states, ends, length) for states in (old.keys, old.values)]
+                for target, source in zip(merged, drawn, strict=True):
+                    target[self.rows] = source
+                drawn = merged
+            if index < len(main.layers):
+                main.layers[index].keys, main.layers[index].values = drawn
+            else:
+                main.update(*drawn, index)
+
+
+__all__ = ["TransfusionGenerateOutput", "TransfusionGenerationMixin"]

@@ -1,0 +1,70 @@
+"""Pixels in, pixels out: PIL images and arrays to tensors in [−1, 1], and back."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import PILImageResampling
+
+
+class TransfusionImageProcessor(TorchvisionBackend):
+    r"""
+    Resizes, crops to the centre and maps to [−1, 1] (§4.1: 256×256). With `do_resize=False, do_center_crop=False`
+    images keep their sizes, and `pixel_values` is a list where they differ.
+
+    Example:
+
+    ```python
+    >>> digits = TransfusionImageProcessor(
+    ...     do_resize=False, do_center_crop=False, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
+    ... )
+    ```"""
+
+    model_input_names = ["pixel_values"]
+    do_convert_rgb = True
+    do_resize = True
+    size = {"shortest_edge": 256}
+    default_to_square = False
+    resample = PILImageResampling.BICUBIC
+    do_center_crop = True
+    crop_size = {"height": 256, "width": 256}
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+
+    def _preprocess(self, images, *args, return_tensors=None, **kwargs) -> BatchFeature:
+        # The library would stack whatever comes, and fail on images of several sizes.
+        pixel_values = super()._preprocess(images, *args, return_tensors=None, **kwargs)["pixel_values"]
+        if len({image.shape for image in pixel_values}) == 1:
+            pixel_values = torch.stack(list(pixel_values))
+        return BatchFeature({"pixel_values": pixel_values})
+
+    def postprocess(self, images: Iterable[torch.Tensor]) -> list[Image.Image]:
+        """
+        Model output to PIL images: undoes the mapping to [−1, 1], clips, and rounds to 8 bits.
+
+        Args:
+            images (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, or a list of images)
+        """
+        return [self._to_pil(image) for image in images]
+
+    def _to_pil(self, image: torch.Tensor) -> Image.Image:
+        image = image.detach().float().cpu()
+        mean, std = (
+            torch.tensor(np.asarray(x), dtype=torch.float32).view(-1, 1, 1) for x in (self.image_mean, self.image_std)
+        )
+        if image.ndim != 3 or len(image) not in (1, 3) or not torch.isfinite(image).all():
+            raise ValueError(
+                "`images` must hold finite tensors of shape (channels, height, width) with 1 or 3 channels; got shape "
+                f"{tuple(image.shape)}."
+            )
+        return F.to_pil_image(((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8))
+
+
+__all__ = ["TransfusionImageProcessor"]

@@ -1,0 +1,96 @@
+"""
+From input ids to the attention mask of Transfusion (Fig. 4, arXiv 2408.11039): causal everywhere, and full attention
+among the patches of one image. The only file that follows transformers' mask API.
+"""
+
+import torch
+from transformers import Cache, PreTrainedConfig
+from transformers.masking_utils import create_masks_for_generate
+
+
+def check_attn_implementation(attn_implementation: str | None) -> None:
+    """
+    Refuses the attention implementations that would lose the image blocks without a word.
+
+    Raises:
+        ValueError: a stock flash implementation.
+    """
+    if attn_implementation is not None and "flash" in attn_implementation:
+        raise ValueError(
+            f"`attn_implementation={attn_implementation!r}` cannot compute Transfusion's mask: flash attention knows "
+            "only causal and full attention, so transformers would silently drop the bidirectional image blocks. Use "
+            "'sdpa', 'eager' or 'flex_attention'."
+        )
+
+
+def image_block_ids(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
+    """
+    Numbers the images of each row: a run of placeholders is one image, `<BOI>` and `<EOI>` keep neighbours apart.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, seq)`)
+        image_token_id (`int`): Id of the placeholder.
+
+    Returns:
+        `torch.LongTensor` of shape `(batch, seq)`: 0, 1, … at the patches of a row's images in turn, −1 at text.
+    """
+    is_patch = input_ids == image_token_id
+    starts = is_patch.clone()
+    starts[:, 1:] &= ~is_patch[:, :-1]
+    return torch.where(is_patch, starts.cumsum(dim=-1) - 1, -1)
+
+
+def image_block_lengths(block_ids: torch.LongTensor) -> list[int]:
+    """Number of patches of each image, row by row, in order (one device synchronisation)."""
+    rows, columns = block_ids.shape
+    num_blocks = block_ids.max(dim=-1, keepdim=True).values + 1 if columns else block_ids.new_zeros(rows, 1)
+    first = num_blocks.cumsum(dim=0) - num_blocks  # blocks in the rows above
+    flat = (first + block_ids)[block_ids >= 0]
+    return torch.bincount(flat).tolist()
+
+
+def create_transfusion_mask(
+    text_config: PreTrainedConfig,
+    inputs_embeds: torch.Tensor,
+    block_ids: torch.LongTensor | None,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    position_ids: torch.LongTensor | None,
+):
+    """
+    The mask for the new positions, in whatever form the decoder and its attention implementation want.
+
+    Args:
+        text_config (`PreTrainedConfig`): The decoder's.
+        inputs_embeds (`torch.Tensor` of shape `(batch, seq, hidden)`): Only its shape, dtype and device are read.
+        block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+            Of the new positions, as from [`image_block_ids`]. `None`: causal throughout. An image never straddles
+            the border between cache and new positions, so those of the cache are not needed.
+        attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*): 0 at padding.
+        past_key_values (`Cache`, *optional*)
+        position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
+
+    Returns:
+        A tensor, a `BlockMask`, `None`, or a dict of those by layer type: passed to the decoder as `attention_mask`.
+
+    Raises:
+        ValueError: the decoder runs on a stock flash implementation.
+    """
+    check_attn_implementation(text_config._attn_implementation)
+    if block_ids is not None and past_key_values is not None:
+        # The library wants the ids of prefix and query together; shorter ones give a wrong mask without an error.
+        past_length = past_key_values.get_seq_length()
+        block_ids = torch.nn.functional.pad(block_ids, (past_length, 0), value=-1)
+    return create_masks_for_generate(
+        config=text_config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+        block_sequence_ids=block_ids,
+    )
+
+
+def is_prepared(attention_mask) -> bool:
+    """Whether the mask is one that [`create_transfusion_mask`] made, to be handed on as it is."""
+    return attention_mask is not None and (isinstance(attention_mask, dict) or len(attention_mask.shape) == 4)

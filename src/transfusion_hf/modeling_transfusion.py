@@ -1,0 +1,490 @@
+"""
+Transfusion (Zhou et al., arXiv 2408.11039): any decoder of transformers, the light image parts around it, two losses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_transfusion import TransfusionConfig
+from .diffusion_transfusion import (
+    add_noise,
+    content_seeds,
+    image_losses,
+    make_noise_scheduler,
+    sample_noise,
+    sample_timesteps,
+)
+from .generation_transfusion import TransfusionGenerationMixin
+from .masking_transfusion import (
+    check_attn_implementation,
+    create_transfusion_mask,
+    image_block_ids,
+    image_block_lengths,
+    is_prepared,
+)
+from .patching_transfusion import TransfusionLinearPatchDecoder, TransfusionLinearPatchEncoder, stack_images
+
+# Decoders whose logits are `scale(lm_head(model(x)))` with what `_scale_logits` knows, all of whose layers are softmax
+# attention under a mask that the model takes prepared: a test holds each to its own `...ForCausalLM`.
+SUPPORTED_TEXT_MODELS = (
+    "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite",
+    "helium", "llama", "ministral", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss",
+    "smollm3", "stablelm", "starcoder2",
+)  # fmt: skip
+_HEADS_WITH_BIAS = ("phi",)
+
+
+def _scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
+    """What Cohere, Granite and Gemma do to their logits after the head."""
+    if (scale := getattr(text_config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@dataclass
+class TransfusionModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, seq, hidden)`)
+        image_predictions (`list[torch.FloatTensor]`, *optional*):
+            The predicted ε in stacks, `(num_images, channels, height, width)` each, where `timesteps` was given.
+    """
+
+    image_predictions: list[torch.Tensor] | None = None
+
+
+@dataclass
+class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): `lm_loss + λ · diffusion_loss` (Eq. 4).
+        logits (`torch.FloatTensor` of shape `(batch, seq, vocab)`)
+        lm_loss (`torch.FloatTensor` of shape `()`, *optional*): L_LM, as it enters `loss`.
+        diffusion_loss (`torch.FloatTensor` of shape `()`, *optional*): L_DDPM, as it enters `loss`.
+        image_predictions (`list[torch.FloatTensor]`, *optional*):
+            The predicted ε of each image, `(channels, height, width)`, float32; with `labels` or `timesteps`.
+    """
+
+    lm_loss: torch.Tensor | None = None
+    diffusion_loss: torch.Tensor | None = None
+    image_predictions: list[torch.Tensor] | None = None
+
+
+class TransfusionPreTrainedModel(PreTrainedModel):
+    config: TransfusionConfig
+    config_class = TransfusionConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    # The decoder adds its own layers at construction.
+    _no_split_modules = ["TransfusionLinearPatchEncoder", "TransfusionLinearPatchDecoder"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["timestep_embedding"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+
+    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+        check_attn_implementation(attn_implementation)
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # all attention is the decoder's, whose source the library searches in its own right
+
+
+class TransfusionModel(TransfusionPreTrainedModel):
+    """
+    The single transformer with its patch encoder and decoder, without LM head.
+
+    Raises:
+        ValueError: the decoder's family is not supported, or it runs on a stock flash implementation.
+    """
+
+    def __init__(self, config: TransfusionConfig):
+        super().__init__(config)
+        text_config = config.text_config
+        if text_config.model_type not in SUPPORTED_TEXT_MODELS:
+            raise ValueError(
+                f"`text_config.model_type` {text_config.model_type!r} is not supported. Recurrent, linear-attention, "
+                "mixture-of-experts and encoder-decoder families cannot be made right, others have not been verified; "
+                f"use one of {', '.join(SUPPORTED_TEXT_MODELS)}."
+            )
+        check_attn_implementation(text_config._attn_implementation)
+        self.language_model = AutoModel.from_config(text_config)
+        self.patch_encoder = TransfusionLinearPatchEncoder(config)
+        self.patch_decoder = TransfusionLinearPatchDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        timesteps: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> TransfusionModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+                Text tokens, and `image_token_id` where a patch stands.
+            latents (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                The images of all rows in order, as the transformer shall see them; or a list of them,
+                `(channels, height, width)` each, where sizes differ.
+            timesteps (`torch.Tensor` of shape `(num_images,)`, *optional*):
+                t of each image, 0 to T − 1. Given, the noise of every image is predicted; `None`: all images are
+                clean (t = 0) and only read.
+            attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*):
+                0 at padding; or a mask prepared by `create_transfusion_mask`.
+            position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
+            past_key_values (`Cache`, *optional*)
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, hidden)`, *optional*):
+                In place of `input_ids`, for text alone.
+            use_cache (`bool`, *optional*)
+
+        Raises:
+            ValueError: images and image blocks do not match, an image has a wrong size or values that are no numbers.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        block_ids, stacks = None, None
+        if inputs_embeds is None:
+            if input_ids.numel() == 0:
+                raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
+            block_ids = image_block_ids(input_ids, self.config.image_token_id)
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        # A step of generation on one sampled token or under a mask already prepared has nothing left to check.
+        is_decoding = past_key_values is not None and (inputs_embeds.shape[1] == 1 or is_prepared(attention_mask))
+        if latents is not None:
+            stacks = stack_images(latents)
+        if not is_decoding and not torch.compiler.is_compiling():
+            self._check_images(stacks, block_ids, timesteps)
+
+        if stacks is not None:
+            num_images = sum(len(stack) for stack in stacks)
+            encoder_timesteps = stacks[0].new_zeros(num_images) if timesteps is None else timesteps
+            patches = self.patch_encoder(stacks, encoder_timesteps)
+            is_patch = block_ids >= 0
+            inputs_embeds = inputs_embeds.masked_scatter(is_patch[..., None], patches.to(inputs_embeds.dtype))
+
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training
+        if not is_prepared(attention_mask):
+            # Text alone needs no blocks, and then transformers can use the faster causal kernels.
+            has_blocks = stacks is not None and self.config.bidirectional_image_attention
+            attention_mask = create_transfusion_mask(
+                self.config.text_config,
+                inputs_embeds,
+                block_ids if has_blocks else None,
+                attention_mask,
+                past_key_values,
+                position_ids,
+            )
+        outputs = self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        image_predictions = None
+        if stacks is not None and timesteps is not None:
+            shapes = [tuple(stack.shape) for stack in stacks]
+            image_predictions = self.patch_decoder(outputs.last_hidden_state[is_patch], shapes)
+        return TransfusionModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_predictions=image_predictions,
+        )
+
+    def _check_images(
+        self, stacks: list[torch.Tensor] | None, block_ids: torch.LongTensor | None, timesteps: torch.Tensor | None
+    ) -> None:
+        """Images and blocks must be the same in number and length: the placeholders would be filled wrongly."""
+        if stacks is None:
+            if block_ids is not None and (block_ids >= 0).any():
+                raise ValueError(
+                    f"`input_ids` has {len(image_block_lengths(block_ids))} image blocks but no images were passed; "
+                    "pass `pixel_values` or `latents`, one image per block."
+                )
+            return
+        if block_ids is None:
+            raise ValueError("`inputs_embeds` holds text only; pass images together with `input_ids`.")
+        num_patches = []
+        for stack in stacks:
+            if stack.ndim != 4 or stack.shape[1] != self.config.latent_channels:
+                raise ValueError(
+                    f"Latents must have shape (num_images, {self.config.latent_channels}, height, width), as "
+                    f"`latent_channels` says; got {tuple(stack.shape)}."
+                )
+            num_patches += [self.config.num_patches(*stack.shape[2:])] * len(stack)
+            if not torch.isfinite(stack).all():
+                raise ValueError("`pixel_values` or `latents` hold NaN or infinite values; expected finite numbers.")
+        block_lengths = image_block_lengths(block_ids)
+        if len(num_patches) != len(block_lengths):
+            raise ValueError(
+                f"`pixel_values` or `latents` hold {len(num_patches)} images but `input_ids` has {len(block_lengths)} "
+                "image blocks; pass one image per block."
+            )
+        if num_patches != block_lengths:
+            raise ValueError(
+                f"`input_ids` has image blocks of {block_lengths} patches but the images have {num_patches}; an image "
+                "needs one placeholder per patch, in one uninterrupted run."
+            )
+        if timesteps is not None:
+            last = self.config.num_train_timesteps - 1
+            if timesteps.shape != (len(num_patches),) or not ((timesteps >= 0) & (timesteps <= last)).all():
+                raise ValueError(
+                    f"`timesteps` must hold one t from 0 to {last} for each of {len(num_patches)} images; got "
+                    f"{timesteps.tolist()}."
+                )
+
+
+class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, TransfusionGenerationMixin):
+    """
+    Transfusion with its LM head and both losses: reads text and images, writes text and draws images.
+
+    Raises:
+        ValueError: as [`TransfusionModel`]; also for a `vae_config`, which this version cannot build yet.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: TransfusionConfig):
+        super().__init__(config)
+        if config.vae_config is not None:
+            raise ValueError(
+                "`vae_config` is not supported by this version; leave it `None` and pass images, or latents that you "
+                "encoded yourself, as `pixel_values` or `latents`."
+            )
+        text_config = config.text_config
+        self.model = TransfusionModel(config)
+        has_bias = text_config.model_type in _HEADS_WITH_BIAS
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=has_bias)
+        # A VAE belongs here, registered last: `dtype` and `device` are those of the first parameters.
+        self._noise_scheduler = None
+        self.post_init()
+
+    @property
+    def noise_scheduler(self):
+        """
+        The `DDPMScheduler` of the training. Other samplers are made from its config:
+        `DDIMScheduler.from_config(model.noise_scheduler.config)`.
+        """
+        if self._noise_scheduler is None:  # not in __init__, which `from_pretrained` runs on the meta device
+            self._noise_scheduler = make_noise_scheduler(self.config)
+        return self._noise_scheduler
+
+    def encode_images(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """
+        Images in [−1, 1] to latents, in stacks of at least float32. Without a VAE the image is its own latent.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, or a list of images)
+        """
+        return [_at_least_float32(stack) for stack in stack_images(pixel_values)]
+
+    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """
+        Latents to images in [−1, 1]; undoes [`encode_images`].
+
+        Args:
+            latents (`torch.FloatTensor` of shape `(num_images, channels, height, width)`)
+        """
+        return latents
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        timesteps: torch.Tensor | None = None,
+        max_timesteps: torch.LongTensor | None = None,
+        image_loss_mask: torch.BoolTensor | None = None,
+        noise_seeds: Sequence[int] | torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TransfusionCausalLMOutputWithPast:
+        r"""
+        With `labels`, images are noised and both losses computed; without, images are taken as they are.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+                Text tokens, and `image_token_id` where a patch stands.
+            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
+                The images of all rows in order, in [−1, 1]; or a list of them where sizes differ.
+            latents (`torch.FloatTensor` of shape `(num_images, latent_channels, height, width)`, *optional*):
+                In place of `pixel_values`: latents, or a list of them.
+            timesteps (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+                With `labels`: the t to noise each image to, drawn where `None`. Without: the t that the given latents
+                have, for which their noise is predicted; `None`: all are clean, t = 0.
+            max_timesteps (`torch.LongTensor` of shape `(num_images,)`, *optional*):
+                Each t is drawn below it (§4.3.4); T where `None`.
+            image_loss_mask (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
+                `False`: the image is clean context, with t = 0, no noise and no loss. All `True` where `None`.
+            noise_seeds (`list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
+                Seeds of t and ε. Where `None`, the global generator decides in training, and in evaluation the
+                image's own values, so that an evaluation loss is the same every time.
+            attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*): 0 at padding.
+            position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
+            past_key_values (`Cache`, *optional*)
+            inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, hidden)`, *optional*):
+                In place of `input_ids`, for text alone.
+            labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+                The input ids, with −100 wherever there is no LM loss: patches, `<EOI>`, padding (footnote 8). They are
+                shifted here and masked no further.
+            use_cache (`bool`, *optional*)
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                Number of last positions, or the positions, to compute logits for; 0: all.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*):
+                Number of labels in the whole batch, over micro-batches and processes, as the `Trainer` counts it.
+                `lm_loss` is then exact; `diffusion_loss` is weighted by this micro-batch's share of the labels, which
+                is exact where micro-batches hold as many images per label, and never off by their number.
+
+        Raises:
+            ValueError: as [`TransfusionModel.forward`]; also for both or neither of two arguments where one is needed.
+        """
+        if pixel_values is not None and latents is not None:
+            raise ValueError("Pass `pixel_values` or `latents`, not both.")
+        if pixel_values is not None:
+            stacks = self.encode_images(pixel_values)
+        else:
+            stacks = None if latents is None else [_at_least_float32(stack) for stack in stack_images(latents)]
+
+        noise, is_noised = None, None
+        if labels is not None and stacks is not None:
+            stacks, noise, timesteps, is_noised = self._noise_images(
+                stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds
+            )
+
+        outputs = self.model(
+            input_ids=input_ids,
+            latents=stacks,
+            timesteps=timesteps,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = _scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)
+        predictions = outputs.image_predictions
+        if predictions is not None:
+            predictions = [_at_least_float32(stack) for stack in predictions]
+
+        loss, lm_loss, diffusion_loss = None, None, None
+        if labels is not None:
+            num_labels = (labels[:, 1:] != -100).sum()
+            num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+            num_items = num_items.to(logits.device).clamp(min=1)
+            lm_loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, num_items)
+            if noise is None:
+                diffusion_loss = self._touch_image_parts()
+            else:
+                losses = image_losses(predictions, noise)
+                diffusion_loss = (losses * is_noised).sum() / is_noised.sum().clamp(min=1)
+                if num_items_in_batch is not None:
+                    diffusion_loss = diffusion_loss * (num_labels / num_items)
+            loss = lm_loss + self.config.diffusion_loss_weight * diffusion_loss
+
+        return TransfusionCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            lm_loss=lm_loss,
+            diffusion_loss=diffusion_loss,
+            image_predictions=None if predictions is None else [image for stack in predictions for image in stack],
+        )
+
+    def _noise_images(self, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds):
+        """The forward diffusion of a training step: stacks of x_0 → stacks of x_t and ε, t, and which are noised."""
+        num_images, device = sum(len(stack) for stack in stacks), stacks[0].device
+        num_train_timesteps = self.config.num_train_timesteps
+        per_image = {"max_timesteps": max_timesteps, "image_loss_mask": image_loss_mask, "noise_seeds": noise_seeds}
+        for name, value in per_image.items():
+            if value is not None and len(value) != num_images:
+                raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(value)}.")
+        if noise_seeds is None and not self.training:
+            noise_seeds = content_seeds(stacks)
+        if timesteps is None:
+            if max_timesteps is None:
+                max_timesteps = torch.full((num_images,), num_train_timesteps, device=device)
+            elif not ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
+                raise ValueError(
+                    f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}."
+                )
+            timesteps = sample_timesteps(max_timesteps, noise_seeds)
+        elif not ((timesteps >= 0) & (timesteps < num_train_timesteps)).all():
+            raise ValueError(f"`timesteps` must lie in 0 to {num_train_timesteps - 1}; got {timesteps.tolist()}.")
+        if image_loss_mask is None:
+            is_noised = torch.ones(num_images, dtype=torch.bool, device=device)
+        else:
+            is_noised = image_loss_mask.to(device=device, dtype=torch.bool)
+        timesteps = torch.where(is_noised, timesteps.to(device), 0)
+        noise = sample_noise(stacks, noise_seeds)
+        noised = add_noise(self.noise_scheduler, stacks, noise, timesteps)
+        keep = is_noised.split([len(stack) for stack in stacks])
+        noised = [torch.where(k[:, None, None, None], n, s) for k, n, s in zip(keep, noised, stacks, strict=True)]
+        return noised, noise, timesteps, is_noised
+
+    def _touch_image_parts(self) -> torch.Tensor:
+        """0, with a gradient of 0 for each image part: without one, DDP, FSDP2 and ZeRO-3 would wait for it."""
+        side = self.config.patch_size
+        stack = torch.zeros(1, self.config.latent_channels, side, side, device=self.device)
+        hidden_states = self.model.patch_encoder([stack], stack.new_zeros(1))
+        (prediction,) = self.model.patch_decoder(hidden_states, [tuple(stack.shape)])
+        return 0.0 * _at_least_float32(prediction).sum()
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+__all__ = [
+    "SUPPORTED_TEXT_MODELS",
+    "TransfusionCausalLMOutputWithPast",
+    "TransfusionForCausalLMAndDiffusion",
+    "TransfusionModel",
+    "TransfusionModelOutputWithPast",
+    "TransfusionPreTrainedModel",
+]

@@ -1,0 +1,278 @@
+"""Interleaved text and images to model inputs, and model outputs back to text and images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from tokenizers import AddedToken
+from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from .image_processing_transfusion import TransfusionImageProcessor
+
+
+def make_labels(
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor,
+    image_start_token_id: int,
+    image_token_id: int,
+    image_end_token_id: int,
+) -> torch.LongTensor:
+    """
+    Labels for `forward`: the ids, with −100 wherever there is no LM loss (§3, footnote 8).
+
+    That is at patches, which are diffused; at `<EOI>`, which the decoder appends; at whatever stands behind `<BOI>`;
+    at padding; and at a row's first token, which nothing predicts. `<BOI>` itself is a target like any token.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, seq)`)
+        attention_mask (`torch.Tensor` of shape `(batch, seq)`): 0 at padding, on either side.
+    """
+    is_real = attention_mask.bool()
+    has_loss = is_real & (input_ids != image_token_id) & (input_ids != image_end_token_id)
+    has_loss[:, 1:] &= is_real[:, :-1] & (input_ids[:, :-1] != image_start_token_id)
+    has_loss[:, :1] = False
+    return input_ids.masked_fill(~has_loss, -100)
+
+
+class TransfusionProcessor(ProcessorMixin):
+    r"""
+    Wraps a tokenizer and a [`TransfusionImageProcessor`].
+
+    In the text every `image_token` stands for one image and becomes `<BOI>`, one placeholder per patch, `<EOI>`. A
+    text may end at `image_start_token`: generation then begins with a drawing.
+
+    Args:
+        image_processor (`TransfusionImageProcessor`)
+        tokenizer (`PreTrainedTokenizerBase`): One with the three tokens; [`TransfusionProcessor.for_model`] adds them.
+        pixels_per_patch (`int`, defaults to 2): Side of a patch in pixels, `config.pixels_per_patch`.
+        image_token (`str`, defaults to `"<image>"`)
+        image_start_token (`str`, defaults to `"<BOI>"`)
+        image_end_token (`str`, defaults to `"<EOI>"`)
+        chat_template (`str`, *optional*)
+
+    Raises:
+        ValueError: the tokenizer lacks one of the three tokens.
+
+    Example:
+
+    ```python
+    >>> processor(text=["a cat <image>", "a dog <BOI>"], images=[cat])
+    ```"""
+
+    def __init__(
+        self,
+        image_processor: TransfusionImageProcessor,
+        tokenizer: PreTrainedTokenizerBase,
+        pixels_per_patch: int = 2,
+        image_token: str = "<image>",
+        image_start_token: str = "<BOI>",
+        image_end_token: str = "<EOI>",
+        chat_template: str | None = None,
+    ):
+        self.pixels_per_patch = pixels_per_patch
+        self.image_token = image_token
+        self.image_start_token = image_start_token
+        self.image_end_token = image_end_token
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in (image_token, image_start_token, image_end_token) if token not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"`tokenizer` lacks {', '.join(missing)}; `TransfusionProcessor.for_model(model, tokenizer)` adds "
+                "them and resizes the model's embeddings."
+            )
+        self.image_token_id = vocabulary[image_token]
+        self.image_start_token_id = vocabulary[image_start_token]
+        self.image_end_token_id = vocabulary[image_end_token]
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def for_model(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: TransfusionImageProcessor | None = None,
+        pad_to_multiple_of: int | None = None,
+        **kwargs: Any,
+    ) -> "TransfusionProcessor":
+        """
+        Makes tokenizer and model fit each other, and the processor for both.
+
+        Adds the three image tokens to the tokenizer if it lacks them, resizes the model's embeddings if they are
+        then too few, and writes the ids into `model.config` and `model.generation_config`. Without a padding token
+        the end-of-sequence token pads.
+
+        Args:
+            model (`TransfusionForCausalLMAndDiffusion`)
+            tokenizer (`PreTrainedTokenizerBase`)
+            image_processor (`TransfusionImageProcessor`, *optional*):
+                Defaults to one for the model's image size and number of channels.
+            pad_to_multiple_of (`int`, *optional*): Pad a resized vocabulary to a multiple of this.
+            kwargs: Further arguments of the constructor, as `image_token`.
+        """
+        defaults = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
+        tokens = {name: kwargs.pop(name, default) for name, default in defaults.items()}
+        vocabulary = tokenizer.get_vocab()
+        new = [
+            AddedToken(token, special=True, normalized=False) for token in tokens.values() if token not in vocabulary
+        ]
+        tokenizer.add_tokens(new, special_tokens=True)
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise ValueError("`tokenizer` has neither `pad_token` nor `eos_token`; set one of them.")
+            tokenizer.pad_token = tokenizer.eos_token
+
+        config = model.config
+        if len(tokenizer) > config.text_config.vocab_size:
+            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=pad_to_multiple_of)
+        for name, token in tokens.items():
+            setattr(config, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
+        config.validate_transfusion()
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(tokenizer, name)
+            setattr(config.text_config, name, value)
+            setattr(model.generation_config, name, value)
+
+        if image_processor is None:
+            height, width = (side * config.vae_scale_factor for side in config.latent_size)
+            channels = config.latent_channels if config.vae_config is None else 3
+            image_processor = TransfusionImageProcessor(
+                size={"shortest_edge": min(height, width)} if height == width else {"height": height, "width": width},
+                crop_size={"height": height, "width": width},
+                do_convert_rgb=channels == 3,
+                image_mean=[0.5] * channels,
+                image_std=[0.5] * channels,
+            )
+        return cls(image_processor, tokenizer, pixels_per_patch=config.pixels_per_patch, **tokens, **kwargs)
+
+    def __call__(self, images=None, text=None, return_labels: bool = False, **kwargs: Any) -> BatchFeature:
+        r"""
+        Args:
+            images (`ImageInput`, *optional*): As many as the texts have markers, in order.
+            text (`str` or `list[str]`): With an `image_token` wherever an image stands.
+            return_labels (`bool`, defaults to `False`): Whether to add the labels for training.
+            kwargs: As for any processor; texts are padded at the left unless `padding_side` says otherwise.
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask` of shape `(batch, seq)`, `pixel_values` of shape
+            `(num_images, channels, height, width)` in [−1, 1] (a list where sizes differ), and `labels`.
+
+        Raises:
+            ValueError: images and markers differ in number, or an image is no multiple of the patch.
+        """
+        kwargs.setdefault("return_tensors", "pt")
+        kwargs.setdefault("padding_side", "left")
+        if isinstance(text, (list, tuple)) and len(text) == 0:
+            raise ValueError("`text` must hold at least one text; got an empty list.")
+        # Padding is needed by several rows only; a text that ends among images is not to be cut, so nothing truncates.
+        kwargs.setdefault("padding", not isinstance(text, str))
+        features = super().__call__(images=images, text=text, **kwargs)
+        if return_labels:
+            features["labels"] = make_labels(
+                torch.as_tensor(features["input_ids"]),
+                torch.as_tensor(features["attention_mask"]),
+                self.image_start_token_id,
+                self.image_token_id,
+                self.image_end_token_id,
+            )
+        return features
+
+    # A list of tensors already; the library would stack images of several sizes and fail.
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "pixel_values"]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
+        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+        side = self.pixels_per_patch
+        if height % side or width % side:
+            raise ValueError(
+                f"`images`: image {image_idx} is {height} × {width} pixels after preprocessing; its sides must be "
+                f"multiples of {side}, one patch. Resize or crop it."
+            )
+        num_patches = (height // side) * (width // side)
+        return self.image_start_token + self.image_token * num_patches + self.image_end_token
+
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs: Any
+    ) -> list[str] | list[Image.Image] | list[list[str | Image.Image]]:
+        """
+        What `generate()` returned, in the modality asked for.
+
+        Args:
+            generated_outputs (`TransfusionGenerateOutput` or `torch.LongTensor`)
+            skip_special_tokens (`bool`, defaults to `True`)
+            generation_mode (`str`, *optional*):
+                `"text"` or `None`: a string per row. `"image"`: the one image of each row. `"interleaved"`: see
+                [`decode_interleaved`].
+
+        Raises:
+            ValueError: an unknown mode, or a row that does not hold exactly one image in mode `"image"`.
+        """
+        sequences = getattr(generated_outputs, "sequences", generated_outputs)
+        if generation_mode in (None, "text"):
+            return self.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
+        images = getattr(generated_outputs, "images", None)
+        if generation_mode == "image":
+            if images is None or any(len(row) != 1 for row in images):
+                found = "no images" if images is None else f"{[len(row) for row in images]} images"
+                raise ValueError(
+                    f"`generation_mode='image'` needs one image per row; got {found}. Generate with "
+                    "`generation_mode='image'`, or decode with 'interleaved'."
+                )
+            return self.image_processor.postprocess([row[0] for row in images])
+        if generation_mode == "interleaved":
+            return self.decode_interleaved(sequences, images, skip_special_tokens=skip_special_tokens, **kwargs)
+        raise ValueError(f"`generation_mode` must be 'text', 'image' or 'interleaved'; got {generation_mode!r}.")
+
+    def decode_interleaved(
+        self,
+        sequences: torch.LongTensor,
+        images: Sequence[Sequence[torch.Tensor | Image.Image]],
+        skip_special_tokens: bool = True,
+        **kwargs: Any,
+    ) -> list[list[str | Image.Image]]:
+        """
+        Each row as an ordered list of strings and PIL images.
+
+        Args:
+            sequences (`torch.LongTensor` of shape `(batch, seq)`)
+            images (`list[list[torch.FloatTensor]]` or of PIL images): For each row, the image of each of its blocks.
+            skip_special_tokens (`bool`, defaults to `True`)
+
+        Raises:
+            ValueError: a row has more or fewer images than image blocks.
+        """
+        if images is None or len(images) != len(sequences):
+            raise ValueError(f"`images` must hold one list for each of {len(sequences)} rows; got {images!r}.")
+        return [
+            self._decode_row(row.tolist(), list(pictures), skip_special_tokens, **kwargs)
+            for row, pictures in zip(sequences, images, strict=True)
+        ]
+
+    def _decode_row(self, ids: list[int], images: list, skip_special_tokens: bool, **kwargs: Any) -> list:
+        segments: list[list[int] | None] = [[]]  # runs of text; None for an image
+        for previous, token in zip([None, *ids], ids, strict=False):
+            if token != self.image_token_id:
+                if segments[-1] is None:
+                    segments.append([])
+                segments[-1].append(token)
+            elif previous != self.image_token_id:
+                segments.append(None)
+        num_blocks = segments.count(None)
+        if num_blocks != len(images):
+            raise ValueError(
+                f"A row has {num_blocks} image blocks but `images` holds {len(images)}; put the images of the prompt "
+                "in front of the drawn ones, or cut the prompt off: `sequences[:, prompt_length:]`."
+            )
+        pictures = iter(images)
+        decoded: list[str | Image.Image] = []
+        for segment in segments:
+            if segment is None:
+                picture = next(pictures)
+                is_tensor = isinstance(picture, torch.Tensor)
+                decoded += self.image_processor.postprocess([picture]) if is_tensor else [picture]
+            elif string := self.tokenizer.decode(segment, skip_special_tokens=skip_special_tokens, **kwargs):
+                decoded.append(string)
+        return decoded
+
+
+__all__ = ["TransfusionProcessor", "make_labels"]
