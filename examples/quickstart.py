@@ -1,8 +1,8 @@
 """
 A Transfusion that learns real digits, draws them and reads them, on a CPU in minutes.
 
-The 1,797 handwritten digits that ship with scikit-learn and captions in words train a model of about 1M parameters with
-the stock `Trainer`. It is saved, loaded again through the Auto classes, and judged through the public API alone.
+The 1,797 handwritten digits that ship with scikit-learn and captions in words train a model of about 1M parameters
+with the stock `Trainer`. It is saved, loaded again through the Auto classes, and judged through the public API alone.
 
     python examples/quickstart.py [--output_dir outputs/quickstart] [--max_steps 1200]
 """
@@ -126,7 +126,9 @@ def train(args: argparse.Namespace, train_set: list[dict], eval_set: list[dict],
         train_dataset=train_set,
         # Marked, so that every evaluation sees the same sequences.
         eval_dataset=[{**sample, "text": sample["text"] + processor.image_token} for sample in eval_set],
-        data_collator=TransfusionDataCollator(processor),
+        data_collator=TransfusionDataCollator(
+            processor, caption_first_probability=args.caption_first_probability
+        ),
         callbacks=[TransfusionEMACallback(decay=0.995)],
     )
     start = time.perf_counter()
@@ -216,6 +218,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--max_steps", type=int, default=1200)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--caption_first_probability", type=float, default=0.5)
     parser.add_argument("--per_class", type=int, default=30, help="digits to draw of each class")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
