@@ -1,8 +1,8 @@
 """
 The naive twin of the model: float64, loops over tokens, written from the paper's equations (arXiv 2408.11039).
 
-It reads the parameters of a `TransfusionForCausalLMAndDiffusion` over a Llama by name and uses none of its code. From
-the scheduler it takes ᾱ, and from diffusers the sinusoids of t, as inputs. Gradients come from autograd over the loops.
+It reads the parameters of a `TransfusionForCausalLMAndDiffusion` over a Llama by name and uses none of its code. It
+takes ᾱ, from the scheduler, and the sinusoids of t, from diffusers, as inputs. Gradients come from autograd over the loops.
 """
 
 import math
@@ -147,7 +147,9 @@ def document(params: Params, config, ids: list[int], images: list[torch.Tensor],
     for image, s in zip(images, sinusoids, strict=True):
         t = timestep_vector(params, s)
         # Footnote 6: the timestep embedding is added to the patch before the linear layer.
-        encoded += [linear(params, "model.patch_encoder.proj", patch + t) for patch in patches(image, config.patch_size)]
+        encoded += [
+            linear(params, "model.patch_encoder.proj", patch + t) for patch in patches(image, config.patch_size)
+        ]
     iterator = iter(encoded)
     for i, token in enumerate(ids):
         if token == config.image_token_id:

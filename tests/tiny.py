@@ -52,7 +52,11 @@ def config(text: PreTrainedConfig | None = None, **kwargs: Any) -> TransfusionCo
 
 
 def model(
-    text: PreTrainedConfig | None = None, seed: int = 0, std: float = 0.3, dtype: torch.dtype = torch.float32, **kwargs: Any
+    text: PreTrainedConfig | None = None,
+    seed: int = 0,
+    std: float = 0.3,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
 ) -> TransfusionForCausalLMAndDiffusion:
     """In evaluation mode, with weights large enough that every part matters."""
     built = TransfusionForCausalLMAndDiffusion(config(text, **kwargs)).to(dtype).eval()
@@ -111,5 +115,3 @@ def batch(seed: int, rows: int = 3, dtype=torch.float32, padding_side: str = "ri
         features["max_timesteps"] = torch.tensor([rng.choice([500, 1000]) for _ in images])
         features["noise_seeds"] = [rng.randrange(10**6) for _ in images]
     return features
-
-

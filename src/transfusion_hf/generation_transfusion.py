@@ -161,9 +161,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             return
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(generation_config, name):
-                raise ValueError(
-                    f"`{name}` is one record per column, which images break; use `generation_mode='text'`."
-                )
+                raise ValueError(f"`{name}` records columns, which images break; use `generation_mode='text'`.")
         if generation_config.guidance_scale not in (None, 1):
             raise ValueError(
                 f"`guidance_scale={generation_config.guidance_scale}` guides text, by a second language model context "
@@ -279,9 +277,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         if generation_config.generator is None or not generation_config.do_sample:
             return logits_processor
         if generation_config.output_scores:
-            raise ValueError(
-                "`output_scores` would show the token drawn by `generator`, not the scores; pass only one."
-            )
+            raise ValueError("`output_scores` would show the token that `generator` drew; pass only one of them.")
         return LogitsProcessorList([*logits_processor, _SampleWithGenerator(generation_config.generator, rows)])
 
     def _drawn_size(self, generation_config: GenerationConfig) -> tuple[int, int]:

@@ -1,0 +1,363 @@
+import random
+
+import pytest
+import tiny
+import torch
+from tiny import BOI, EOI, IMG
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, MistralConfig
+from transformers.utils import is_flash_attn_2_available
+
+from transfusion_hf import (
+    SUPPORTED_TEXT_MODELS,
+    TransfusionConfig,
+    TransfusionForCausalLMAndDiffusion,
+    TransfusionModel,
+)
+
+IMAGE = [BOI] + [IMG] * 4 + [EOI]
+# Overrides that make the families' heads differ from a bare matrix, and their sliding layers slide.
+FAMILIES = {name: {} for name in SUPPORTED_TEXT_MODELS}
+FAMILIES["cohere"] = FAMILIES["cohere2"] = {"logit_scale": 1.5}
+FAMILIES["gemma2"] = {"sliding_window": 6, "final_logit_softcapping": 3.0}
+FAMILIES["gemma3_text"] = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+FAMILIES["granite"] = {"logits_scaling": 3.0, "embedding_multiplier": 2.0}
+FAMILIES["mistral"] = {"sliding_window": 6}
+FAMILIES["llama-tied"] = {"tie_word_embeddings": True}
+
+
+def family(name: str):
+    return tiny.text_config(name.removesuffix("-tied"), **FAMILIES[name])
+
+
+def images(count: int, side: int = 4) -> torch.Tensor:
+    return torch.randn(count, 2, side, side)
+
+
+def with_weights_of(plain, model) -> None:
+    """Puts the weights of a plain `...ForCausalLM` into a Transfusion model."""
+    state = {f"model.language_model.{k.removeprefix('model.')}": v for k, v in plain.state_dict().items()}
+    head = {k.removeprefix("model.language_model."): v for k, v in state.items() if "lm_head" in k}
+    body = {k: v for k, v in state.items() if "lm_head" not in k}
+    missing, unexpected = model.load_state_dict({**body, **head}, strict=False)
+    assert not unexpected and all("patch_" in key for key in missing)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_text_only_logits_equal_the_plain_decoder_before_and_after_reload(name, tmp_path):
+    plain = AutoModelForCausalLM.from_config(family(name)).eval()
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model = tiny.model(family(name))
+    with_weights_of(plain, model)
+    ids = torch.tensor([tiny.words(random.Random(0), 12)])
+    expected = plain(ids).logits
+    assert expected.std() > 0.1
+    assert (model(ids).logits - expected).abs().max() <= 1e-6
+    model.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (reloaded(ids).logits - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_patch_reaches_its_whole_image_and_what_follows_and_nothing_before(name):
+    """In every family, and so in both kinds of layers of the hybrid ones."""
+    model = tiny.model(family(name))
+    ids = torch.tensor([[5, 6, *IMAGE, 7, *IMAGE, 8]])
+    latents = images(2)
+    before = model.model(ids, latents).last_hidden_state[0]
+    latents[1, :, 3, 3] += 1.0  # the last patch of the second image
+    after = model.model(ids, latents).last_hidden_state[0]
+    changed = (before != after).any(dim=-1)
+    second = ids[0].tolist().index(BOI, 8) + 1
+    assert not changed[:second].any()
+    assert changed[second : second + 4].all()
+    assert changed[second + 4 :].all()
+
+
+@pytest.mark.parametrize("layer_type", ["sliding_attention", "full_attention"])
+def test_gemma_3_has_the_blocks_in_both_kinds_of_layers(layer_type):
+    text = tiny.text_config("gemma3_text", num_hidden_layers=1, sliding_window=4, layer_types=[layer_type])
+    model = tiny.model(text, patch_size=1)
+    ids = torch.tensor([[5, 6, 7, BOI] + [IMG] * 16 + [EOI, 8]])
+    latents = images(1)
+    before = model.model(ids, latents).last_hidden_state[0]
+    latents[0, :, 3, 3] += 1.0  # the last of 16 patches, 12 beyond the window of the first
+    changed = (before != model.model(ids, latents).last_hidden_state[0]).any(dim=-1)
+    assert not changed[:4].any() and changed[4:20].all()
+
+
+def test_causal_image_attention_is_the_ablation_of_table_5():
+    model = tiny.model(bidirectional_image_attention=False)
+    ids, latents = torch.tensor([[5, *IMAGE, 8]]), images(1)
+    before = model.model(ids, latents).last_hidden_state[0]
+    latents[0, :, 3, 3] += 1.0
+    changed = (before != model.model(ids, latents).last_hidden_state[0]).any(dim=-1)
+    assert changed.tolist() == [False] * 5 + [True] * 3
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "qwen3_next", "mixtral", "gpt2", "bart"])
+def test_families_that_cannot_be_right_are_refused_by_name(model_type):
+    config = tiny.config()
+    config.text_config = AutoConfig.for_model(model_type)
+    with pytest.raises(ValueError, match=f"'{model_type}' is not supported.*llama"):
+        TransfusionModel(config)
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
+@pytest.mark.parametrize("form", ["plain", "dict"])
+def test_stock_flash_attention_is_refused_with_the_reason(implementation, form):
+    assert not is_flash_attn_2_available()  # or the plain refusal below would be the library's
+    requested = implementation if form == "plain" else {"text_config": implementation}
+    config = tiny.config()
+    config._attn_implementation = requested
+    with pytest.raises(ValueError, match=r"silently drop the bidirectional image blocks.*'sdpa'"):
+        TransfusionForCausalLMAndDiffusion(config)
+    model = tiny.model()
+    if form == "plain":
+        with pytest.raises(ValueError, match="silently drop"):
+            model.set_attn_implementation(requested)
+    model.config.text_config._attn_implementation = implementation
+    with pytest.raises(ValueError, match="silently drop"):
+        model(torch.tensor([[5, 6]]))
+
+
+def test_stock_flash_attention_is_refused_when_loading(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    for requested in ("flash_attention_2", {"text_config": "flash_attention_2"}):
+        with pytest.raises(ValueError, match="silently drop"):
+            TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path, attn_implementation=requested)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+def test_every_supported_attention_gives_the_same_output(implementation):
+    model = tiny.model(tiny.gemma3())
+    features = {
+        key: value for key, value in tiny.batch(3).items() if key in ("input_ids", "attention_mask", "latents")
+    }
+    with torch.no_grad():
+        expected = model(**features).logits
+        model.set_attn_implementation(implementation)
+        actual = model(**features).logits
+    real = features["attention_mask"].bool()
+    torch.testing.assert_close(actual[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("text", [tiny.text_config(), tiny.gemma3()], ids=["llama", "gemma3"])
+def test_padding_changes_nothing(text):
+    model = tiny.model(text)
+    left, right = (tiny.batch(4, padding_side=side) for side in ("left", "right"))
+    with torch.no_grad():
+        outputs = [model(**features) for features in (left, right)]
+    torch.testing.assert_close(outputs[0].loss, outputs[1].loss, atol=1e-5, rtol=1e-5)
+    rows = [o.logits[f["attention_mask"].bool()] for o, f in zip(outputs, (left, right), strict=True)]
+    torch.testing.assert_close(rows[0], rows[1], atol=1e-4, rtol=1e-4)
+
+
+def test_cached_equals_uncached_wherever_the_text_is_cut():
+    model = tiny.model(tiny.gemma3())
+    ids, latents = torch.tensor([[5, 6, *IMAGE, 7, 8, *IMAGE, 9]]), images(2)
+    with torch.no_grad():
+        expected = model(ids, latents=latents).logits
+        for cut in (1, 2, 8, 9, 10, 16):  # not inside an image
+            cache, blocks_before = DynamicCache(), int((ids[0, :cut] == BOI).sum())
+            before = latents[:blocks_before] if blocks_before else None
+            after = latents[blocks_before:] if blocks_before < 2 else None
+            first = model(ids[:, :cut], latents=before, past_key_values=cache, use_cache=True).logits
+            mask = torch.ones_like(ids)
+            second = model(
+                ids[:, cut:], latents=after, attention_mask=mask, past_key_values=cache, use_cache=True
+            ).logits
+            torch.testing.assert_close(torch.cat([first, second], dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_images_of_several_sizes_in_one_batch_equal_each_alone():
+    model = tiny.model()
+    sizes, generator = [4, 1, 2, 2], torch.Generator().manual_seed(0)
+    latents = [tiny.image_of(n, generator) for n in sizes]
+    rows = [[5, BOI] + [IMG] * n + [EOI, 6] for n in sizes]
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
+    timesteps = torch.tensor([0, 100, 500, 999])
+    with torch.no_grad():
+        together = model(ids, latents=latents, timesteps=timesteps, attention_mask=(ids > 0).long())
+        for i, row in enumerate(rows):
+            alone = model(torch.tensor([row]), latents=latents[i][None], timesteps=timesteps[i : i + 1])
+            torch.testing.assert_close(together.image_predictions[i], alone.image_predictions[0], atol=1e-5, rtol=1e-4)
+
+
+def test_clean_images_have_no_noise_no_loss_and_t_0():
+    model = tiny.model()
+    ids = torch.tensor([[5, *IMAGE, 7, *IMAGE]])
+    latents = images(2)
+    labels = torch.where((ids == IMG) | (ids == EOI), -100, ids)
+    kwargs = {"latents": latents, "labels": labels, "timesteps": torch.tensor([700, 300]), "noise_seeds": [1, 2]}
+    output = model(ids, image_loss_mask=torch.tensor([False, True]), **kwargs)
+    only_second = model(
+        ids, image_loss_mask=torch.tensor([False, True]), **{**kwargs, "timesteps": torch.tensor([1, 300])}
+    )
+    assert torch.equal(output.loss, only_second.loss)  # the t asked for a clean image is not used
+    assert not torch.equal(output.diffusion_loss, model(ids, **kwargs).diffusion_loss)
+
+
+def test_without_labels_images_are_clean():
+    model = tiny.model()
+    ids, latents = torch.tensor([[5, *IMAGE]]), images(1)
+    clean = model(ids, latents=latents)
+    assert clean.loss is None and clean.image_predictions is None
+    at_0 = model(ids, latents=latents, timesteps=torch.tensor([0]))
+    assert torch.equal(clean.logits, at_0.logits)
+    assert at_0.image_predictions[0].shape == (2, 4, 4)
+
+
+def test_pixel_values_are_latents_without_a_vae():
+    model = tiny.model()
+    ids, pixels = torch.tensor([[5, *IMAGE]]), images(1)
+    assert torch.equal(model(ids, pixel_values=pixels).logits, model(ids, latents=pixels).logits)
+
+
+def test_evaluation_draws_t_and_noise_from_the_images_themselves():
+    model = tiny.model()
+    ids, latents = torch.tensor([[5, *IMAGE], [6, *IMAGE]]), images(2)
+    labels = torch.where((ids == IMG) | (ids == EOI), -100, ids)
+    torch.manual_seed(1)
+    first = model(ids, latents=latents, labels=labels).diffusion_loss
+    torch.manual_seed(2)
+    assert torch.equal(first, model(ids, latents=latents, labels=labels).diffusion_loss)
+    rows = [model(ids[i : i + 1], latents=latents[i : i + 1], labels=labels[i : i + 1]).diffusion_loss for i in (0, 1)]
+    torch.testing.assert_close(first, (rows[0] + rows[1]) / 2)
+    model.train()
+    assert not torch.equal(first, model(ids, latents=latents, labels=labels).diffusion_loss)
+
+
+def test_text_only_batch_gives_every_image_part_a_gradient():
+    model = tiny.model().train()
+    ids = torch.tensor([[5, 6, 7]])
+    output = model(ids, labels=ids)
+    output.loss.backward()
+    assert output.diffusion_loss == 0
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model, features = tiny.model().train(), tiny.batch(3)
+    model(**features).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(**features).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_noising_and_losses_stay_float32_in_a_bfloat16_model():
+    model = tiny.model(std=0.1).to(torch.bfloat16)
+    ids, latents = torch.tensor([[5, *IMAGE]]), images(1)
+    labels = torch.where((ids == IMG) | (ids == EOI), -100, ids)
+    output = model(ids, latents=latents.bfloat16(), labels=labels, timesteps=torch.tensor([1]), noise_seeds=[0])
+    assert output.logits.dtype == torch.bfloat16
+    assert output.image_predictions[0].dtype == output.diffusion_loss.dtype == torch.float32
+    # In bfloat16 ᾱ_1 = 1 and σ_1 = 0: the noised image would be the clean one.
+    noised, *_ = model._noise_images([latents], torch.tensor([1]), None, None, [0])
+    assert noised[0].dtype == torch.float32 and not torch.equal(noised[0], latents)
+
+
+def test_timestep_embedding_is_loaded_in_float32(tmp_path):
+    tiny.model().save_pretrained(tmp_path)
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    dtypes = {parameter.dtype for parameter in model.model.patch_encoder.timestep_embedding.parameters()}
+    assert dtypes == {torch.float32} and model.dtype == torch.bfloat16
+
+
+def test_save_and_load_give_equal_weights_and_outputs(tmp_path):
+    model = tiny.model()
+    features = tiny.batch(3)
+    model.save_pretrained(tmp_path)
+    reloaded = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path)
+    for (name, a), (_, b) in zip(model.state_dict().items(), reloaded.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(model(**features).loss, reloaded(**features).loss)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(base, TransfusionModel)
+    assert torch.equal(base.patch_decoder.proj.weight, model.model.patch_decoder.proj.weight)
+
+
+def test_static_flags_are_set():
+    model = tiny.model(tiny.gemma3())
+    assert model._no_split_modules == {
+        "Gemma3DecoderLayer",
+        "TransfusionLinearPatchEncoder",
+        "TransfusionLinearPatchDecoder",
+    }
+    assert model._supports_sdpa and model._supports_flex_attn and model._supports_attention_backend
+    assert not model._supports_flash_attn
+    assert model.supports_gradient_checkpointing
+    assert "past_key_values" in model._skip_keys_device_placement
+    assert model.input_modalities == model.output_modalities == ("image", "text")
+    assert model._tied_weights_keys == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    assert model.all_tied_weights_keys and model.lm_head.weight is model.get_input_embeddings().weight
+    assert not tiny.model().all_tied_weights_keys
+    assert model.loss_type == "ForCausalLM"  # the Trainer counts shifted labels for it
+
+
+def test_resizing_the_vocabulary_keeps_head_and_embeddings_together():
+    for tied in (False, True):
+        model = tiny.model(tiny.text_config(tie_word_embeddings=tied))
+        model.resize_token_embeddings(70)
+        assert model.lm_head.weight.shape == model.get_input_embeddings().weight.shape == (70, 32)
+        assert model.config.text_config.vocab_size == 70
+        assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+        assert model(torch.tensor([[5, 69]])).logits.shape[-1] == 70
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"latents": torch.zeros(1, 2, 4, 4)}, "hold 1 images but `input_ids` has 2 image blocks; pass one image per"),
+        ({"latents": torch.zeros(3, 2, 4, 4)}, "hold 3 images but `input_ids` has 2 image blocks"),
+        ({"latents": None}, "`input_ids` has 2 image blocks but no images were passed; pass `pixel_values`"),
+        ({"latents": torch.zeros(2, 2, 5, 4)}, r"multiples of `patch_size` \(2\); got 5 × 4. Resize or crop"),
+        ({"latents": torch.zeros(2, 3, 4, 4)}, r"shape \(num_images, 2, height, width\).*got \(2, 3, 4, 4\)"),
+        ({"latents": torch.zeros(2, 2, 4, 8)}, r"blocks of \[4, 4\] patches but the images have \[8, 8\]"),
+        ({"latents": torch.full((2, 2, 4, 4), torch.nan)}, "hold NaN or infinite values; expected finite numbers"),
+        ({"timesteps": torch.tensor([0, 1000])}, r"one t from 0 to 999 for each of 2 images; got \[0, 1000\]"),
+        ({"timesteps": torch.tensor([-1, 0])}, r"one t from 0 to 999 for each of 2 images; got \[-1, 0\]"),
+        ({"timesteps": torch.tensor([1])}, r"one t from 0 to 999 for each of 2 images; got \[1\]"),
+        ({"pixel_values": torch.zeros(2, 2, 4, 4)}, "Pass `pixel_values` or `latents`, not both"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, r"`input_ids` must hold at least one token; got shape \(0, 4\)"),
+        ({"input_ids": torch.tensor([[5, 6]])}, "hold 2 images but `input_ids` has 0 image blocks"),
+        ({"input_ids": None}, "exactly one of `input_ids` and `inputs_embeds`"),
+    ],
+)  # fmt: skip
+def test_bad_input_names_what_was_expected_and_what_came(change, message):
+    features = {"input_ids": torch.tensor([[5, *IMAGE, 7, *IMAGE]]), "latents": images(2), **change}
+    with pytest.raises(ValueError, match=message):
+        tiny.model()(**features)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timesteps": torch.tensor([0, 1000])}, r"`timesteps` must lie in 0 to 999; got \[0, 1000\]"),
+        ({"max_timesteps": torch.tensor([0, 1000])}, r"`max_timesteps` must lie in 1 to 1000; got \[0, 1000\]"),
+        ({"max_timesteps": torch.tensor([500])}, "`max_timesteps` must hold one value for each of 2 images; got 1"),
+        ({"image_loss_mask": torch.tensor([True])}, "`image_loss_mask` must hold one value for each of 2 images"),
+        ({"noise_seeds": [1, 2, 3]}, "`noise_seeds` must hold one value for each of 2 images; got 3"),
+    ],
+)
+def test_bad_training_input_names_what_was_expected_and_what_came(change, message):
+    ids = torch.tensor([[5, *IMAGE, 7, *IMAGE]])
+    with pytest.raises(ValueError, match=message):
+        tiny.model()(ids, latents=images(2), labels=ids, **change)
+
+
+def test_a_vae_is_refused_until_it_is_supported():
+    with pytest.raises(ValueError, match="`vae_config` is not supported by this version; leave it `None`"):
+        TransfusionForCausalLMAndDiffusion(tiny.config(vae_config={"block_out_channels": [32, 64]}))
+
+
+def test_any_mistral_config_object_is_accepted():
+    config = TransfusionConfig(text_config=MistralConfig(vocab_size=32003, num_hidden_layers=1))
+    assert config.text_config.model_type == "mistral"
