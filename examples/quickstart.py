@@ -126,9 +126,7 @@ def train(args: argparse.Namespace, train_set: list[dict], eval_set: list[dict],
         train_dataset=train_set,
         # Marked, so that every evaluation sees the same sequences.
         eval_dataset=[{**sample, "text": sample["text"] + processor.image_token} for sample in eval_set],
-        data_collator=TransfusionDataCollator(
-            processor, caption_first_probability=args.caption_first_probability
-        ),
+        data_collator=TransfusionDataCollator(processor, caption_first_probability=args.caption_first_probability),
         callbacks=[TransfusionEMACallback(decay=0.995)],
     )
     start = time.perf_counter()

@@ -2,7 +2,7 @@
 The naive twin of the model: float64, loops over tokens, written from the paper's equations (arXiv 2408.11039).
 
 It reads the parameters of a `TransfusionForCausalLMAndDiffusion` over a Llama by name and uses none of its code. It
-takes ᾱ, from the scheduler, and the sinusoids of t, from diffusers, as inputs. Gradients come from autograd over the loops.
+takes ᾱ, from the scheduler, and the sinusoids of t, from diffusers, as inputs. Autograd gives gradients.
 """
 
 import math

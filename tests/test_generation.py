@@ -340,11 +340,11 @@ def test_min_new_tokens_holds_back_the_end_of_each_row_by_its_own_count():
             return scores
 
     kwargs = {"logits_processor": LogitsProcessorList([StopAtEnd(scripts)]), "min_new_tokens": 9}
-    output = generate(model, inputs, **kwargs)
+    output = generate(model, inputs, generator=generators(4), **kwargs)
     for row, prompt in enumerate(MIXED):
         ids = new_ids(output, inputs, row)
         assert len(ids) == 10 and ids[-1] == EOS and EOS not in ids[:-1]
-        alone = generate(model, prompts(prompt), **kwargs)
+        alone = generate(model, prompts(prompt), generator=[generators(4)[row]], **kwargs)
         assert new_ids(alone, prompts(prompt), 0) == ids
 
 
@@ -488,7 +488,7 @@ def test_bfloat16_stays_within_its_error_through_a_whole_drawing():
         ([4, BOI, IMG, IMG], {}, "`input_ids` ends among the patches of an image; end a prompt with"),
         ([4, BOI, IMG, IMG], {"generation_mode": "text"}, "`input_ids` ends among the patches of an image"),
         ([4, BOI], {"max_new_tokens": 4}, "`max_new_tokens` is 4, but a prompt ends at <BOI> and its image needs 5"),
-        ([4, 30], {"num_inference_steps": 0, "generation_mode": "image"}, "`num_inference_steps` must be 1 to 1000; got 0"),
+        ([4, BOI], {"num_inference_steps": 0, "max_new_tokens": 9}, "`num_inference_steps` must be 1 to 1000; got 0"),
         ([4, BOI], {"num_inference_steps": 1001}, "`num_inference_steps` must be 1 to 1000; got 1001"),
         ([4, BOI], {"scheduler": "NoScheduler"}, "`scheduler` must name a scheduler of diffusers.*got 'NoScheduler'"),
         ([4, BOI], {"height": 5}, "`height` must be a positive multiple of 2 pixels.*got 5"),
@@ -510,8 +510,9 @@ def test_bad_input_names_what_was_expected_and_what_came(prompt, change, message
 
 def test_a_scheduler_of_another_schedule_or_prediction_is_refused():
     model, inputs = tiny.model(), prompts([4, BOI])
-    with pytest.raises(ValueError, match=r"has another noise schedule than the model; make it with .*from_config"):
-        generate(model, inputs, scheduler=DDIMScheduler())
+    for other in (DDIMScheduler(), DDIMScheduler(num_train_timesteps=500)):
+        with pytest.raises(ValueError, match=r"has another noise schedule than the model; make it with .*from_config"):
+            generate(model, inputs, scheduler=other)
     other = DDIMScheduler.from_config(model.noise_scheduler.config, prediction_type="v_prediction")
     with pytest.raises(ValueError, match="prediction type 'v_prediction', this one predicts 'epsilon'"):
         generate(model, inputs, scheduler=other)

@@ -326,7 +326,7 @@ def test_resizing_the_vocabulary_keeps_head_and_embeddings_together():
         ({"timesteps": torch.tensor([-1, 0])}, r"one t from 0 to 999 for each of 2 images; got \[-1, 0\]"),
         ({"timesteps": torch.tensor([1])}, r"one t from 0 to 999 for each of 2 images; got \[1\]"),
         ({"pixel_values": torch.zeros(2, 2, 4, 4)}, "Pass `pixel_values` or `latents`, not both"),
-        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, r"`input_ids` must hold at least one token; got shape \(0, 4\)"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, r"`input_ids` must hold at least one token; got shape"),
         ({"input_ids": torch.tensor([[5, 6]])}, "hold 2 images but `input_ids` has 0 image blocks"),
         ({"input_ids": None}, "exactly one of `input_ids` and `inputs_embeds`"),
     ],

@@ -140,7 +140,7 @@ def test_patches_equal_the_reference_and_unpatching_undoes_them(size):
 
 def test_timestep_sinusoids_are_float32_cosines_and_sines():
     timesteps = torch.tensor([0, 1, 500, 999])
-    sinusoids = TransfusionTimestepEmbedding(8).sinusoids(timesteps)
+    sinusoids = TransfusionTimestepEmbedding(256, 8).sinusoids(timesteps)
     frequencies = 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
     angles = timesteps[:, None].double() * frequencies
     assert sinusoids.dtype == torch.float32

@@ -44,6 +44,7 @@ def config(text: PreTrainedConfig | None = None, **kwargs: Any) -> TransfusionCo
         "latent_channels": 2,
         "sample_size": 4,
         "patch_size": 2,
+        "timestep_embedding_dim": 16,
         "image_start_token_id": BOI,
         "image_token_id": IMG,
         "image_end_token_id": EOI,

@@ -41,6 +41,8 @@ class TransfusionConfig(PreTrainedConfig):
             Side, in latent pixels, of the window that becomes one transformer vector (§3).
         patch_encoder (`str`, defaults to `"linear"`):
             How patches become vectors and back. `"linear"`: one linear layer on patch plus timestep embedding.
+        timestep_embedding_dim (`int`, defaults to 256):
+            Number of sinusoids of t, and width of the MLP that follows; even.
         num_train_timesteps (`int`, defaults to 1000):
             T, the number of steps of the noise schedule.
         beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
@@ -73,12 +75,13 @@ class TransfusionConfig(PreTrainedConfig):
     # What `forward` returns beside the logits is nothing that an evaluation loop should gather.
     keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "diffusion_loss", "image_predictions"]
 
-    text_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None  # a `PreTrainedConfig` once constructed
     vae_config: dict | None = None
     latent_channels: int = 8
     sample_size: int | list | tuple = 32
     patch_size: int = 2
     patch_encoder: str = "linear"
+    timestep_embedding_dim: int = 256
     num_train_timesteps: int = 1000
     beta_schedule: str = "squaredcos_cap_v2"
     prediction_type: str = "epsilon"
@@ -156,6 +159,10 @@ class TransfusionConfig(PreTrainedConfig):
         for name in ("latent_channels", "patch_size", "num_train_timesteps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
+        if self.timestep_embedding_dim < 2 or self.timestep_embedding_dim % 2:
+            raise ValueError(
+                f"`timestep_embedding_dim` must be even and at least 2; got {self.timestep_embedding_dim}."
+            )
         if self.patch_encoder != "linear":
             raise ValueError(f"`patch_encoder` must be 'linear'; got {self.patch_encoder!r}.")
         if self.prediction_type != "epsilon":

@@ -8,6 +8,7 @@ t = T − 1, almost pure noise; a clean image is conditioned on as t = 0. Everyt
 import copy
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import diffusers
 import torch
@@ -33,7 +34,10 @@ def make_noise_scheduler(config: TransfusionConfig) -> DDPMScheduler:
 
 
 def make_sampling_scheduler(
-    noise_scheduler: SchedulerMixin, scheduler: SchedulerMixin | str | None, num_inference_steps: int, device
+    noise_scheduler: SchedulerMixin,
+    scheduler: SchedulerMixin | str | None,
+    num_inference_steps: int,
+    device: torch.device,
 ) -> SchedulerMixin:
     """
     A scheduler ready to sample, whose state nobody else shares.
@@ -51,30 +55,24 @@ def make_sampling_scheduler(
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise ValueError(f"`num_inference_steps` must be 1 to {num_train_timesteps}; got {num_inference_steps}.")
-    if scheduler is None:
-        scheduler = noise_scheduler
-    elif isinstance(scheduler, str):
-        scheduler_class = getattr(diffusers, scheduler, None)
-        if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
-            raise ValueError(f"`scheduler` must name a scheduler of diffusers, as 'DDIMScheduler'; got {scheduler!r}.")
-        scheduler = scheduler_class.from_config(noise_scheduler.config)
+    sampler: Any = noise_scheduler if scheduler is None else scheduler
+    if isinstance(scheduler, str):
+        sampler = _scheduler_class(scheduler).from_config(noise_scheduler.config)
     remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
-    prediction_type = scheduler.config.get("prediction_type")
+    prediction_type = sampler.config.get("prediction_type")
     if prediction_type != noise_scheduler.config.prediction_type:
         raise ValueError(
             f"`scheduler` samples a model of prediction type {prediction_type!r}, this one predicts "
             f"{noise_scheduler.config.prediction_type!r}; {remedy}."
         )
-    alphas_cumprod = getattr(scheduler, "alphas_cumprod", None)
-    if alphas_cumprod is None or not torch.allclose(
-        alphas_cumprod.cpu(), noise_scheduler.alphas_cumprod.cpu(), atol=1e-6
-    ):
+    schedules = [getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in (sampler, noise_scheduler)]
+    if schedules[0].shape != schedules[1].shape or not torch.allclose(*schedules, atol=1e-6):
         raise ValueError(
-            f"`scheduler` ({type(scheduler).__name__}) has another noise schedule than the model; {remedy}."
+            f"`scheduler` ({type(sampler).__name__}) has another noise schedule than the model; {remedy}."
         )
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(num_inference_steps, device=device)
-    return scheduler
+    sampler = copy.deepcopy(sampler)
+    sampler.set_timesteps(num_inference_steps, device=device)
+    return sampler
 
 
 def content_seeds(stacks: Sequence[torch.Tensor]) -> list[int]:
@@ -158,6 +156,13 @@ def image_losses(predictions: Sequence[torch.Tensor], eps: Sequence[torch.Tensor
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     """Classifier-free guidance: the unconditional prediction moved `guidance_scale` times towards the conditional."""
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def _scheduler_class(name: str) -> Any:
+    scheduler_class = getattr(diffusers, name, None)
+    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
+        raise ValueError(f"`scheduler` must name a scheduler of diffusers, as 'DDIMScheduler'; got {name!r}.")
+    return scheduler_class
 
 
 def _generator(seed: int) -> torch.Generator:

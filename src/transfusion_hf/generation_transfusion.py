@@ -46,15 +46,14 @@ from .patching_transfusion import stack_images
 
 logger = logging.get_logger(__name__)
 
-# What `generate()` takes beside the library's own parameters; most may stand in `generation_config.json`.
-_DRAWING_DEFAULTS: dict[str, Any] = {
+# What `generate()` takes beside the library's own parameters, and what may stand in `generation_config.json` of it.
+DRAWING_DEFAULTS: dict[str, Any] = {
     "generation_mode": None,
     "num_inference_steps": 250,
     "image_guidance_scale": 3.0,
     "height": None,
     "width": None,
     "scheduler": None,
-    "generator": None,
 }
 _MODES = ("interleaved", "text", "image")
 # These count columns from the prompt's end; parked rows make columns and tokens two things.
@@ -135,12 +134,13 @@ class TransfusionGenerationMixin(GenerationMixin):
     # What follows overrides the library's preparation, in the order in which `generate()` calls it.
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
-        ours = {name: kwargs.pop(name) for name in _DRAWING_DEFAULTS if kwargs.get(name) is not None}
+        names = [*DRAWING_DEFAULTS, "generator"]
+        ours = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
-        for name, default in _DRAWING_DEFAULTS.items():
-            model_kwargs.pop(name, None)
+        for name in names:
             stored = getattr(generation_config, name, None)
-            setattr(generation_config, name, ours.get(name, default if stored is None else stored))
+            default = DRAWING_DEFAULTS.get(name) if stored is None else stored
+            setattr(generation_config, name, ours.get(name, default))
         return generation_config, model_kwargs
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
@@ -463,8 +463,8 @@ class _InterleavedDecoder:
     def _check_cache(self) -> None:
         if self.cache is None:
             return
-        layers = getattr(self.cache, "layers", None)
-        if not isinstance(self.cache, DynamicCache) or any(type(layer) is not DynamicLayer for layer in layers):
+        is_dynamic = isinstance(self.cache, DynamicCache)
+        if not is_dynamic or any(type(layer) is not DynamicLayer for layer in self.cache.layers):
             raise ValueError(
                 "`past_key_values` must be a `DynamicCache()` without config, all of whose layers keep their full "
                 f"length: the keys of a denoising step are given up again. Got {self.cache!r}."
@@ -655,7 +655,7 @@ class _DenoisingLoop:
             self.latents = self.latents + [[] for _ in unconditional]
         all_columns = max(len(row) for row in decoder.ids)
         ids, mask = _align(contexts, decoder.pad_token_id)
-        self.cache = None if decoder.cache is None else DynamicCache()
+        self.cache: Any = None if decoder.cache is None else DynamicCache()
         self.num_cached = 0 if decoder.cache is None else decoder.cache.get_seq_length()
         if self.num_cached:
             # Same columns as the decoder's cache, whose longest row may not be among these.
@@ -698,7 +698,8 @@ class _DenoisingLoop:
             if self.guidance_scale == 1:
                 eps = self._predict(x_in, t)
             else:
-                eps = guide(*self._predict(torch.cat([x_in, x_in]), t).chunk(2), self.guidance_scale)
+                conditional, unconditional = self._predict(torch.cat([x_in, x_in]), t).chunk(2)
+                eps = guide(conditional, unconditional, self.guidance_scale)
             x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
         return x_t
 

@@ -21,7 +21,7 @@ from .diffusion_transfusion import (
     sample_noise,
     sample_timesteps,
 )
-from .generation_transfusion import TransfusionGenerationMixin
+from .generation_transfusion import DRAWING_DEFAULTS, TransfusionGenerationMixin
 from .masking_transfusion import (
     check_attn_implementation,
     create_transfusion_mask,
@@ -82,6 +82,8 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
+    """What transformers wants to know of every Transfusion model."""
+
     config: TransfusionConfig
     config_class = TransfusionConfig
     base_model_prefix = "model"
@@ -171,16 +173,15 @@ class TransfusionModel(TransfusionPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        block_ids, stacks = None, None
-        if inputs_embeds is None:
+        block_ids: Any = None
+        if input_ids is not None:
             if input_ids.numel() == 0:
                 raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
             block_ids = image_block_ids(input_ids, self.config.image_token_id)
-            inputs_embeds = self.get_input_embeddings()(input_ids)
+        hidden_states: Any = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
+        stacks = None if latents is None else stack_images(latents)
         # A step of generation on one sampled token or under a mask already prepared has nothing left to check.
-        is_decoding = past_key_values is not None and (inputs_embeds.shape[1] == 1 or is_prepared(attention_mask))
-        if latents is not None:
-            stacks = stack_images(latents)
+        is_decoding = past_key_values is not None and (hidden_states.shape[1] == 1 or is_prepared(attention_mask))
         if not is_decoding and not torch.compiler.is_compiling():
             self._check_images(stacks, block_ids, timesteps)
 
@@ -189,7 +190,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
             encoder_timesteps = stacks[0].new_zeros(num_images) if timesteps is None else timesteps
             patches = self.patch_encoder(stacks, encoder_timesteps)
             is_patch = block_ids >= 0
-            inputs_embeds = inputs_embeds.masked_scatter(is_patch[..., None], patches.to(inputs_embeds.dtype))
+            hidden_states = hidden_states.masked_scatter(is_patch[..., None], patches.to(hidden_states.dtype))
 
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
@@ -198,14 +199,14 @@ class TransfusionModel(TransfusionPreTrainedModel):
             has_blocks = stacks is not None and self.config.bidirectional_image_attention
             attention_mask = create_transfusion_mask(
                 self.config.text_config,
-                inputs_embeds,
+                hidden_states,
                 block_ids if has_blocks else None,
                 attention_mask,
                 past_key_values,
                 position_ids,
             )
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -291,6 +292,10 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=has_bias)
         # A VAE belongs here, registered last: `dtype` and `device` are those of the first parameters.
         self._noise_scheduler = None
+        # Otherwise the library ignores custom entries of `generation_config.json` on loading.
+        self.generation_config._from_model_config = False
+        for name, default in DRAWING_DEFAULTS.items():
+            setattr(self.generation_config, name, default)
         self.post_init()
 
     @property
@@ -382,12 +387,13 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         """
         if pixel_values is not None and latents is not None:
             raise ValueError("Pass `pixel_values` or `latents`, not both.")
+        stacks: list[torch.Tensor] | None = None
         if pixel_values is not None:
             stacks = self.encode_images(pixel_values)
-        else:
-            stacks = None if latents is None else [_at_least_float32(stack) for stack in stack_images(latents)]
+        elif latents is not None:
+            stacks = [_at_least_float32(stack) for stack in stack_images(latents)]
 
-        noise, is_noised = None, None
+        noise: list[torch.Tensor] | None = None
         if labels is not None and stacks is not None:
             stacks, noise, timesteps, is_noised = self._noise_images(
                 stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds

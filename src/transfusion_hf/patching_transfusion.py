@@ -63,13 +63,13 @@ class TransfusionTimestepEmbedding(nn.Module):
     Sinusoids of t in float32 and a small MLP, of the width of a patch (footnote 6 adds it to every patch vector).
     """
 
-    def __init__(self, embedding_dim: int, num_channels: int = 256):
+    def __init__(self, num_channels: int, patch_dim: int):
         super().__init__()
         self.sinusoids = Timesteps(num_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.mlp = TimestepEmbedding(num_channels, num_channels, out_dim=embedding_dim)
+        self.mlp = TimestepEmbedding(num_channels, num_channels, out_dim=patch_dim)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """`timesteps` of shape `(num_images,)` → `(num_images, embedding_dim)`."""
+        """`timesteps` of shape `(num_images,)` → `(num_images, patch_dim)`."""
         with torch.autocast(timesteps.device.type, enabled=False):
             return self.mlp(self.sinusoids(timesteps).to(self.mlp.linear_1.weight.dtype))
 
@@ -81,7 +81,7 @@ class TransfusionLinearPatchEncoder(nn.Module):
         super().__init__()
         self.patch_size = config.patch_size
         patch_dim = config.latent_channels * config.patch_size**2
-        self.timestep_embedding = TransfusionTimestepEmbedding(patch_dim)
+        self.timestep_embedding = TransfusionTimestepEmbedding(config.timestep_embedding_dim, patch_dim)
         self.proj = nn.Linear(patch_dim, config.text_config.hidden_size)
 
     def forward(self, stacks: Sequence[torch.Tensor], timesteps: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,14 @@
 """Interleaved text and images to model inputs, and model outputs back to text and images."""
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 
 from .image_processing_transfusion import TransfusionImageProcessor
 
@@ -164,8 +166,14 @@ class TransfusionProcessor(ProcessorMixin):
         kwargs.setdefault("padding_side", "left")
         if isinstance(text, (list, tuple)) and len(text) == 0:
             raise ValueError("`text` must hold at least one text; got an empty list.")
-        # Padding is needed by several rows only; a text that ends among images is not to be cut, so nothing truncates.
         kwargs.setdefault("padding", not isinstance(text, str))
+        num_markers = "".join([text] if isinstance(text, str) else text or []).count(self.image_token)
+        num_images = 0 if images is None else len(make_flat_list_of_images(images))
+        if num_markers != num_images:
+            raise ValueError(
+                f"`text` has {num_markers} markers {self.image_token} but `images` holds {num_images} images; pass "
+                "one image per marker."
+            )
         features = super().__call__(images=images, text=text, **kwargs)
         if return_labels:
             features["labels"] = make_labels(
@@ -226,7 +234,7 @@ class TransfusionProcessor(ProcessorMixin):
     def decode_interleaved(
         self,
         sequences: torch.LongTensor,
-        images: Sequence[Sequence[torch.Tensor | Image.Image]],
+        images: Sequence[Sequence[torch.Tensor | Image.Image]] | None,
         skip_special_tokens: bool = True,
         **kwargs: Any,
     ) -> list[list[str | Image.Image]]:
@@ -249,15 +257,10 @@ class TransfusionProcessor(ProcessorMixin):
         ]
 
     def _decode_row(self, ids: list[int], images: list, skip_special_tokens: bool, **kwargs: Any) -> list:
-        segments: list[list[int] | None] = [[]]  # runs of text; None for an image
-        for previous, token in zip([None, *ids], ids, strict=False):
-            if token != self.image_token_id:
-                if segments[-1] is None:
-                    segments.append([])
-                segments[-1].append(token)
-            elif previous != self.image_token_id:
-                segments.append(None)
-        num_blocks = segments.count(None)
+        runs = [
+            (is_image, list(run)) for is_image, run in groupby(ids, key=lambda token: token == self.image_token_id)
+        ]
+        num_blocks = sum(is_image for is_image, _ in runs)
         if num_blocks != len(images):
             raise ValueError(
                 f"A row has {num_blocks} image blocks but `images` holds {len(images)}; put the images of the prompt "
@@ -265,12 +268,12 @@ class TransfusionProcessor(ProcessorMixin):
             )
         pictures = iter(images)
         decoded: list[str | Image.Image] = []
-        for segment in segments:
-            if segment is None:
+        for is_image, run in runs:
+            if is_image:
                 picture = next(pictures)
                 is_tensor = isinstance(picture, torch.Tensor)
                 decoded += self.image_processor.postprocess([picture]) if is_tensor else [picture]
-            elif string := self.tokenizer.decode(segment, skip_special_tokens=skip_special_tokens, **kwargs):
+            elif string := self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens, **kwargs):
                 decoded.append(string)
         return decoded
 

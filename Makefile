@@ -1,0 +1,39 @@
+# `make demo` and `make test` set everything up themselves, in .venv, from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+# One thread per test process: two of them share the work.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+.PHONY: demo test test-slow test-lowest lint clean
+
+demo: .venv/installed
+	$(BIN)/python examples/quickstart.py
+
+test: .venv/installed
+	$(PYTEST)
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -m slow
+
+# The same tests on the lowest supported transformers, laid over the environment.
+test-lowest: .venv-lowest/installed
+	PYTHONPATH=.venv-lowest $(PYTEST)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+.venv-lowest/installed: .venv/installed
+	rm -rf .venv-lowest
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target .venv-lowest 'transformers==$(LOWEST).*'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-lowest outputs

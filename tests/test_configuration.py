@@ -1,0 +1,97 @@
+import pytest
+import tiny
+import torch
+from transformers import AutoConfig, LlamaConfig
+
+from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
+
+# Table 2: layers, hidden size, heads, and the number of parameters that names the model.
+TABLE_2 = {
+    "0.16B": (16, 768, 12, 0.16e9),
+    "0.37B": (24, 1024, 16, 0.37e9),
+    "0.76B": (24, 1536, 24, 0.76e9),
+    "1.4B": (24, 2048, 16, 1.4e9),
+    "7B": (32, 4096, 32, 7e9),
+}
+# What our widths make of it, with 32k tokens and an untied head.
+OURS = {"0.16B": 0.162e9, "0.37B": 0.374e9, "0.76B": 0.778e9, "1.4B": 1.364e9, "7B": 6.74e9}
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_presets_are_the_models_of_table_2(name):
+    layers, hidden, heads, parameters = TABLE_2[name]
+    config = TransfusionConfig.from_preset(name)
+    text = config.text_config
+    assert (text.num_hidden_layers, text.hidden_size, text.num_attention_heads) == (layers, hidden, heads)
+    with torch.device("meta"):
+        model = TransfusionForCausalLMAndDiffusion(config)
+    count = model.num_parameters()
+    assert count == pytest.approx(OURS[name], rel=0.005)
+    # The table's names are rounded to two digits (7B is Llama's 6.7B).
+    assert count == pytest.approx(parameters, rel=0.03 if name != "7B" else 0.05)
+    image_parts = sum(p.numel() for name, p in model.named_parameters() if "patch_" in name)
+    assert image_parts < 0.005 * count  # §3: less than 0.5 % for the linear variant
+
+
+def test_the_default_is_the_papers_smallest_model_over_32_by_32_latents_of_8_channels():
+    config = TransfusionConfig()
+    assert config.text_config.to_dict() == TransfusionConfig.from_preset("0.16B").text_config.to_dict()
+    assert (config.latent_channels, config.latent_size, config.patch_size) == (8, (32, 32), 2)
+    assert config.diffusion_loss_weight == 5.0 and config.num_train_timesteps == 1000
+
+
+@pytest.mark.parametrize(("patch_size", "patches"), [(1, 1024), (2, 256), (4, 64), (8, 16)])
+def test_patches_per_image_are_those_of_section_3(patch_size, patches):
+    assert TransfusionConfig(patch_size=patch_size).num_patches(32, 32) == patches
+
+
+@pytest.mark.parametrize("text", [tiny.text_config(), tiny.gemma3()], ids=["llama", "gemma3"])
+def test_config_survives_saving(text, tmp_path):
+    config = tiny.config(text, sample_size=(4, 8), diffusion_loss_weight=3.0)
+    config.save_pretrained(tmp_path)
+    for reloaded in (TransfusionConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(reloaded.text_config) is type(text)
+        assert reloaded.latent_size == (4, 8) and reloaded.diffusion_loss_weight == 3.0
+        assert reloaded.tie_word_embeddings == text.tie_word_embeddings
+
+
+def test_tie_word_embeddings_is_that_of_the_decoder():
+    assert tiny.config(tiny.text_config(tie_word_embeddings=True)).tie_word_embeddings is True
+    with pytest.raises(ValueError, match="`tie_word_embeddings` is True but that of `text_config` is False"):
+        tiny.config(tie_word_embeddings=True)
+
+
+def test_no_field_carries_the_name_of_a_generation_parameter():
+    assert not tiny.config()._get_generation_parameters()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_start_token_id": 64}, "`image_start_token_id` must lie inside the vocabulary, 0 to 63; got 64"),
+        ({"image_end_token_id": -1}, "`image_end_token_id` must lie inside the vocabulary, 0 to 63; got -1"),
+        ({"image_token_id": 61}, "must differ; got image_start_token_id=61, image_token_id=61, image_end_token_id=63"),
+        ({"patch_size": 0}, "`patch_size` must be at least 1; got 0"),
+        ({"patch_size": 3}, r"multiples of `patch_size` \(3\); got 4 × 4"),
+        ({"sample_size": (4, 4, 4)}, r"`sample_size` must be one integer or \(height, width\); got \(4, 4, 4\)"),
+        ({"patch_encoder": "vit"}, "`patch_encoder` must be 'linear'; got 'vit'"),
+        ({"prediction_type": "velocity"}, "`prediction_type` must be 'epsilon'; got 'velocity'"),
+        ({"diffusion_loss_weight": -1.0}, "`diffusion_loss_weight` must not be negative; got -1.0"),
+        ({"timestep_embedding_dim": 7}, "`timestep_embedding_dim` must be even and at least 2; got 7"),
+    ],
+)  # fmt: skip
+def test_bad_fields_name_what_was_expected_and_what_came(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.config(**change)
+
+
+def test_unknown_preset_names_those_there_are():
+    with pytest.raises(
+        ValueError, match=r"`name` must be one of the presets 0.16B, 0.37B, 0.76B, 1.4B, 7B; got '13B'"
+    ):
+        TransfusionConfig.from_preset("13B")
+
+
+def test_ids_outside_of_a_small_vocabulary_are_refused_by_default():
+    with pytest.raises(ValueError, match="must lie inside the vocabulary, 0 to 99; got 32000"):
+        TransfusionConfig(text_config=LlamaConfig(vocab_size=100))

@@ -1,0 +1,226 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, LlamaConfig
+
+from transfusion_hf import (
+    TransfusionConfig,
+    TransfusionForCausalLMAndDiffusion,
+    TransfusionImageProcessor,
+    TransfusionProcessor,
+)
+
+TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
+
+
+@pytest.fixture
+def processor() -> TransfusionProcessor:
+    return AutoProcessor.from_pretrained(TINY)
+
+
+@pytest.fixture
+def tokenizer_without_image_tokens(processor):
+    import sys
+
+    sys.path.insert(0, str(TINY.parent))
+    from make_tiny_transfusion import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+def picture(color, size=(8, 8)) -> Image.Image:
+    return Image.new("RGB", size, color)
+
+
+RED, BLUE = picture("red"), picture("blue")
+
+
+def test_each_marker_becomes_boi_patches_eoi(processor):
+    features = processor(text="a<image>b<image>", images=[RED, BLUE])
+    tokens = processor.tokenizer.convert_ids_to_tokens(features["input_ids"][0])
+    image = ["<BOI>"] + ["<image>"] * 16 + ["<EOI>"]
+    assert tokens == ["<s>", "a", *image, "b", *image]
+    assert features["pixel_values"].shape == (2, 3, 8, 8)
+    assert features["pixel_values"][0, :, 0, 0].tolist() == [1.0, -1.0, -1.0]
+
+
+def test_rows_are_padded_at_the_left_and_may_end_at_boi(processor):
+    features = processor(text=["abc<BOI>", "<image>"], images=[RED])
+    assert features["attention_mask"][0].tolist() == [0] * 14 + [1] * 5
+    assert features["input_ids"][0, -1] == processor.image_start_token_id
+
+
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+def test_labels_are_minus_100_at_every_loss_free_position(processor, padding_side):
+    features = processor(
+        text=["ab<image>c", "d"], images=[RED], return_labels=True, padding=True, padding_side=padding_side
+    )
+    first, second = features["labels"].tolist()
+    a, b, c, d = processor.tokenizer.convert_tokens_to_ids(["a", "b", "c", "d"])
+    # <s> a b <BOI> 16 patches <EOI> c: <BOI> is predicted, what follows it and <EOI> are not.
+    assert first == [-100, a, b, processor.image_start_token_id, *[-100] * 17, c]
+    assert [label for label in second if label != -100] == [d]
+    position = second.index(d)
+    assert features["input_ids"][1, position - 1] == processor.tokenizer.bos_token_id
+
+
+def test_a_text_that_ends_at_boi_has_no_loss_behind_it(processor):
+    features = processor(text=["a<BOI>b"], return_labels=True)
+    assert features["labels"][0].tolist()[-2:] == [processor.image_start_token_id, -100]
+
+
+def test_images_of_several_sizes_come_as_a_list(processor):
+    features = processor(
+        text="<image><image>", images=[picture("red", (4, 8)), BLUE], do_resize=False, do_center_crop=False
+    )
+    assert [tuple(image.shape) for image in features["pixel_values"]] == [(3, 8, 4), (3, 8, 8)]
+    blocks = (features["input_ids"][0] == processor.image_token_id).sum()
+    assert blocks == 8 + 16
+
+
+def test_decode_gives_strings_and_pictures_in_order(processor):
+    features = processor(text="ab<image>c<image><image>", images=[RED, BLUE, RED])
+    (document,) = processor.decode_interleaved(features["input_ids"], [list(features["pixel_values"])])
+    assert [part if isinstance(part, str) else part.getpixel((0, 0)) for part in document] == [
+        "ab",
+        (255, 0, 0),
+        "c",
+        (0, 0, 255),
+        (255, 0, 0),
+    ]
+    with_special = processor.decode_interleaved(features["input_ids"], [[RED, BLUE, RED]], skip_special_tokens=False)
+    assert with_special[0][0] == "<s>ab<BOI>" and with_special[0][1] is RED
+
+
+def test_outputs_of_generate_become_text_images_or_both(processor):
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
+    inputs = processor(text=["a red one", "blue"])
+    kwargs = {"num_inference_steps": 2, "generation_mode": "image", "generator": torch.Generator().manual_seed(0)}
+    output = model.generate(**inputs, **kwargs)
+    images = processor.post_process_multimodal_output(output, generation_mode="image")
+    assert [image.size for image in images] == [(8, 8), (8, 8)]
+    assert processor.post_process_multimodal_output(output) == ["a red one", "blue"]
+    documents = processor.post_process_multimodal_output(output, generation_mode="interleaved")
+    assert documents[1][0] == "blue" and documents[1][1].size == (8, 8)
+    # 8 bits of the drawn pixels, clipped to what a picture can show.
+    expected = ((output.images[0][0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).to(torch.uint8)
+    assert torch.equal(torch.from_numpy(np.asarray(images[0]).copy()), expected)
+
+
+def test_pixels_survive_the_way_in_and_out():
+    rng = np.random.default_rng(0)
+    for channels, mode in ((3, "RGB"), (1, "L")):
+        image_processor = TransfusionImageProcessor(
+            do_resize=False,
+            do_center_crop=False,
+            do_convert_rgb=channels == 3,
+            image_mean=[0.5] * channels,
+            image_std=[0.5] * channels,
+        )
+        array = rng.integers(0, 256, (6, 4, 3) if channels == 3 else (6, 4), dtype=np.uint8)
+        pixels = image_processor(Image.fromarray(array, mode))["pixel_values"]
+        assert pixels.shape == (1, channels, 6, 4) and -1 <= pixels.min() < pixels.max() <= 1
+        assert np.array_equal(np.asarray(image_processor.postprocess(pixels)[0]), array)
+
+
+def test_images_are_resized_and_cropped_to_the_centre():
+    image = picture("red", (40, 20))
+    image.paste((0, 0, 255), (10, 0, 30, 20))  # the centre square
+    pixels = TransfusionImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})(image)
+    assert torch.equal(pixels["pixel_values"][0, :, 3, 3], torch.tensor([-1.0, -1.0, 1.0]))
+    assert pixels["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_processor_survives_saving(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    reloaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(reloaded) is TransfusionProcessor and reloaded.pixels_per_patch == 2
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is TransfusionImageProcessor
+    text, images = "a<image>b", [RED]
+    for key, value in processor(text=text, images=images).items():
+        assert torch.equal(value, reloaded(text=text, images=images)[key])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_call_fits_tokenizer_and_model_to_each_other(tokenizer_without_image_tokens, tied, tmp_path):
+    tokenizer = tokenizer_without_image_tokens
+    config = TransfusionConfig(
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            tie_word_embeddings=tied,
+        ),
+        latent_channels=3,
+        sample_size=(8, 4),
+        image_start_token_id=0,
+        image_token_id=1,
+        image_end_token_id=2,
+    )
+    model = TransfusionForCausalLMAndDiffusion(config)
+    processor = TransfusionProcessor.for_model(model, tokenizer, pad_to_multiple_of=8)
+    assert model.get_input_embeddings().num_embeddings == model.lm_head.out_features == 264
+    assert model.config.image_token_id == processor.image_token_id == tokenizer.convert_tokens_to_ids("<image>")
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    features = processor(text="a<image>", images=[RED])
+    assert features["pixel_values"].shape == (1, 3, 8, 4)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    reloaded = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path)
+    torch.testing.assert_close(reloaded(**features).logits, model.eval()(**features).logits)
+    again = TransfusionProcessor.for_model(reloaded, AutoProcessor.from_pretrained(tmp_path).tokenizer)
+    assert again.image_token_id == processor.image_token_id  # a second call changes nothing
+    assert reloaded.get_input_embeddings().num_embeddings == 264
+
+
+# --- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_more_or_fewer_images_than_markers_are_refused(processor):
+    with pytest.raises(
+        ValueError, match="`text` has 2 markers <image> but `images` holds 1 images; pass one image per marker"
+    ):
+        processor(text="<image><image>", images=[RED])
+    with pytest.raises(ValueError, match="`text` has 1 markers <image> but `images` holds 2 images"):
+        processor(text="<image>", images=[RED, BLUE])
+    with pytest.raises(ValueError, match="`text` has 1 markers <image> but `images` holds 0 images"):
+        processor(text="<image>")
+
+
+def test_an_image_that_is_no_multiple_of_the_patch_is_refused(processor):
+    with pytest.raises(
+        ValueError, match=r"image 0 is 7 × 8 pixels after preprocessing; its sides must be multiples of 2"
+    ):
+        processor(text="<image>", images=[picture("red", (8, 7))], do_resize=False, do_center_crop=False)
+
+
+def test_no_text_at_all_is_refused(processor):
+    with pytest.raises(ValueError, match="`text` must hold at least one text; got an empty list"):
+        processor(text=[])
+
+
+def test_a_tokenizer_without_the_tokens_is_refused(tokenizer_without_image_tokens, processor):
+    with pytest.raises(ValueError, match=r"`tokenizer` lacks <image>, <BOI>, <EOI>; `TransfusionProcessor.for_model"):
+        TransfusionProcessor(processor.image_processor, tokenizer_without_image_tokens)
+
+
+def test_decoding_asks_for_one_image_per_block(processor):
+    features = processor(text="a<image>", images=[RED])
+    with pytest.raises(ValueError, match="1 image blocks but `images` holds 0; put the images of the prompt in front"):
+        processor.decode_interleaved(features["input_ids"], [[]])
+    with pytest.raises(ValueError, match="must hold one list for each of 1 rows"):
+        processor.decode_interleaved(features["input_ids"], None)
+    with pytest.raises(ValueError, match="needs one image per row; got no images"):
+        processor.post_process_multimodal_output(features["input_ids"], generation_mode="image")
+    with pytest.raises(ValueError, match="must be 'text', 'image' or 'interleaved'; got 'video'"):
+        processor.post_process_multimodal_output(features["input_ids"], generation_mode="video")
+
+
+def test_pictures_of_nan_are_refused(processor):
+    with pytest.raises(ValueError, match=r"finite tensors of shape \(channels, height, width\)"):
+        processor.image_processor.postprocess(torch.full((1, 3, 2, 2), torch.nan))

@@ -1,0 +1,227 @@
+"""The stock `Trainer`: gradient accumulation, reproducible evaluation, the average of the weights."""
+
+import pytest
+import tiny
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from transfusion_hf import TransfusionEMACallback, make_labels
+
+IMAGE = [tiny.BOI] + [tiny.IMG] * 4 + [tiny.EOI]
+
+
+def samples(count: int, num_words=lambda i: 3) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(count):
+        ids = [tiny.BOS, *range(3 + i, 3 + i + num_words(i)), *IMAGE, tiny.EOS]
+        rows.append({"input_ids": ids, "latents": torch.randn(2, 4, 4, generator=generator), "noise_seeds": 7 * i})
+    return rows
+
+
+def collate(rows: list[dict]) -> dict:
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+    mask = (ids != tiny.PAD).long()
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": make_labels(ids, mask, tiny.BOI, tiny.IMG, tiny.EOI),
+        "latents": torch.stack([row["latents"] for row in rows]),
+        "noise_seeds": torch.tensor([row["noise_seeds"] for row in rows]),
+    }
+
+
+def collate_without_seeds(rows: list[dict]) -> dict:
+    batch = collate(rows)
+    del batch["noise_seeds"]
+    return batch
+
+
+def trainer(model, folder, dataset, callbacks=(), data_collator=collate, eval_dataset=None, **kwargs) -> Trainer:
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 1,
+        "learning_rate": 0.1,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 8,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "use_cpu": True,
+    }
+    args = TrainingArguments(**{**defaults, **kwargs})
+    return Trainer(
+        model,
+        args,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        data_collator=data_collator,
+        callbacks=list(callbacks),
+    )
+
+
+def step(folder, dataset, weight: float, **kwargs) -> tuple[dict[str, torch.Tensor], float]:
+    """The change of each weight in one SGD step, and the loss that the Trainer logs."""
+    model = tiny.model(std=0.1, diffusion_loss_weight=weight)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    run = trainer(model, folder, dataset, logging_steps=1, **kwargs)
+    run.train()
+    loss = next(entry["loss"] for entry in run.state.log_history if "loss" in entry)
+    return {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}, loss
+
+
+@pytest.mark.parametrize("weight", [0.0, 5.0], ids=["lm loss alone", "both losses"])
+def test_four_accumulation_steps_equal_one_batch(tmp_path, weight):
+    dataset = samples(8)
+    whole, whole_loss = step(tmp_path, dataset, weight)
+    parts, parts_loss = step(tmp_path, dataset, weight, per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    largest = max(float(change.abs().max()) for change in whole.values())
+    for name, change in whole.items():
+        assert (parts[name] - change).abs().max() <= 1e-5 * largest, name
+    assert parts_loss == pytest.approx(whole_loss, rel=1e-4)
+
+
+def test_the_diffusion_term_alone_is_not_multiplied_by_the_number_of_micro_batches(tmp_path):
+    """The difference that λ makes to a step, whole and in parts: a plain mean would be four times as large."""
+    dataset = samples(8)
+    moved = {}
+    for parts in (1, 4):
+        kwargs = {"per_device_train_batch_size": 8 // parts, "gradient_accumulation_steps": parts}
+        with_diffusion, _ = step(tmp_path, dataset, 5.0, **kwargs)
+        without, _ = step(tmp_path, dataset, 0.0, **kwargs)
+        name = "model.patch_decoder.proj.weight"
+        moved[parts] = with_diffusion[name] - without[name]
+    assert float(moved[4].norm() / moved[1].norm()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_with_unequal_micro_batches_the_diffusion_term_is_weighted_and_never_off_by_a_factor():
+    """The documented approximation: each micro-batch's mean counts with its share of the labels."""
+    model = tiny.model().train()
+    parts = [collate(samples(8, num_words=lambda i: 1 + i)[i : i + 2]) for i in range(0, 8, 2)]
+    labels = [int((part["labels"][:, 1:] != -100).sum()) for part in parts]
+    assert len(set(labels)) == 4
+    total = sum(model(**part, num_items_in_batch=torch.tensor(sum(labels))).diffusion_loss for part in parts)
+    means = [model(**part).diffusion_loss for part in parts]
+    expected = sum(mean * count / sum(labels) for mean, count in zip(means, labels, strict=True))
+    torch.testing.assert_close(total, expected)
+    assert min(means) <= total <= max(means)
+
+
+def test_eval_loss_is_reproducible(tmp_path):
+    model, dataset = tiny.model(), samples(6)
+    losses = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        run = trainer(model, tmp_path, dataset, data_collator=collate_without_seeds, eval_dataset=dataset)
+        losses.append(run.evaluate()["eval_loss"])
+    assert losses[0] == losses[1]
+    backwards = trainer(model, tmp_path, dataset, data_collator=collate_without_seeds, eval_dataset=dataset[::-1])
+    assert backwards.evaluate()["eval_loss"] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_tiny_model_overfits_both_losses(tmp_path):
+    torch.manual_seed(0)
+    model, dataset = tiny.model(std=0.05), samples(8)
+    batch = collate(dataset)
+    before = model(**batch)
+    trainer(model, tmp_path, dataset, max_steps=300, optim="adamw_torch", learning_rate=3e-3).train()
+    after = model.eval()(**batch)
+    first_word = torch.tensor(8.0).log() / 5  # nothing tells which of 8 samples begins; 5 targets each
+    assert after.lm_loss - first_word < 0.01 * before.lm_loss
+    assert after.diffusion_loss < 0.3 * before.diffusion_loss
+
+
+class AverageByHand(TrainerCallback):
+    """What the average must be: d = min(decay, 1 − (1 + n)^−2/3) after the n-th step, from the second on."""
+
+    def __init__(self, decay: float):
+        self.decay, self.steps, self.average = decay, 0, None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.model = model
+        self.average = [p.detach().clone() for p in model.parameters()]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        decay = 0.0 if self.steps == 0 else min(self.decay, 1 - (1 + self.steps) ** (-2 / 3))
+        self.steps += 1
+        for average, parameter in zip(self.average, self.model.parameters(), strict=True):
+            average.mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+
+
+def test_ema_is_the_average_and_takes_the_weights_place_at_the_end(tmp_path):
+    model, by_hand = tiny.model(std=0.1), AverageByHand(decay=0.7)
+    trainer(model, tmp_path, samples(8), callbacks=[by_hand, TransfusionEMACallback(decay=0.7)], max_steps=6).train()
+    for average, parameter in zip(by_hand.average, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), average, atol=1e-6, rtol=1e-5)
+
+
+def test_ema_is_what_is_evaluated_and_the_training_goes_on_with_the_trained_weights(tmp_path):
+    dataset = samples(8)
+
+    class Watch(TrainerCallback):
+        def __init__(self):
+            self.trained = None
+
+        def on_evaluate(self, args, state, control, model=None, **kwargs):
+            self.trained = self.trained or [p.detach().clone() for p in model.parameters()]
+
+    evaluated, watch = tiny.model(std=0.1), Watch()
+    run = trainer(
+        evaluated,
+        tmp_path,
+        dataset,
+        callbacks=[TransfusionEMACallback(decay=0.7), watch],
+        eval_dataset=dataset,
+        eval_strategy="steps",
+        eval_steps=4,
+        max_steps=4,
+    )
+    run.train()
+    in_training = next(entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry)
+    assert in_training == pytest.approx(run.evaluate()["eval_loss"], rel=1e-6)  # the averaged weights, both times
+    plain = tiny.model(std=0.1)
+    trainer(plain, tmp_path, dataset, max_steps=4).train()
+    for expected, trained in zip(plain.parameters(), watch.trained, strict=True):
+        torch.testing.assert_close(trained, expected.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_ema_survives_a_resumed_run(tmp_path):
+    dataset, finals = samples(8), []
+    for resume in (False, True):
+        model = tiny.model(std=0.1)
+        folder = tmp_path / str(resume)
+        kwargs = {"save_strategy": "steps", "save_steps": 3, "seed": 0}
+        if resume:
+            half = tiny.model(std=0.1)
+            trainer(half, folder, dataset, callbacks=[TransfusionEMACallback(0.7)], max_steps=3, **kwargs).train()
+            assert load_file(folder / "checkpoint-3" / TransfusionEMACallback.FILE_NAME)
+        run = trainer(model, folder, dataset, callbacks=[TransfusionEMACallback(0.7)], max_steps=6, **kwargs)
+        run.train(resume_from_checkpoint=resume or None)
+        finals.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*finals, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_ema_refuses_what_it_cannot_do(tmp_path):
+    dataset = samples(8)
+    kwargs = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    trainer(tiny.model(), tmp_path, dataset, **kwargs).train()
+    run = trainer(tiny.model(), tmp_path, dataset, callbacks=[TransfusionEMACallback()], **{**kwargs, "max_steps": 2})
+    with pytest.raises(ValueError, match=r"has no ema.safetensors: its run had no `TransfusionEMACallback`"):
+        run.train(resume_from_checkpoint=True)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    run = trainer(
+        tiny.model(), tmp_path, dataset, callbacks=[TransfusionEMACallback()], eval_dataset=dataset, **kwargs, **best
+    )
+    with pytest.raises(ValueError, match="`load_best_model_at_end` and an average at the end exclude each other"):
+        run.train()
+
+
+def test_the_averages_warm_up_is_the_one_documented():
+    ema = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=0.999, use_ema_warmup=True, power=2 / 3)
+    assert ema.get_decay(10) == pytest.approx(1 - (1 + 9) ** (-2 / 3))
