@@ -263,7 +263,8 @@ def test_guidance_equals_two_plain_passes():
                     model(torch.tensor([[*context, *IMAGE[1:5]]]), latents=x, timesteps=t[None]).image_predictions[0]
                     for context in (prompt, [*bos, BOI])
                 ]
-                x = scheduler.step((eps[1] + scale * (eps[0] - eps[1]))[None], t, x).prev_sample
+                guided = eps[1] + scale * (eps[0] - eps[1])
+                x = scheduler.step(guided[None], t, x, use_clipped_model_output=True).prev_sample
         torch.testing.assert_close(output.images[0][0], x[0], atol=1e-4, rtol=0)
 
 

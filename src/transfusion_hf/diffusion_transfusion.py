@@ -6,6 +6,7 @@ t = T − 1, almost pure noise; a clean image is conditioned on as t = 0. Everyt
 """
 
 import copy
+import inspect
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -156,6 +157,18 @@ def image_losses(predictions: Sequence[torch.Tensor], eps: Sequence[torch.Tensor
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     """Classifier-free guidance: the unconditional prediction moved `guidance_scale` times towards the conditional."""
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def sampling_step_kwargs(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
+    """
+    What to pass to `scheduler.step` beside ε, t and x_t, as far as it takes it.
+
+    Where x_0 is clipped, ε must be derived anew from the clipped x_0: DDIM otherwise moves along an ε that contradicts
+    it, and with guidance ends in noise.
+    """
+    accepted = inspect.signature(scheduler.step).parameters
+    kwargs = {"generator": generator, "use_clipped_model_output": True}
+    return {name: value for name, value in kwargs.items() if name in accepted}
 
 
 def _scheduler_class(name: str) -> Any:

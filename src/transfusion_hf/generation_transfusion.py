@@ -10,7 +10,6 @@ token but the last, in the cache. Time runs from t = T − 1, noise, down to t =
 """
 
 import copy
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +39,7 @@ from transformers.generation import (
 )
 from transformers.utils import ModelOutput, logging
 
-from .diffusion_transfusion import guide, make_sampling_scheduler
+from .diffusion_transfusion import guide, make_sampling_scheduler, sampling_step_kwargs
 from .masking_transfusion import create_transfusion_mask, image_block_ids
 from .patching_transfusion import stack_images
 
@@ -268,10 +267,6 @@ class TransfusionGenerationMixin(GenerationMixin):
             raise ValueError("`synced_gpus` keeps step with text only; use `generation_mode='text'`.")
         decoder = _InterleavedDecoder(self, input_ids, generation_config, streamer, model_kwargs)
         return decoder.run(logits_processor, stopping_criteria)
-
-    def _sample_text(self, *args: Any, **kwargs: Any) -> torch.LongTensor:
-        """The library's loop, verbatim, for one stretch of text."""
-        return GenerationMixin._sample(self, *args, **kwargs)
 
     def _with_generator(self, logits_processor, generation_config, rows: "_Rows | None") -> LogitsProcessorList:
         if generation_config.generator is None or not generation_config.do_sample:
@@ -547,7 +542,8 @@ class _InterleavedDecoder:
         }
         if any(self.latents):
             model_kwargs["latents"] = [image for row in self.latents for image in row]
-        sequences = self.model._sample_text(
+        sequences = GenerationMixin._sample(
+            self.model,
             ids,
             logits_processor,
             criteria,
@@ -689,7 +685,7 @@ class _DenoisingLoop:
         scheduler = make_sampling_scheduler(
             self.model.noise_scheduler, config.scheduler, config.num_inference_steps, self.device
         )
-        step_kwargs = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        step_kwargs = sampling_step_kwargs(scheduler, generators)
         shape = (len(self.rows), self.model.config.latent_channels, *self.decoder.latent_size)
         x_t = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
         x_t = x_t * scheduler.init_noise_sigma
