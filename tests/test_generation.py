@@ -534,6 +534,23 @@ def test_right_padded_prompts_are_refused():
         generate(tiny.model(), {"input_ids": ids, "attention_mask": (ids != PAD).long()})
 
 
+def test_empty_prompts_are_refused():
+    for shape in ((0, 4), (1, 0)):
+        with pytest.raises(
+            ValueError, match=rf"at least one row of at least one token; got shape \({shape[0]}, {shape[1]}\)"
+        ):
+            generate(tiny.model(), {"input_ids": torch.zeros(shape, dtype=torch.long)})
+
+
+def test_embeddings_can_be_continued_as_text():
+    model, ids = tiny.model(), torch.tensor([[4, 30, 31]])
+    kwargs = {"generation_mode": "text", "max_new_tokens": 5}
+    expected = generate(model, {"input_ids": ids}, **kwargs)[:, 3:]
+    assert torch.equal(generate(model, {"inputs_embeds": model.get_input_embeddings()(ids)}, **kwargs), expected)
+    with pytest.raises(ValueError, match="`inputs_embeds` need `generation_mode='text'`"):
+        generate(model, {"inputs_embeds": model.get_input_embeddings()(ids)})
+
+
 def test_missing_padding_token_is_an_error():
     model = tiny.model()
     model.generation_config.pad_token_id = model.generation_config.eos_token_id = None

@@ -232,10 +232,13 @@ class TransfusionGenerationMixin(GenerationMixin):
         processors.insert(0, SuppressTokensLogitsProcessor(never, device=kwargs.get("device") or "cpu"))
         return processors
 
-    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, **kwargs):
+    # The library looks for `inputs_embeds` in this signature before it accepts them.
+    def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, inputs_embeds=None, **kwargs):
         if not is_first_iteration and kwargs.get("use_cache", True):
             kwargs.pop("latents", None)  # as the library does with `pixel_values`: they are in the cache
-        return super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
+        return super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
+        )
 
     def _sample(
         self,
@@ -324,25 +327,19 @@ class _EndOfText(StoppingCriteria):
         return ~self.rows.running
 
 
-class _RowRules(LogitsProcessor):
-    """Keeps stopped rows at padding, and the end-of-sequence token out of rows below `min_new_tokens`."""
+class _MinNewTokens(LogitsProcessor):
+    """Keeps the end-of-sequence token out of rows that have gained fewer than `min_new_tokens`."""
 
-    def __init__(
-        self, rows: _Rows, pad_token_id: torch.Tensor, eos_token_id: torch.Tensor | None, min_new_tokens: int
-    ):
+    def __init__(self, rows: _Rows, min_new_tokens: int, eos_token_id: torch.Tensor):
         self.rows = rows
-        self.pad_token_id = pad_token_id
-        self.eos_token_id = eos_token_id
         self.min_new_tokens = min_new_tokens
+        self.eos_token_id = eos_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        too_short = self.rows.num_new < self.min_new_tokens
         scores = scores.clone()
-        if self.eos_token_id is not None:
-            too_short = self.rows.num_new < self.min_new_tokens
-            scores[:, self.eos_token_id] = scores[:, self.eos_token_id].masked_fill(too_short[:, None], -torch.inf)
-        padding = torch.full_like(scores, -torch.inf)
-        padding[:, self.pad_token_id] = 0.0
-        return torch.where(self.rows.running[:, None], scores, padding)
+        scores[:, self.eos_token_id] = scores[:, self.eos_token_id].masked_fill(too_short[:, None], -torch.inf)
+        return scores
 
 
 class _SampleWithGenerator(LogitsProcessor):
@@ -409,9 +406,10 @@ class _InterleavedDecoder:
         self.device = input_ids.device
         self.prompts = input_ids
         batch_size, self.prompt_length = input_ids.shape
-        if not self.prompt_length:
+        if not input_ids.numel():
             raise ValueError(
-                "`input_ids` must hold at least one token; `inputs_embeds` needs `generation_mode='text'`."
+                f"`input_ids` must hold at least one row of at least one token; got shape {tuple(input_ids.shape)}. "
+                "(`inputs_embeds` need `generation_mode='text'`.)"
             )
         if generation_config._pad_token_tensor is None:
             raise ValueError(
@@ -505,16 +503,11 @@ class _InterleavedDecoder:
                     "`generation_mode='text'`."
                 )
         by_column = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
-        rules = _RowRules(
-            self.rows,
-            self.generation_config._pad_token_tensor.to(self.device),
-            None if self.min_new_tokens <= 0 else self.generation_config._eos_token_tensor,
-            self.min_new_tokens,
-        )
-        processors = [p for p in logits_processor if not isinstance(p, by_column)]
-        processors = self.model._with_generator(
-            LogitsProcessorList([*processors, rules]), self.generation_config, self.rows
-        )
+        processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, by_column))
+        eos_token_id = self.generation_config._eos_token_tensor
+        if self.min_new_tokens > 0 and eos_token_id is not None:
+            processors.append(_MinNewTokens(self.rows, self.min_new_tokens, eos_token_id))
+        processors = self.model._with_generator(processors, self.generation_config, self.rows)
         criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, MaxLengthCriteria))
         end = _EndOfText(criteria, self.rows, self.config.image_start_token_id, self.max_new_tokens)
         return processors, StoppingCriteriaList([end])
