@@ -134,9 +134,7 @@ def train(args: argparse.Namespace, train_set: list[dict], eval_set: list[dict],
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    model.generation_config.update(
-        num_inference_steps=50, image_guidance_scale=3.0, scheduler="DDIMScheduler", max_new_tokens=24
-    )
+    model.generation_config.update(num_inference_steps=50, image_guidance_scale=3.0, max_new_tokens=24)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return {
