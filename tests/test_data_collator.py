@@ -51,6 +51,13 @@ def test_marked_texts_are_taken_as_they_stand(processor):
     assert batch["max_timesteps"].tolist() == [1000, 1000]
 
 
+def test_missing_images_of_a_mixed_data_set_are_none(processor):
+    batch = TransfusionDataCollator(processor, caption_first_probability=1.0, caption_dropout=0.0)(
+        [{"text": "a", "image": None}, {"text": "b", "images": None}, {"text": "c", "image": RED, "images": None}]
+    )
+    assert texts(processor, batch) == ["<s>a</s>", "<s>b</s>", "<s>c<BOI>*<EOI></s>"]
+
+
 def test_rows_are_padded_at_the_right_with_labels_of_minus_100(processor):
     batch = TransfusionDataCollator(processor)([{"text": "abc"}, {"text": "a"}])
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]

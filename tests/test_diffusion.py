@@ -56,5 +56,8 @@ def test_sampling_leaves_out_the_last_steps_of_the_schedule():
     noise_scheduler = make_noise_scheduler(tiny.config())
     scheduler = make_sampling_scheduler(noise_scheduler, "DDIMScheduler", 50, torch.device("cpu"))
     assert scheduler.timesteps[0] == 980 and scheduler.timesteps[-1] == 0
+    for steps in (1, 2, 10, 250):
+        first, last = make_sampling_scheduler(noise_scheduler, None, steps, torch.device("cpu")).timesteps[[0, -1]]
+        assert 980 <= first < 999 and last <= 1000 // steps  # few steps begin at noise, too
     magnified = 1 / noise_scheduler.alphas_cumprod.sqrt()
     assert magnified[999] > 10_000 and magnified[980] < 40

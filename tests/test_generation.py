@@ -254,8 +254,9 @@ def test_guidance_equals_two_plain_passes():
         output = generate(
             model, prompts(prompt), generation_mode="image", image_guidance_scale=scale, generator=generators(1)
         )
-        scheduler = DDIMScheduler.from_config(model.noise_scheduler.config)
+        scheduler = DDIMScheduler.from_config(model.noise_scheduler.config, steps_offset=230)
         scheduler.set_timesteps(STEPS)
+        assert scheduler.timesteps.tolist() == [980, 730, 480, 230]
         x = torch.randn(1, 2, 4, 4, generator=generators(1)[0])
         with torch.no_grad():
             for t in scheduler.timesteps:
@@ -297,8 +298,31 @@ def test_beam_search_runs_as_text_unless_drawing_was_asked_for():
     assert isinstance(beams, torch.Tensor) and not set(beams[0].tolist()) & {BOI, IMG, EOI}
     with pytest.raises(ValueError, match="`generation_mode='interleaved'` draws, which beam_search cannot"):
         model.generate(**inputs, num_beams=3, max_new_tokens=6, generation_mode="interleaved")
+    with pytest.raises(ValueError, match="`generator` is not used by beam_search"):
+        model.generate(**inputs, num_beams=3, max_new_tokens=6, generator=torch.Generator())
+    with pytest.raises(ValueError, match="`generator` holds 2 generators for 1 rows"):
+        generate(model, inputs, generation_mode="text", do_sample=True, generator=generators(2))
     with pytest.raises(ValueError, match="Continuous batching is not supported"):
         model.generate_batch([[4, 30]])
+
+
+def test_assisted_decoding_runs_as_text():
+    model, assistant, inputs = tiny.model(), tiny.model(seed=1), prompts([4, 30])
+    plain = generate(model, inputs, generation_mode="text", max_new_tokens=8)
+    assert torch.equal(model.generate(**inputs, assistant_model=assistant, max_new_tokens=8), plain)
+    with pytest.raises(ValueError, match="`generation_mode='image'` draws, which assisted_generation cannot"):
+        model.generate(**inputs, assistant_model=assistant, generation_mode="image")
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+def test_a_static_cache_in_text_mode_keeps_the_image_blocks(text):
+    model = tiny.model(text)
+    inputs = {**prompts([4, *IMAGE, 30], [5, 31, *IMAGE, 32]), "latents": torch.randn(2, 2, 4, 4)}
+    kwargs = {"generation_mode": "text", "output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 8}
+    dynamic = generate(model, inputs, **kwargs)
+    static = generate(model, inputs, cache_implementation="static", **kwargs)
+    assert torch.equal(static.sequences, dynamic.sequences)
+    torch.testing.assert_close(static.logits[0], dynamic.logits[0], atol=1e-4, rtol=1e-4)
 
 
 def test_max_new_tokens_counts_every_id_of_a_row():
@@ -430,7 +454,7 @@ def test_schedulers_of_diffusers_draw_finite_images_and_equal_rows(name):
 
 def test_a_scheduler_object_is_used_and_left_as_it_was():
     model, inputs = tiny.model(), prompts([BOS, 4, BOI])
-    scheduler = DDIMScheduler.from_config(model.noise_scheduler.config)
+    scheduler = DDIMScheduler.from_config(model.noise_scheduler.config, steps_offset=230)
     by_object = generate(model, inputs, generation_mode="image", scheduler=scheduler, generator=generators(1))
     by_name = generate(model, inputs, generation_mode="image", generator=generators(1))
     assert torch.equal(by_object.images[0][0], by_name.images[0][0])
@@ -479,6 +503,16 @@ def test_the_cache_returned_continues_the_conversation(mode):
         model, {"input_ids": ids}, past_key_values=first.past_key_values, generator=generators(1), **kwargs
     )
     assert_rows_equal(output, 0, expected, {"input_ids": ids}, {"input_ids": ids})
+
+
+def test_a_returned_cache_with_prompts_padded_in_common_is_refused():
+    model, inputs = tiny.model(), prompts([PAD, PAD, 4, 30])
+    first = generate(model, inputs, max_new_tokens=3, return_dict_in_generate=True, **ENDLESS)
+    ids = torch.cat([first.sequences, torch.tensor([[31]])], dim=1)
+    with pytest.raises(ValueError, match="begins with columns that are padding in every row"):
+        generate(
+            model, {"input_ids": ids, "attention_mask": (ids != PAD).long()}, past_key_values=first.past_key_values
+        )
 
 
 def test_bfloat16_stays_within_its_error_through_a_whole_drawing():

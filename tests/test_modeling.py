@@ -104,6 +104,23 @@ def test_families_that_cannot_be_right_are_refused_by_name(model_type):
         TransfusionModel(config)
 
 
+def test_encoders_bidirectional_over_text_are_refused():
+    with pytest.raises(ValueError, match="`text_config` is that of an encoder, bidirectional over text"):
+        TransfusionModel(tiny.config(tiny.text_config("gemma3_text", use_bidirectional_attention=True)))
+
+
+def test_one_token_behind_a_cache_is_checked_like_any_input():
+    model, cache = tiny.model(), DynamicCache()
+    model(torch.tensor([[5, BOI]]), past_key_values=cache, use_cache=True)
+    patch, kwargs = torch.tensor([[IMG]]), {"past_key_values": cache, "use_cache": True}
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        model(patch, latents=torch.full((1, 2, 2, 2), torch.nan), **kwargs)
+    with pytest.raises(ValueError, match="one t from 0 to 999"):
+        model(patch, latents=torch.zeros(1, 2, 2, 2), timesteps=torch.tensor([5000]), **kwargs)
+    with pytest.raises(ValueError, match="1 image blocks but no images were passed"):
+        model(patch, **kwargs)
+
+
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
 @pytest.mark.parametrize("form", ["plain", "dict"])
 def test_stock_flash_attention_is_refused_with_the_reason(implementation, form):
@@ -261,11 +278,21 @@ def test_noising_and_losses_stay_float32_in_a_bfloat16_model():
     assert noised[0].dtype == torch.float32 and not torch.equal(noised[0], latents)
 
 
-def test_timestep_embedding_is_loaded_in_float32(tmp_path):
+def test_timestep_embedding_stays_float32_however_the_model_became_bfloat16(tmp_path):
     tiny.model().save_pretrained(tmp_path)
-    model = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    dtypes = {parameter.dtype for parameter in model.model.patch_encoder.timestep_embedding.parameters()}
-    assert dtypes == {torch.float32} and model.dtype == torch.bfloat16
+    for make in (
+        lambda: TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16),
+        lambda: AutoModelForCausalLM.from_config(tiny.config(), dtype=torch.bfloat16),
+        lambda: tiny.model().to(torch.bfloat16),
+        lambda: tiny.model().half(),
+    ):
+        model = make()
+        dtypes = {parameter.dtype for parameter in model.model.patch_encoder.timestep_embedding.parameters()}
+        assert dtypes == {torch.float32} and model.dtype in (torch.bfloat16, torch.float16)
+    weight = tiny.model().model.patch_encoder.timestep_embedding.mlp.linear_1.weight
+    kept = tiny.model().to(torch.bfloat16).model.patch_encoder.timestep_embedding.mlp.linear_1.weight
+    assert torch.equal(weight, kept)
+    assert tiny.model().double().model.patch_encoder.timestep_embedding.mlp.linear_1.weight.dtype == torch.float64
 
 
 def test_save_and_load_give_equal_weights_and_outputs(tmp_path):
@@ -344,6 +371,7 @@ def test_bad_input_names_what_was_expected_and_what_came(change, message):
         ({"max_timesteps": torch.tensor([0, 1000])}, r"`max_timesteps` must lie in 1 to 1000; got \[0, 1000\]"),
         ({"max_timesteps": torch.tensor([500])}, "`max_timesteps` must hold one value for each of 2 images; got 1"),
         ({"image_loss_mask": torch.tensor([True])}, "`image_loss_mask` must hold one value for each of 2 images"),
+        ({"timesteps": torch.tensor([5])}, "`timesteps` must hold one value for each of 2 images; got 1"),
         ({"noise_seeds": [1, 2, 3]}, "`noise_seeds` must hold one value for each of 2 images; got 3"),
     ],
 )

@@ -3,7 +3,6 @@
 import pytest
 import tiny
 import torch
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -212,7 +211,9 @@ def test_ema_refuses_what_it_cannot_do(tmp_path):
     kwargs = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     trainer(tiny.model(), tmp_path, dataset, **kwargs).train()
     run = trainer(tiny.model(), tmp_path, dataset, callbacks=[TransfusionEMACallback()], **{**kwargs, "max_steps": 2})
-    with pytest.raises(ValueError, match=r"has no ema.safetensors: its run had no `TransfusionEMACallback`"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint-1/ema.safetensors does not exist. Pass the checkpoint's folder to"
+    ):
         run.train(resume_from_checkpoint=True)
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
     run = trainer(
@@ -222,6 +223,46 @@ def test_ema_refuses_what_it_cannot_do(tmp_path):
         run.train()
 
 
-def test_the_averages_warm_up_is_the_one_documented():
-    ema = EMAModel([torch.nn.Parameter(torch.zeros(1))], decay=0.999, use_ema_warmup=True, power=2 / 3)
-    assert ema.get_decay(10) == pytest.approx(1 - (1 + 9) ** (-2 / 3))
+def test_ema_refuses_several_evaluation_sets(tmp_path):
+    dataset = samples(8)
+    kwargs = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": {"a": dataset, "b": dataset}}
+    run = trainer(tiny.model(), tmp_path, dataset, callbacks=[TransfusionEMACallback()], **kwargs)
+    with pytest.raises(ValueError, match="`eval_dataset` holds several sets, of which only the first"):
+        run.train()
+
+
+def test_ema_resumes_from_another_folder_when_told(tmp_path):
+    dataset, kwargs = samples(8), {"save_strategy": "steps", "save_steps": 3}
+    first = tmp_path / "first"
+    trainer(tiny.model(std=0.1), first, dataset, [TransfusionEMACallback(0.7)], max_steps=6, **kwargs).train()
+    expected = load_file(first / "checkpoint-6" / "ema.safetensors")
+    callback = TransfusionEMACallback(0.7, resume_from_checkpoint=str(first / "checkpoint-3"))
+    run = trainer(tiny.model(std=0.1), tmp_path / "second", dataset, [callback], max_steps=6, **kwargs)
+    run.train(resume_from_checkpoint=str(first / "checkpoint-3"))
+    for name, average in load_file(tmp_path / "second" / "checkpoint-6" / "ema.safetensors").items():
+        torch.testing.assert_close(average, expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_label_smoothing_is_refused_for_it_takes_the_labels_away(tmp_path):
+    def with_mask(rows):
+        return {**collate(rows), "image_loss_mask": torch.ones(len(rows), dtype=torch.bool)}
+
+    run = trainer(tiny.model(), tmp_path, samples(8), data_collator=with_mask, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="`image_loss_mask` is for training, but no `labels` came"):
+        run.train()
+
+
+def test_a_micro_batch_without_images_counts_as_zero_and_a_batch_without_labels_is_refused():
+    """The documented limits of what one count of labels can weigh."""
+    model = tiny.model().train()
+    part = collate(samples(2))
+    text = {"input_ids": torch.tensor([[tiny.BOS, *range(3, 13)]]), "labels": torch.tensor([[-100, *range(3, 13)]])}
+    labels = [int((one["labels"][:, 1:] != -100).sum()) for one in (part, text)]
+    assert labels[0] == labels[1]
+    alone = model(**part).diffusion_loss
+    total = sum(model(**one, num_items_in_batch=torch.tensor(sum(labels))).diffusion_loss for one in (part, text))
+    torch.testing.assert_close(total, alone / 2)
+    part["labels"] = torch.full_like(part["labels"], -100)
+    with pytest.raises(ValueError, match="`num_items_in_batch` is 0: the Trainer counts labels"):
+        model(**part, num_items_in_batch=torch.tensor(0))
+    assert model(**part).diffusion_loss > 0  # without a Trainer there is nothing to weigh

@@ -62,9 +62,8 @@ class TransfusionDataCollator:
         max_timesteps: list[int] = []
         image_loss_mask: list[bool] = []
         for feature in features:
-            pictures = (
-                list(feature["images"]) if "images" in feature else [feature["image"]] if "image" in feature else []
-            )
+            image = feature.get("image")  # `None` where a data set mixes texts with and without images
+            pictures = list(feature.get("images") or ([] if image is None else [image]))
             text, limit = self._arrange(feature["text"], len(pictures))
             texts.append(text + self._end)
             images += pictures

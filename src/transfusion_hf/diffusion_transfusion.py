@@ -22,8 +22,8 @@ def make_noise_scheduler(config: TransfusionConfig) -> DDPMScheduler:
     """
     The schedule that the model is trained with.
 
-    Clipping x_0 to [−1, 1] while sampling is right for pixels only. Timesteps are spaced `"leading"`: at t = T − 1 the
-    cosine schedule has √ᾱ ≈ 5e-5, and an error of ε there would be magnified 20,000 times.
+    Clipping x_0 to [−1, 1] while sampling is right for pixels only. Timesteps are spaced `"leading"`, which leaves out
+    t = T − 1: the cosine schedule has √ᾱ ≈ 5e-5 there, and would magnify an error of ε 20,000 times.
     """
     return DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
@@ -46,8 +46,8 @@ def make_sampling_scheduler(
     Args:
         noise_scheduler (`SchedulerMixin`): That of the training.
         scheduler (`SchedulerMixin` or `str`, *optional*):
-            A diffusers scheduler, or the name of its class, then made from the model's own schedule. Defaults to the
-            DDPM sampler of the paper.
+            A diffusers scheduler, or the name of its class, then made from the model's own schedule to begin at 0.98·T
+            or above, however few the steps. Defaults to the DDPM sampler of the paper.
         num_inference_steps (`int`): 1 to T.
 
     Raises:
@@ -56,9 +56,15 @@ def make_sampling_scheduler(
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise ValueError(f"`num_inference_steps` must be 1 to {num_train_timesteps}; got {num_inference_steps}.")
-    sampler: Any = noise_scheduler if scheduler is None else scheduler
-    if isinstance(scheduler, str):
-        sampler = _scheduler_class(scheduler).from_config(noise_scheduler.config)
+    sampler: Any = scheduler
+    if scheduler is None or isinstance(scheduler, str):
+        scheduler_class = _scheduler_class(scheduler or type(noise_scheduler).__name__)
+        sampler = scheduler_class.from_config(noise_scheduler.config)
+        sampler.set_timesteps(num_inference_steps)
+        # "leading" steps begin at noise only if they are many; few are moved up.
+        offset = int(0.98 * num_train_timesteps) - int(sampler.timesteps[0])
+        if offset > 0:
+            sampler = scheduler_class.from_config(noise_scheduler.config, steps_offset=offset)
     remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
     prediction_type = sampler.config.get("prediction_type")
     if prediction_type != noise_scheduler.config.prediction_type:
@@ -98,9 +104,9 @@ def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | Non
         `torch.LongTensor` of shape `(num_images,)`.
     """
     if seeds is None:
-        uniform = torch.rand(max_timesteps.shape, device=max_timesteps.device, dtype=torch.float64)
+        uniform = torch.rand(max_timesteps.shape, device=max_timesteps.device)
     else:
-        draws = [torch.rand((), generator=_generator(seed), dtype=torch.float64) for seed in seeds]
+        draws = [torch.rand((), generator=_generator(seed)) for seed in seeds]
         uniform = torch.stack(draws).to(max_timesteps.device)
     return (uniform * max_timesteps).long()
 

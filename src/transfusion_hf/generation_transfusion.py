@@ -37,6 +37,7 @@ from transformers.generation import (
     SuppressTokensAtBeginLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, logging
 
 from .diffusion_transfusion import guide, make_sampling_scheduler, sampling_step_kwargs
@@ -149,6 +150,8 @@ class TransfusionGenerationMixin(GenerationMixin):
             raise ValueError(f"`generation_mode` must be one of {', '.join(_MODES)}; got {mode!r}.")
         if generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             generation_config.generation_mode = mode or "interleaved"
+        elif generation_config.generator is not None:
+            raise ValueError(f"`generator` is not used by {generation_mode.value}; seed torch's global generator.")
         elif mode in (None, "text"):
             generation_config.generation_mode = "text"
         else:
@@ -232,6 +235,13 @@ class TransfusionGenerationMixin(GenerationMixin):
         processors.insert(0, SuppressTokensLogitsProcessor(never, device=kwargs.get("device") or "cpu"))
         return processors
 
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask, is_first_iteration=False, **kwargs):
+        # Asked for with static caches. The library knows no image blocks here: `forward` makes the mask of a prompt.
+        if is_first_iteration:
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
     # The library looks for `inputs_embeds` in this signature before it accepts them.
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, inputs_embeds=None, **kwargs):
         if not is_first_iteration and kwargs.get("use_cache", True):
@@ -254,6 +264,11 @@ class TransfusionGenerationMixin(GenerationMixin):
             raise ValueError(
                 "`input_ids` ends among the patches of an image; end a prompt with text, with `<EOI>` after an image, "
                 "or with `<BOI>` to draw one."
+            )
+        generators = generation_config.generator
+        if isinstance(generators, list) and len(generators) != len(input_ids):
+            raise ValueError(
+                f"`generator` holds {len(generators)} generators for {len(input_ids)} rows; pass one each."
             )
         if generation_config.generation_mode == "text":
             logits_processor = self._with_generator(logits_processor, generation_config, None)
@@ -418,10 +433,6 @@ class _InterleavedDecoder:
             )
         self.pad_token_id = int(generation_config._pad_token_tensor)
         self.generators = generation_config.generator
-        if isinstance(self.generators, list) and len(self.generators) != batch_size:
-            raise ValueError(
-                f"`generator` holds {len(self.generators)} generators for {batch_size} rows; pass one each."
-            )
 
         mask = model_kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
@@ -574,6 +585,11 @@ class _InterleavedDecoder:
             raise ValueError(
                 f"`past_key_values` holds {num_cached} tokens and `input_ids` only {self.prompt_length}; pass all "
                 "ids so far, those in the cache included, and at least one new one."
+            )
+        if not self.mask[:, 0].any():
+            raise ValueError(
+                "`input_ids` begins with columns that are padding in every row, which `past_key_values` may or may "
+                "not hold; drop those columns."
             )
         self.model(
             self.prompts[:, num_cached:],

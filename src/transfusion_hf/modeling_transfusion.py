@@ -125,6 +125,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 "mixture-of-experts and encoder-decoder families cannot be made right, others have not been verified; "
                 f"use one of {', '.join(SUPPORTED_TEXT_MODELS)}."
             )
+        if getattr(text_config, "use_bidirectional_attention", False) or not getattr(text_config, "is_causal", True):
+            raise ValueError("`text_config` is that of an encoder, bidirectional over text; pass a causal decoder's.")
         check_attn_implementation(text_config._attn_implementation)
         self.language_model = AutoModel.from_config(text_config)
         self.patch_encoder = TransfusionLinearPatchEncoder(config)
@@ -180,9 +182,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
             block_ids = image_block_ids(input_ids, self.config.image_token_id)
         hidden_states: Any = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
         stacks = None if latents is None else stack_images(latents)
-        # A step of generation on one sampled token or under a mask already prepared has nothing left to check.
-        is_decoding = past_key_values is not None and (hidden_states.shape[1] == 1 or is_prepared(attention_mask))
-        if not is_decoding and not torch.compiler.is_compiling():
+        # Under a mask already prepared, a step of generation, there is nothing left to check.
+        if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
             self._check_images(stacks, block_ids, timesteps)
 
         if stacks is not None:
@@ -379,8 +380,9 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 Number of last positions, or the positions, to compute logits for; 0: all.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Number of labels in the whole batch, over micro-batches and processes, as the `Trainer` counts it.
-                `lm_loss` is then exact; `diffusion_loss` is weighted by this micro-batch's share of the labels, which
-                is exact where micro-batches hold as many images per label, and never off by their number.
+                `lm_loss` is then exact; `diffusion_loss` is weighted by this micro-batch's share of the labels. Summed
+                over micro-batches that is exact where each holds the same numbers of labels and images, and otherwise
+                an average over micro-batches in which one without images counts as 0: mix images into each.
 
         Raises:
             ValueError: as [`TransfusionModel.forward`]; also for both or neither of two arguments where one is needed.
@@ -393,6 +395,13 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         elif latents is not None:
             stacks = [_at_least_float32(stack) for stack in stack_images(latents)]
 
+        if labels is None:
+            for name, value in (("max_timesteps", max_timesteps), ("image_loss_mask", image_loss_mask)):
+                if value is not None:
+                    raise ValueError(
+                        f"`{name}` is for training, but no `labels` came, without which images are clean and no loss "
+                        "is computed. (The Trainer takes them away with `label_smoothing_factor`.)"
+                    )
         noise: list[torch.Tensor] | None = None
         if labels is not None and stacks is not None:
             stacks, noise, timesteps, is_noised = self._noise_images(
@@ -428,6 +437,11 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 losses = image_losses(predictions, noise)
                 diffusion_loss = (losses * is_noised).sum() / is_noised.sum().clamp(min=1)
                 if num_items_in_batch is not None:
+                    if not num_items_in_batch:
+                        raise ValueError(
+                            "`num_items_in_batch` is 0: the Trainer counts labels, and a batch of images without any "
+                            "cannot be weighted. Give each row a text token, as an end of sequence."
+                        )
                     diffusion_loss = diffusion_loss * (num_labels / num_items)
             loss = lm_loss + self.config.diffusion_loss_weight * diffusion_loss
 
@@ -446,7 +460,12 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         """The forward diffusion of a training step: stacks of x_0 → stacks of x_t and ε, t, and which are noised."""
         num_images, device = sum(len(stack) for stack in stacks), stacks[0].device
         num_train_timesteps = self.config.num_train_timesteps
-        per_image = {"max_timesteps": max_timesteps, "image_loss_mask": image_loss_mask, "noise_seeds": noise_seeds}
+        per_image = {
+            "timesteps": timesteps,
+            "max_timesteps": max_timesteps,
+            "image_loss_mask": image_loss_mask,
+            "noise_seeds": noise_seeds,
+        }
         for name, value in per_image.items():
             if value is not None and len(value) != num_images:
                 raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(value)}.")

@@ -60,13 +60,22 @@ def unpatchify(patches: torch.Tensor, patch_size: int, shape: tuple[int, ...]) -
 
 class TransfusionTimestepEmbedding(nn.Module):
     """
-    Sinusoids of t in float32 and a small MLP, of the width of a patch (footnote 6 adds it to every patch vector).
+    Sinusoids of t and a small MLP, of the width of a patch (footnote 6 adds it to every patch vector). At least
+    float32 whatever the model's dtype.
     """
 
     def __init__(self, num_channels: int, patch_dim: int):
         super().__init__()
         self.sinusoids = Timesteps(num_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.mlp = TimestepEmbedding(num_channels, num_channels, out_dim=patch_dim)
+        self.mlp = TimestepEmbedding(num_channels, num_channels, out_dim=patch_dim).float()
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            is_rounded = moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(moved.device) if is_rounded else moved
+
+        return super()._apply(keep_float32, recurse)
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """`timesteps` of shape `(num_images,)` → `(num_images, patch_dim)`."""

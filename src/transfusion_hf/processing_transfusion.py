@@ -101,8 +101,8 @@ class TransfusionProcessor(ProcessorMixin):
         Makes tokenizer and model fit each other, and the processor for both.
 
         Adds the three image tokens to the tokenizer if it lacks them, resizes the model's embeddings if they are
-        then too few, and writes the ids into `model.config` and `model.generation_config`. Without a padding token
-        the end-of-sequence token pads.
+        then too few, and writes the ids into `model.config` and `model.generation_config`. A tokenizer without a
+        padding token gets `<pad>`.
 
         Args:
             model (`TransfusionForCausalLMAndDiffusion`)
@@ -120,9 +120,8 @@ class TransfusionProcessor(ProcessorMixin):
         ]
         tokenizer.add_tokens(new, special_tokens=True)
         if tokenizer.pad_token is None:
-            if tokenizer.eos_token is None:
-                raise ValueError("`tokenizer` has neither `pad_token` nor `eos_token`; set one of them.")
-            tokenizer.pad_token = tokenizer.eos_token
+            # Not the end of sequence: rules that look at the history would see it in every padded row.
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
 
         config = model.config
         if len(tokenizer) > config.text_config.vocab_size:
