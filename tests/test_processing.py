@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from make_tiny_transfusion import byte_tokenizer
 from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, LlamaConfig
 
@@ -23,11 +24,6 @@ def processor() -> TransfusionProcessor:
 
 @pytest.fixture
 def tokenizer_without_image_tokens(processor):
-    import sys
-
-    sys.path.insert(0, str(TINY.parent))
-    from make_tiny_transfusion import byte_tokenizer
-
     return byte_tokenizer()
 
 

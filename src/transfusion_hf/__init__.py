@@ -1,16 +1,13 @@
 """Transfusion (Zhou et al., arXiv 2408.11039) for Hugging Face."""
 
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import requires, version
 
 from packaging.requirements import Requirement
 
 
 def _check_transformers() -> None:
     """Private methods of transformers are overridden: an untried version would fail somewhere deep, or silently."""
-    try:
-        requirements = [Requirement(requirement) for requirement in requires("transfusion-hf") or []]
-    except PackageNotFoundError:  # run from a source tree that is not installed: nothing states a range
-        return
+    requirements = [Requirement(requirement) for requirement in requires("transfusion-hf") or []]
     supported = next(r.specifier for r in requirements if r.name == "transformers")
     if not supported.contains(version("transformers"), prereleases=True):
         raise ImportError(
