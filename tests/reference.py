@@ -183,3 +183,16 @@ def lm_terms(config, ids: list[int], logits: list[torch.Tensor]) -> list[torch.T
 def diffusion_term(prediction: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     """Eq. 3: the mean squared error of one image."""
     return ((prediction - eps) ** 2).sum() / eps.numel()
+
+
+def attention_of_one_head(query, key, value, sees: list[list[bool]], scale: float) -> torch.Tensor:
+    """Softmax attention, query by query, over the keys that it sees; 0 where it sees none."""
+    rows = []
+    for i in range(len(query)):
+        seen = [j for j in range(len(key)) if sees[i][j]]
+        if not seen:
+            rows.append(torch.zeros_like(value[0]))
+            continue
+        weights = torch.softmax(key[seen] @ query[i] * scale, dim=0)
+        rows.append(weights @ value[seen])
+    return torch.stack(rows)

@@ -30,11 +30,12 @@ TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 # Imports run one way. Files ending in `_transfusion` travel with a checkpoint as remote code.
 MAY_IMPORT = {
     "configuration_transfusion": set(),
-    "masking_transfusion": {"configuration_transfusion"},
+    "attention_transfusion": set(),
+    "masking_transfusion": {"configuration", "attention"},
     "diffusion_transfusion": {"configuration_transfusion"},
     "patching_transfusion": {"configuration_transfusion"},
     "generation_transfusion": {"configuration", "diffusion", "masking", "patching"},
-    "modeling_transfusion": {"configuration", "diffusion", "masking", "patching", "generation"},
+    "modeling_transfusion": {"configuration", "attention", "diffusion", "masking", "patching", "generation"},
     "image_processing_transfusion": set(),
     "processing_transfusion": {"image_processing"},
 }

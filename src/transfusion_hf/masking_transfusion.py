@@ -5,7 +5,9 @@ among the patches of one image. The only file that follows transformers' mask AP
 
 import torch
 from transformers import Cache, PreTrainedConfig
-from transformers.masking_utils import create_masks_for_generate
+from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
+
+from .attention_transfusion import VARLEN_ATTENTION, VarlenPlan, make_varlen_plan
 
 
 def check_attn_implementation(attn_implementation: str | None) -> None:
@@ -19,7 +21,7 @@ def check_attn_implementation(attn_implementation: str | None) -> None:
         raise ValueError(
             f"`attn_implementation={attn_implementation!r}` cannot compute Transfusion's mask: flash attention knows "
             "only causal and full attention, so transformers would silently drop the bidirectional image blocks. Use "
-            "'sdpa', 'eager' or 'flex_attention'."
+            "'transfusion_varlen' (exact, on flash kernels), 'sdpa', 'eager' or 'flex_attention'."
         )
 
 
@@ -71,12 +73,15 @@ def create_transfusion_mask(
         position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
 
     Returns:
-        A tensor, a `BlockMask`, `None`, or a dict of those by layer type: passed to the decoder as `attention_mask`.
+        A tensor, a `BlockMask`, `None`, or a dict of those by layer type, for the decoder's `attention_mask`; or, for
+        `"transfusion_varlen"`, a `VarlenPlan`.
 
     Raises:
         ValueError: the decoder runs on a stock flash implementation.
     """
     check_attn_implementation(text_config._attn_implementation)
+    if text_config._attn_implementation == VARLEN_ATTENTION:
+        return _create_varlen_plan(inputs_embeds, block_ids, attention_mask, past_key_values, position_ids)
     if block_ids is not None and past_key_values is not None:
         # The library wants the ids of prefix and query together; shorter ones give a wrong mask without an error.
         past_length = past_key_values.get_seq_length()
@@ -91,6 +96,20 @@ def create_transfusion_mask(
     )
 
 
+def _create_varlen_plan(inputs_embeds, block_ids, attention_mask, past_key_values, position_ids) -> VarlenPlan:
+    batch, seq = inputs_embeds.shape[:2]
+    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    document_ids = None
+    if attention_mask is None:
+        attention_mask = torch.ones(batch, past_length + seq)
+        if past_key_values is None and position_ids is not None:
+            # transformers' own rule for documents packed into a row: positions that do not go on.
+            document_ids = find_packed_sequence_indices(position_ids.expand(batch, -1))
+    return make_varlen_plan(attention_mask, seq, block_ids, document_ids, inputs_embeds.device)
+
+
 def is_prepared(attention_mask) -> bool:
     """Whether the mask is one that [`create_transfusion_mask`] made, to be handed on as it is."""
-    return attention_mask is not None and (isinstance(attention_mask, dict) or len(attention_mask.shape) == 4)
+    if attention_mask is None or isinstance(attention_mask, (dict, VarlenPlan)):
+        return attention_mask is not None
+    return len(attention_mask.shape) == 4

@@ -12,6 +12,7 @@ from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .attention_transfusion import VarlenPlan
 from .configuration_transfusion import TransfusionConfig
 from .diffusion_transfusion import (
     add_noise,
@@ -206,6 +207,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 past_key_values,
                 position_ids,
             )
+        if isinstance(attention_mask, VarlenPlan):
+            kwargs["varlen_plan"], attention_mask = attention_mask, None
         outputs = self.language_model(
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,

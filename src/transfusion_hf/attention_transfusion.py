@@ -1,0 +1,369 @@
+"""
+Transfusion's attention (Fig. 4, arXiv 2408.11039) exactly, on kernels that know only causal and full attention.
+
+The mask is cut into *passes* whose pairs of query and key are disjoint and together are the mask:
+
+1. causal attention over each document;
+2. within each image, the block [s, e), the strict upper triangle: rows s … e−2 against keys s+1 … e−1, both reversed,
+   are causal again, since with i = e−2−a and j = e−1−b: j ≥ i+1 ⇔ b ≤ a;
+3. behind a cache, full attention of the new positions to those cached.
+
+Outputs are merged by their log-sum-exp. In the backward pass dS = P∘(dO·Vᵀ − rowsum(dO∘O)) with P = exp(S − lse) needs
+of the other passes only the final output and lse: the kernel's own backward, called with those, gives a pass's share.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+
+VARLEN_ATTENTION = "transfusion_varlen"
+
+
+@dataclass
+class VarlenPass:
+    """
+    One call of a varlen kernel: segments of queries, each against its segment of keys.
+
+    Args:
+        query_index (`torch.LongTensor` of shape `(num_queries,)`):
+            Rows of the flattened queries `(batch · query_length, heads, dim)`, segment behind segment.
+        key_index (`torch.LongTensor` of shape `(num_keys,)`): Likewise for keys and values.
+        query_lengths (`list[int]`): Queries of each segment.
+        key_lengths (`list[int]`): Keys of each segment.
+        is_causal (`bool`): Whether a query sees only the keys up to its own; segments are square then.
+    """
+
+    query_index: torch.Tensor
+    key_index: torch.Tensor
+    query_lengths: list[int]
+    key_lengths: list[int]
+    is_causal: bool
+
+    def __post_init__(self) -> None:
+        self.cu_queries = torch.tensor([0, *self.query_lengths]).cumsum(0, dtype=torch.int32)
+        self.cu_keys = torch.tensor([0, *self.key_lengths]).cumsum(0, dtype=torch.int32)
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of query and key that the kernel computes."""
+        lengths = zip(self.query_lengths, self.key_lengths, strict=True)
+        return sum(q * (q + 1) // 2 if self.is_causal else q * k for q, k in lengths)
+
+    def to(self, device: torch.device) -> "VarlenPass":
+        for name in ("query_index", "key_index", "cu_queries", "cu_keys"):
+            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        return self
+
+
+@dataclass
+class VarlenPlan:
+    """
+    The passes of a batch, made once and used by every layer.
+
+    Args:
+        passes (`list[VarlenPass]`)
+        num_queries (`int`): Rows of the flattened queries, padding included.
+        num_keys (`int`): Rows of the flattened keys, cache and padding included.
+    """
+
+    passes: list[VarlenPass]
+    num_queries: int
+    num_keys: int
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of query and key that are computed: those of the mask, no more and no fewer."""
+        return sum(one.num_pairs for one in self.passes)
+
+
+def _runs(labels: torch.Tensor) -> list[int]:
+    """Lengths of the runs of equal labels."""
+    return torch.unique_consecutive(labels, return_counts=True)[1].tolist()
+
+
+@torch.compiler.disable
+def make_varlen_plan(
+    real: torch.Tensor,
+    seq: int,
+    block_ids: torch.LongTensor | None = None,
+    document_ids: torch.LongTensor | None = None,
+    device: torch.device | str = "cpu",
+) -> VarlenPlan:
+    """
+    Cuts Transfusion's mask into passes.
+
+    Args:
+        real (`torch.BoolTensor` of shape `(batch, past + seq)`): `False` at padding.
+        seq (`int`): Number of new positions.
+        block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+            Of the new positions, as from `image_block_ids`. `None`: causal throughout.
+        document_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
+            Documents packed into a row, in runs; without a cache only.
+        device (`torch.device`): Where the plan shall lie. It is made on the CPU.
+
+    Raises:
+        ValueError: documents together with a cache.
+    """
+    real = real.bool().cpu()
+    batch, num_keys = real.shape
+    past = num_keys - seq
+    if past and document_ids is not None:
+        raise ValueError("`document_ids` pack documents into a row, which a cache cannot continue; pass one of them.")
+    rows = torch.arange(batch)[:, None]
+    keys = torch.arange(batch * num_keys).view(batch, num_keys)
+    queries = torch.arange(batch * seq).view(batch, seq)
+    new = real[:, past:]
+    passes = []
+
+    # Behind a cache, an image alone or a single token sees all that there is: one full pass.
+    ids = None if block_ids is None else block_ids.cpu()
+    is_image = ids is not None and bool(((ids == 0) & new).all())
+    if past and bool(new.all()) and (is_image or seq == 1):
+        lengths = real.sum(dim=1).tolist()
+        passes.append(VarlenPass(queries.flatten(), keys[real], [seq] * batch, lengths, is_causal=False))
+        return VarlenPlan([one.to(device) for one in passes], batch * seq, batch * num_keys)
+
+    labels = rows.expand(batch, seq)
+    if document_ids is not None:
+        labels = labels * (int(document_ids.max()) + 1) + document_ids.cpu()
+    lengths = _runs(labels[new])
+    passes.append(VarlenPass(queries[new], keys[:, past:][new], lengths, lengths, is_causal=True))
+
+    if past and bool(real[:, :past].any()):
+        has_past = real[:, :past].any(dim=1)
+        chosen = new & has_past[:, None]
+        cached = real[:, :past] & new.any(dim=1)[:, None]
+        passes.append(
+            VarlenPass(
+                queries[chosen],
+                keys[:, :past][cached],
+                [n for n in chosen.sum(dim=1).tolist() if n],
+                [n for n in cached.sum(dim=1).tolist() if n],
+                is_causal=False,
+            )
+        )
+
+    if ids is not None:
+        is_patch = (ids >= 0) & new
+        labels = rows.expand(batch, seq) * (int(ids.max()) + 1) + ids
+        lengths = _runs(labels[is_patch])
+        if any(n > 1 for n in lengths):
+            query_index = torch.cat([part[:-1].flip(0) for part in queries[is_patch].split(lengths)])
+            key_index = torch.cat([part[1:].flip(0) for part in keys[:, past:][is_patch].split(lengths)])
+            lengths = [n - 1 for n in lengths if n > 1]
+            passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
+    return VarlenPlan([one.to(device) for one in passes], batch * seq, batch * num_keys)
+
+
+class TorchCpuKernel:
+    """torch's flash attention for the CPU, neighbouring segments of one shape at a time."""
+
+    name = "torch_cpu"
+    device_type = "cpu"
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+
+    @staticmethod
+    def unavailable() -> str | None:
+        return None
+
+    @staticmethod
+    def _pieces(one: VarlenPass, queries: tuple, keys: tuple):
+        """Cuts tensors of queries and of keys into `(segments, heads, length, dim)`, a shape of segments at a time."""
+        q, k = 0, 0
+        for (num_queries, num_keys), group in groupby(zip(one.query_lengths, one.key_lengths, strict=True)):
+            count = len(list(group))
+            next_q, next_k = q + count * num_queries, k + count * num_keys
+            yield (
+                *(states[q:next_q].unflatten(0, (count, num_queries)).transpose(1, 2) for states in queries),
+                *(states[k:next_k].unflatten(0, (count, num_keys)).transpose(1, 2) for states in keys),
+            )
+            q, k = next_q, next_k
+
+    @classmethod
+    def forward(cls, query, key, value, one: VarlenPass, scale: float):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        outputs, lses = [], []
+        for q, k, v in cls._pieces(one, (query,), (key, value)):
+            output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, 0.0, one.is_causal, scale=scale
+            )
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+            lses.append(lse.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs), torch.cat(lses), None
+
+    @classmethod
+    def backward(cls, grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        grads = []
+        for g, q, o, n, k, v in cls._pieces(one, (grad, query, output, lse[..., None]), (key, value)):
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                g, q, k, v, o, n[..., 0], 0.0, one.is_causal, scale=scale
+            )
+            grads.append([part.transpose(1, 2).flatten(0, 1) for part in parts])
+        grad_query, grad_key, grad_value = (torch.cat(parts) for parts in zip(*grads, strict=True))
+        if groups > 1:
+            grad_key, grad_value = (g.unflatten(1, (-1, groups)).sum(dim=2) for g in (grad_key, grad_value))
+        return grad_query, grad_key, grad_value
+
+
+class TorchCudaKernel:
+    """torch's own FlashAttention 2 for CUDA."""
+
+    name = "torch_cuda"
+    device_type = "cuda"
+    dtypes = (torch.float16, torch.bfloat16)
+
+    @staticmethod
+    def unavailable() -> str | None:
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
+        return None if torch.backends.cuda.is_flash_attention_available() else "this torch was built without it"
+
+    @staticmethod
+    def forward(query, key, value, one: VarlenPass, scale: float):
+        output, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
+            query, key, value, one.cu_queries, one.cu_keys, max(one.query_lengths), max(one.key_lengths),
+            0.0, one.is_causal, False, scale=scale,
+        )  # fmt: skip
+        return output, lse.transpose(0, 1), (rng_state, unused)
+
+    @staticmethod
+    def backward(grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
+        return torch.ops.aten._flash_attention_backward(
+            grad.contiguous(), query, key, value, output, lse.float().transpose(0, 1).contiguous(),
+            one.cu_queries, one.cu_keys, max(one.query_lengths), max(one.key_lengths), 0.0, one.is_causal, *state,
+            scale=scale,
+        )  # fmt: skip
+
+
+_KERNELS: tuple[Any, ...] = (TorchCudaKernel, TorchCpuKernel)
+
+
+def varlen_kernels() -> dict[str, str]:
+    """
+    The kernels behind `attn_implementation="transfusion_varlen"`: for each `"available"`, or why it is not. A tensor's
+    device decides which of them runs.
+
+    Example:
+
+    ```python
+    >>> varlen_kernels()
+    {'torch_cuda': 'torch sees no CUDA device', 'torch_cpu': 'available'}
+    ```"""
+    return {kernel.name: kernel.unavailable() or "available" for kernel in _KERNELS}
+
+
+def _kernel_for(query: torch.Tensor) -> Any:
+    """The kernel for a tensor's device, once it is sure to take it."""
+    kernel = next((k for k in _KERNELS if k.device_type == query.device.type and not k.unavailable()), None)
+    if kernel is None:
+        raise ValueError(
+            f"`{VARLEN_ATTENTION}` has no kernel for {query.device.type}: {varlen_kernels()}. Use 'sdpa' there."
+        )
+    if query.dtype not in kernel.dtypes:
+        raise ValueError(
+            f"`{VARLEN_ATTENTION}` on {query.device.type} computes in {', '.join(map(str, kernel.dtypes))}; got "
+            f"{query.dtype}. Load the model in one of these, or use 'sdpa'."
+        )
+    if kernel is TorchCudaKernel and (query.shape[-1] > 256 or query.shape[-1] % 8):
+        raise ValueError(
+            f"FlashAttention 2 takes head sizes up to 256 that are multiples of 8; got {query.shape[-1]}. Use 'sdpa'."
+        )
+    return kernel
+
+
+class _VarlenAttention(torch.autograd.Function):
+    """Queries `(num_queries, heads, dim)`, keys and values `(num_keys, kv_heads, dim)` → the shape of the queries."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, plan: VarlenPlan, scale: float):
+        ctx.kernel, ctx.plan, ctx.scale, ctx.states = _kernel_for(query), plan, scale, []
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        output = query.new_zeros(query.shape[:2] + value.shape[2:], dtype=dtype)
+        lse = query.new_full(query.shape[:2], -torch.inf, dtype=dtype)
+        for one in plan.passes:
+            q, k = one.query_index, one.key_index
+            part, part_lse, state = ctx.kernel.forward(query[q], key[k], value[k], one, scale)
+            ctx.states.append(state)
+            before = lse[q]
+            merged = torch.logaddexp(before, part_lse)
+            output[q] = output[q] * (before - merged).exp()[..., None] + part * (part_lse - merged).exp()[..., None]
+            lse[q] = merged
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, key, value, output, lse)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        query, key, value, output, lse = ctx.saved_tensors
+        grads = [torch.zeros_like(states) for states in (query, key, value)]
+        for one, state in zip(ctx.plan.passes, ctx.states, strict=True):
+            q, k = one.query_index, one.key_index
+            parts = ctx.kernel.backward(grad[q], query[q], key[k], value[k], output[q], lse[q], state, one, ctx.scale)
+            for total, index, part in zip(grads, (q, k, k), parts, strict=True):
+                total.index_add_(0, index, part)
+        return *grads, None, None
+
+
+@torch.compiler.disable
+def transfusion_varlen_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    varlen_plan: VarlenPlan | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """
+    The attention function registered as `"transfusion_varlen"`.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch, heads, seq, dim)`)
+        key (`torch.Tensor` of shape `(batch, kv_heads, past + seq, dim)`): `value` likewise.
+        varlen_plan (`VarlenPlan`): As `TransfusionModel` makes it.
+
+    Returns:
+        `torch.Tensor` of shape `(batch, seq, heads, dim)`, and `None` for the weights. 0 at padding.
+
+    Raises:
+        ValueError: no plan or one of other sizes, dropout, a sliding window, soft-capped scores, a dtype, device or
+            head size that no kernel takes.
+    """
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"`{VARLEN_ATTENTION}` computes Transfusion's mask alone, this layer has `{name}={kwargs[name]}`; use "
+                "'sdpa' or 'flex_attention'."
+            )
+    if dropout:
+        raise ValueError(f"`{VARLEN_ATTENTION}` has no dropout; got {dropout}. Set `attention_dropout` to 0.")
+    batch, _, seq, dim = query.shape
+    num_queries, num_keys = batch * seq, batch * key.shape[2]
+    if varlen_plan is None:
+        raise ValueError(f"`{VARLEN_ATTENTION}` needs the plan that `TransfusionModel` makes; elsewhere use 'sdpa'.")
+    if (varlen_plan.num_queries, varlen_plan.num_keys) != (num_queries, num_keys):
+        raise ValueError(
+            f"`varlen_plan` is for {varlen_plan.num_queries} queries and {varlen_plan.num_keys} keys, but there are "
+            f"{num_queries} and {num_keys}; make it from these `input_ids`."
+        )
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    output = _VarlenAttention.apply(query, key, value, varlen_plan, dim**-0.5 if scaling is None else scaling)
+    return output.unflatten(0, (batch, seq)), None
+
+
+# Without an entry of its own the library would not let a mask pass; the plan takes its place.
+AttentionInterface.register(VARLEN_ATTENTION, transfusion_varlen_attention)
+AttentionMaskInterface.register(VARLEN_ATTENTION, lambda **kwargs: None)
+
+
+__all__ = ["VarlenPass", "VarlenPlan", "make_varlen_plan", "transfusion_varlen_attention", "varlen_kernels"]
