@@ -1,11 +1,15 @@
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import IterableDataset
 from PIL import Image
+from torch.utils.data import DataLoader
 from transformers import AutoProcessor
 
-from transfusion_hf import TransfusionDataCollator
+from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion
+from transfusion_hf.data_collator import first_fit
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
@@ -81,6 +85,107 @@ def test_a_seed_reproduces_the_batch(processor):
     first = collator(samples)
     torch.manual_seed(3)
     assert all(torch.equal(first[key], value) for key, value in collator(samples).items())
+
+
+INTERLEAVED = [
+    {"text": "abc"},
+    {"text": "red", "image": RED},
+    {"text": "<image>make it blue<image>", "images": [RED, BLUE], "image_loss_mask": [False, True]},
+    {"text": "two<image>pictures<image>here", "images": [BLUE, RED], "max_timesteps": [10, 20]},
+    {"text": "d" * 30},
+]
+
+
+def documents_of(batch: dict, processor) -> list[tuple[list[int], list[int]]]:
+    """Ids and labels of each document of a pack, padding left out."""
+    found = []
+    for ids, labels, positions in zip(batch["input_ids"], batch["labels"], batch["position_ids"], strict=True):
+        starts = [*(positions == 0).nonzero()[:, 0].tolist(), len(ids)]
+        for start, end in pairwise(starts):
+            if not (ids[start:end] == processor.tokenizer.pad_token_id).all():
+                found.append((ids[start:end].tolist(), labels[start:end].tolist()))
+    return found
+
+
+def test_packs_hold_every_sample_whole_with_its_images(processor):
+    samples = INTERLEAVED * 3
+    torch.manual_seed(1)
+    padded = TransfusionDataCollator(processor)(samples)
+    torch.manual_seed(1)
+    packed = TransfusionDataCollator(processor, max_length=96)(samples)
+    assert packed["input_ids"].shape[1] == 96 and "attention_mask" not in packed
+    expected, images, start = [], {}, 0
+    for ids, mask, labels in zip(padded["input_ids"], padded["attention_mask"], padded["labels"], strict=True):
+        expected.append((ids[mask.bool()].tolist(), labels[mask.bool()].tolist()))
+        count = int((ids == processor.image_start_token_id).sum())
+        images.setdefault(str(expected[-1][0]), []).append(
+            [padded["pixel_values"][start : start + count], padded["max_timesteps"][start : start + count]]
+        )
+        start += count
+    documents = documents_of(packed, processor)
+    assert sorted(map(str, documents)) == sorted(map(str, expected))
+    start = 0
+    for ids, _ in documents:  # the images come in the order of the rows
+        count = ids.count(processor.image_start_token_id)
+        pixels, limits = images[str(ids)].pop()
+        assert torch.equal(packed["pixel_values"][start : start + count], pixels)
+        assert torch.equal(packed["max_timesteps"][start : start + count], limits)
+        start += count
+    assert start == len(packed["pixel_values"]) == len(packed["image_loss_mask"])
+
+
+def test_a_model_computes_the_same_losses_on_a_pack_as_on_padded_rows(processor):
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
+    losses = {}
+    for backend in ("sdpa", "transfusion_varlen"):
+        model.set_attn_implementation(backend)
+        for max_length in (None, 100):
+            torch.manual_seed(1)
+            batch = TransfusionDataCollator(processor, max_length=max_length)(INTERLEAVED * 2)
+            output = model(**batch)  # in evaluation, where t and noise are the image's own
+            losses[backend, max_length] = (float(output.lm_loss), float(output.diffusion_loss))
+    for one in losses.values():
+        assert one == pytest.approx(losses["sdpa", None], rel=1e-5)
+
+
+def test_mixed_lengths_fill_rows_of_4096_to_95_percent():
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        lengths = (torch.rand(200, generator=generator) ** 2 * 2000 + 20).long().tolist()
+        rows = first_fit(lengths, 4096)
+        assert sorted(item for row in rows for item in row) == list(range(200))
+        assert all(sum(lengths[item] for item in row) <= 4096 for row in rows)
+        assert sum(lengths) / (4096 * len(rows)) >= 0.95
+
+
+def test_truncation_cuts_text_but_never_an_image(processor):
+    sample = {"text": "ab<image>cd<image>ef", "images": [RED, BLUE]}  # <s>ab, 18, cd, 18, ef</s>: 44 tokens
+    for max_length, kept, num_images in ((44, 44, 2), (42, 42, 2), (41, 41, 2), (40, 23, 1), (24, 23, 1), (20, 3, 0)):
+        batch = TransfusionDataCollator(processor, max_length=max_length, truncation=True)([sample])
+        ((ids, labels),) = documents_of(batch, processor)
+        assert len(ids) == len(labels) == kept
+        assert len(batch.get("pixel_values", [])) == num_images
+
+
+def test_samples_that_do_not_fit_are_refused(processor):
+    with pytest.raises(ValueError, match="`max_length` is 40, but sample 1 has 44 tokens; raise it"):
+        TransfusionDataCollator(processor, max_length=40)(
+            [{"text": "a"}, {"text": "ab<image>cd<image>ef", "images": [RED, BLUE]}]
+        )
+    with pytest.raises(ValueError, match="`max_length` is 17, but sample 0 has an image of 18 tokens"):
+        TransfusionDataCollator(processor, max_length=17, truncation=True)([{"text": "<image>", "image": RED}])
+
+
+def test_streamed_data_sets_and_several_workers_pack_alike(processor):
+    collator = TransfusionDataCollator(processor, max_length=96)
+    marked = [sample if "<image>" in sample["text"] else {"text": sample["text"]} for sample in INTERLEAVED] * 4
+    streamed = IterableDataset.from_generator(lambda: iter(marked))
+    seen = []
+    for workers in (0, 2):
+        source = marked if workers else streamed
+        loader = DataLoader(source, batch_size=10, collate_fn=collator, num_workers=workers)
+        seen.append([document for batch in loader for document in documents_of(batch, processor)])
+    assert sorted(map(str, seen[0])) == sorted(map(str, seen[1])) and len(seen[0]) == 20
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""From texts and images to training batches: the paper's order, noise limit and caption dropout."""
+"""From texts and images to training batches: order, noise limit, caption dropout, padding or packing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,36 @@ import torch
 from .processing_transfusion import TransfusionProcessor
 
 
+def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """
+    Packs items into rows: each, from the longest, into the first row that has room.
+
+    Args:
+        lengths (`list[int]`): Of the items, at most `max_length` each.
+        max_length (`int`): Room of a row.
+
+    Returns:
+        `list[list[int]]`: The items of each row.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, free in enumerate(room) if lengths[item] <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(max_length)
+        rows[row].append(item)
+        room[row] -= lengths[item]
+    return rows
+
+
 @dataclass
 class TransfusionDataCollator:
     r"""
-    Batches samples for the `Trainer` (with `remove_unused_columns=False`), padded at the right.
+    Batches samples for the `Trainer` (with `remove_unused_columns=False`): each in a row of its own, padded at the
+    right; or packed, with `max_length`, behind one another in as few rows of that length as first-fit finds. Documents
+    in a row do not see each other: their positions begin anew, by which transformers and `"transfusion_varlen"` tell
+    them apart.
 
     A sample is a dict with `text` and, in `image` or the list `images`, the images that belong to it. Where the text
     marks the places of its images with the processor's image token, it is taken as it stands. Otherwise it is a
@@ -31,13 +57,17 @@ class TransfusionDataCollator:
             NOTE: the paper does not give a rate; 0.1 is the usual one.
         image_first_max_timesteps (`int`, defaults to 500)
         num_train_timesteps (`int`, defaults to 1000): T of the model, the limit of all other images.
+        max_length (`int`, *optional*): Pack samples into rows of this length.
+        truncation (`bool`, defaults to `False`):
+            Whether a sample longer than `max_length` loses its end, an image at the cut as a whole; else an error.
 
-    Returns, when called, a dict of `input_ids`, `attention_mask` and `labels` of shape `(batch, seq)`, and, where
-    there are images, `pixel_values` of shape `(num_images, channels, height, width)`, `max_timesteps` and
-    `image_loss_mask` of shape `(num_images,)`.
+    Returns, when called, a dict of `input_ids` and `labels` of shape `(batch, seq)`, `attention_mask` of that shape
+    or, packed, `position_ids`, and, where there are images, `pixel_values` of shape
+    `(num_images, channels, height, width)`, `max_timesteps` and `image_loss_mask` of shape `(num_images,)`.
 
     Raises:
-        ValueError: no samples, a probability outside of 0 to 1, images without markers that are not one to a caption.
+        ValueError: no samples, a probability outside of 0 to 1, images without markers that are not one to a caption,
+            a sample or an image longer than `max_length`.
     """
 
     processor: TransfusionProcessor
@@ -45,6 +75,8 @@ class TransfusionDataCollator:
     caption_dropout: float = 0.1
     image_first_max_timesteps: int = 500
     num_train_timesteps: int = 1000
+    max_length: int | None = None
+    truncation: bool = False
 
     def __post_init__(self) -> None:
         for name in ("caption_first_probability", "caption_dropout"):
@@ -61,12 +93,14 @@ class TransfusionDataCollator:
         images: list[Any] = []
         max_timesteps: list[int] = []
         image_loss_mask: list[bool] = []
+        num_images: list[int] = []
         for feature in features:
             image = feature.get("image")  # `None` where a data set mixes texts with and without images
             pictures = list(feature.get("images") or ([] if image is None else [image]))
             text, limit = self._arrange(feature["text"], len(pictures))
             texts.append(text + self._end)
             images += pictures
+            num_images.append(len(pictures))
             max_timesteps += self._per_image(feature, "max_timesteps", len(pictures), limit)
             image_loss_mask += self._per_image(feature, "image_loss_mask", len(pictures), True)
         batch = self.processor(
@@ -75,7 +109,7 @@ class TransfusionDataCollator:
         if images:
             batch["max_timesteps"] = torch.tensor(max_timesteps)
             batch["image_loss_mask"] = torch.tensor(image_loss_mask)
-        return dict(batch)
+        return dict(batch) if self.max_length is None else self._pack(dict(batch), num_images)
 
     def _arrange(self, text: str, num_images: int) -> tuple[str, int]:
         """The text with its marker, and the noise limit of its images."""
@@ -91,6 +125,59 @@ class TransfusionDataCollator:
             return marker + text, self.image_first_max_timesteps
         return marker if dropout < self.caption_dropout else text + marker, self.num_train_timesteps
 
+    def _pack(self, batch: dict[str, Any], num_images: list[int]) -> dict[str, Any]:
+        """Rows of whole samples, first-fit from the longest; images follow their samples."""
+        assert self.max_length is not None
+        mask = batch.pop("attention_mask").bool()
+        samples = [
+            {name: batch[name][i][mask[i]] for name in ("input_ids", "labels")} | {"num_images": num_images[i]}
+            for i in range(len(mask))
+        ]
+        samples = [self._fit(i, sample) for i, sample in enumerate(samples)]
+        first_image = [sum(num_images[:i]) for i in range(len(num_images))]
+        rows = first_fit([len(sample["input_ids"]) for sample in samples], self.max_length)
+        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
+        packed: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "position_ids": []}
+        kept_images: list[int] = []
+        for row in rows:
+            for i in row:
+                kept_images += range(first_image[i], first_image[i] + samples[i]["num_images"])
+            lengths = [len(samples[i]["input_ids"]) for i in row]
+            padding = self.max_length - sum(lengths)
+            for name, value in fill.items():
+                packed[name].append(torch.cat([*(samples[i][name] for i in row), torch.full((padding,), value)]))
+            packed["position_ids"].append(torch.cat([torch.arange(length) for length in (*lengths, padding)]))
+        result: dict[str, Any] = {name: torch.stack(tensors) for name, tensors in packed.items()}
+        if kept_images:
+            for name in ("max_timesteps", "image_loss_mask"):
+                result[name] = batch[name][kept_images]
+            pixels = batch["pixel_values"]
+            is_tensor = isinstance(pixels, torch.Tensor)
+            result["pixel_values"] = pixels[kept_images] if is_tensor else [pixels[i] for i in kept_images]
+        return result
+
+    def _fit(self, index: int, sample: dict[str, Any]) -> dict[str, Any]:
+        """The sample, cut to `max_length` if that is allowed, but never through an image."""
+        assert self.max_length is not None
+        ids, limit = sample["input_ids"], self.max_length
+        if len(ids) <= limit:
+            return sample
+        starts = (ids == self.processor.image_start_token_id).nonzero()[:, 0].tolist()
+        ends = (ids == self.processor.image_end_token_id).nonzero()[:, 0].tolist()
+        longest = max((end - start + 1 for start, end in zip(starts, ends, strict=False)), default=0)
+        if longest > limit or not self.truncation:
+            what = f"an image of {longest}" if longest > limit else f"{len(ids)}"
+            raise ValueError(
+                f"`max_length` is {limit}, but sample {index} has {what} tokens; raise it, shrink the image, or for "
+                "text pass `truncation=True`."
+            )
+        cut = next((start for start, end in zip(starts, ends, strict=False) if start < limit <= end), limit)
+        return {
+            "input_ids": ids[:cut],
+            "labels": sample["labels"][:cut],
+            "num_images": sum(end < cut for end in ends),
+        }
+
     def _per_image(self, feature: dict[str, Any], name: str, num_images: int, default: Any) -> list[Any]:
         values = feature.get(name)
         if values is None:
@@ -100,4 +187,4 @@ class TransfusionDataCollator:
         return list(values)
 
 
-__all__ = ["TransfusionDataCollator"]
+__all__ = ["TransfusionDataCollator", "first_fit"]
