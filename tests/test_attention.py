@@ -42,9 +42,9 @@ def states(seed: int, length: int, heads: tuple[int, int], dtype=torch.float64, 
     return [one.requires_grad_() for one in made]
 
 
-def plan_of(ids: list[int], documents: list[int]):
+def plan_of(ids: list[int], documents: list[int], device: str = "cpu"):
     blocks = image_block_ids(torch.tensor([ids]), IMG)
-    return make_varlen_plan(torch.ones(1, len(ids)), len(ids), blocks, torch.tensor([documents]))
+    return make_varlen_plan(torch.ones(1, len(ids)), len(ids), blocks, torch.tensor([documents]), device)
 
 
 def with_gradients(function, inputs, grad) -> list[torch.Tensor]:
@@ -89,14 +89,25 @@ def test_decomposition_equals_the_reference_in_outputs_and_gradients(seed):
         assert (actual - other).abs().max() <= 1e-4
 
 
-def test_bfloat16_error_is_at_most_1_6_times_that_of_dense_attention():
+ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [
+        ("cpu", torch.bfloat16),
+        pytest.param("cuda", torch.bfloat16, marks=ON_CUDA),
+        pytest.param("cuda", torch.float16, marks=ON_CUDA),
+    ],
+)
+def test_low_precision_error_is_at_most_1_6_times_that_of_dense_attention(device, dtype):
     errors = {"dense": [], "varlen": []}
     for seed in range(30):
         ids, documents = packed_row(random.Random(seed), patches=(4, 16, 64))
-        heads, plan = HEADS[seed % 3], plan_of(ids, documents)
-        sees = torch.tensor(sees_of(ids, documents))
-        grad = torch.randn(len(ids), heads[0], 16)
-        low = states(seed, len(ids), heads, torch.bfloat16, dim=16)
+        heads, plan = HEADS[seed % 3], plan_of(ids, documents, device)
+        sees = torch.tensor(sees_of(ids, documents), device=device)
+        grad = torch.randn(len(ids), heads[0], 16).to(device)
+        low = [one.detach().to(device).requires_grad_() for one in states(seed, len(ids), heads, dtype, dim=16)]
         exact = [one.detach().double().requires_grad_() for one in low]
         reference_run = dense(sees, heads[0] // heads[1])
         expected = with_gradients(reference_run, exact, grad.double())
@@ -105,7 +116,7 @@ def test_bfloat16_error_is_at_most_1_6_times_that_of_dense_attention():
             "varlen": lambda q, k, v, plan=plan: _VarlenAttention.apply(q, k, v, plan, 16**-0.5),
         }
         for name, run in runs.items():
-            actual = with_gradients(run, low, grad.bfloat16())
+            actual = with_gradients(run, low, grad.to(dtype))
             errors[name].append([float((a - e).norm() / e.norm()) for a, e in zip(actual, expected, strict=True)])
     dense_error, varlen_error = (torch.tensor(errors[name]).median(dim=0).values for name in ("dense", "varlen"))
     assert (varlen_error <= 1.6 * dense_error).all(), (varlen_error / dense_error).tolist()

@@ -1,0 +1,199 @@
+"""
+Attention backends against each other on packed rows with image blocks: one layer, forward and forward + backward, and
+the training step of a small model. All backends are timed in turn, round after round, and compared within each round.
+
+    python benchmarks/attention.py [--tokens 2048] [--device cuda] [--output_dir benchmarks/results]
+
+Prints a Markdown table of ratios (dense SDPA / backend: how many times faster) and writes it with a PNG.
+"""
+
+import argparse
+import datetime
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+from transformers import LlamaConfig
+
+from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, make_labels, varlen_kernels
+from transfusion_hf.attention_transfusion import make_varlen_plan, transfusion_varlen_attention
+from transfusion_hf.masking_transfusion import image_block_ids
+
+BOI, IMG, EOI = 1, 2, 3
+
+
+def layout(tokens: int, num_documents: int, num_images: int, patches: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and positions of one row: equal documents, the images spread evenly over them."""
+    length, images = tokens // num_documents, num_images // num_documents
+    image = [BOI] + [IMG] * patches + [EOI]
+    text = (length - images * len(image)) // (images + 1)
+    document = ([9] * text + image) * images
+    document += [9] * (length - len(document))
+    ids = torch.tensor([document * num_documents])
+    return ids, torch.arange(length).repeat(num_documents)[None]
+
+
+def dense_mask(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """`(1, 1, tokens, tokens)`: Fig. 4 within each document."""
+    documents = (positions[0] == 0).cumsum(0)
+    blocks = image_block_ids(ids, IMG)[0]
+    order = torch.arange(ids.shape[1])
+    causal = order[:, None] >= order[None]
+    same_image = (blocks[:, None] == blocks[None]) & (blocks[:, None] >= 0)
+    return ((causal | same_image) & (documents[:, None] == documents[None]))[None, None]
+
+
+def sync(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def in_turn(
+    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, label: str
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in tqdm(range(rounds + 1), desc=label, leave=False):
+        for name, run in runs.items():
+            sync(device)
+            start = time.perf_counter()
+            run()
+            sync(device)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def layer_runs(ids, positions, heads: int, dim: int, device, dtype, backward: bool) -> dict[str, Callable[[], object]]:
+    tokens = ids.shape[1]
+    query, key, value = (torch.randn(1, heads, tokens, dim, device=device, dtype=dtype) for _ in range(3))
+    inputs = [states.requires_grad_(backward) for states in (query, key, value)]
+    grad = torch.randn(1, tokens, heads, dim, device=device, dtype=dtype)
+    mask = dense_mask(ids, positions).to(device)
+    documents, ones = (positions == 0).cumsum(-1), torch.ones(1, tokens)
+    plan = make_varlen_plan(ones, tokens, image_block_ids(ids, IMG), documents, device)
+    causal = make_varlen_plan(ones, tokens, None, documents, device)
+
+    def finish(output):
+        return torch.autograd.grad(output, inputs, grad) if backward else output
+
+    def dense(backend):
+        with sdpa_kernel(backend):
+            output = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
+        return finish(output.transpose(1, 2))
+
+    def varlen(chosen):
+        return finish(transfusion_varlen_attention(None, *inputs, None, varlen_plan=chosen)[0])
+
+    runs: dict[str, Callable[[], object]] = {}
+    if device.type == "cuda":
+        runs["dense, memory-efficient"] = lambda: dense(SDPBackend.EFFICIENT_ATTENTION)
+        runs["dense, cuDNN"] = lambda: dense(SDPBackend.CUDNN_ATTENTION)
+    else:
+        runs["dense"] = lambda: dense([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+    runs["transfusion_varlen"] = lambda: varlen(plan)
+    runs["causal alone, same kernel"] = lambda: varlen(causal)
+    return runs
+
+
+def model_runs(ids, positions, device, dtype) -> dict[str, Callable[[], object]]:
+    """Training steps of a model of about 20M parameters, without the optimizer."""
+    config = TransfusionConfig(
+        text_config=LlamaConfig(
+            vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=5, num_attention_heads=8
+        ),
+        image_start_token_id=BOI,
+        image_token_id=IMG,
+        image_end_token_id=EOI,
+    )
+    model = TransfusionForCausalLMAndDiffusion(config).to(device, dtype).train()
+    num_images = int((ids == BOI).sum())
+    side = 2 * int(((ids == IMG).sum() // num_images) ** 0.5)
+    features = {
+        "input_ids": ids.to(device),
+        "position_ids": positions.to(device),
+        "labels": make_labels(ids, torch.ones_like(ids), BOI, IMG, EOI).to(device),
+        "latents": torch.randn(num_images, config.latent_channels, side, side, device=device),
+    }
+
+    def step(backend):
+        model.set_attn_implementation(backend)
+        model.zero_grad()
+        model(**features).loss.backward()
+
+    return {name: lambda name=name: step(name) for name in ("sdpa", "transfusion_varlen")}
+
+
+def table(rows: list[tuple[str, dict[str, list[float]]]]) -> tuple[str, list[tuple[str, str, float]]]:
+    """Medians of the ratios of each round, the first backend over each."""
+    lines, ratios = ["| layout | backend | first / this, median | min–max | median ms |", "|---|---|---|---|---|"], []
+    for label, seconds in rows:
+        first = next(iter(seconds.values()))
+        for name, own in seconds.items():
+            quotients = [a / b for a, b in zip(first, own, strict=True)]
+            median = statistics.median(quotients)
+            spread = f"{min(quotients):.2f}–{max(quotients):.2f}"
+            lines.append(f"| {label} | {name} | {median:.2f} | {spread} | {1e3 * statistics.median(own):.1f} |")
+            ratios.append((label, name, median))
+    return "\n".join(lines), ratios
+
+
+def plot(ratios: list[tuple[str, str, float]], file: Path) -> None:
+    figure, axis = plt.subplots(figsize=(8, 0.3 * len(ratios) + 1))
+    axis.barh([f"{label}: {name}" for label, name, _ in ratios], [value for *_, value in ratios])
+    axis.axvline(1, color="k", linewidth=0.8)
+    axis.invert_yaxis()
+    axis.set_xlabel("times as fast as the first of its layout")
+    figure.savefig(file, dpi=100, bbox_inches="tight")
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, help="per row; default 4096 on CUDA, 2048 on the CPU")
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokens = args.tokens or (4096 if device.type == "cuda" else 2048)
+    torch.manual_seed(0)
+
+    rows = []
+    for num_documents in (1, 4, 8):
+        ids, positions = layout(tokens, num_documents, num_images=8, patches=tokens // 16)
+        for backward in (False, True):
+            label = f"layer, {num_documents} × {tokens // num_documents}, forward{' + backward' if backward else ''}"
+            runs = layer_runs(ids, positions, args.heads, args.dim, device, dtype, backward)
+            rows.append((label, in_turn(runs, args.rounds, device, label)))
+    ids, positions = layout(tokens, 4, num_images=4, patches=256)
+    label = f"20M model, 4 × {tokens // 4}, forward + backward"
+    rows.append((label, in_turn(model_runs(ids, positions, device, dtype), args.rounds, device, label)))
+
+    text, ratios = table(rows)
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    header = (
+        f"# Attention\n\n{datetime.date.today()}, {hardware}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, {dtype}, {args.heads} heads of {args.dim}, {tokens} tokens; layers with 8 "
+        f"images of {tokens // 16} patches, the model with 4 of 256; kernels {varlen_kernels()}.\n\n"
+    )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / f"attention_{device.type}.md").write_text(header + text + "\n")
+    plot(ratios, args.output_dir / f"attention_{device.type}.png")
+    print(header + text)
+
+
+if __name__ == "__main__":
+    main()
