@@ -177,7 +177,7 @@ def features(pictures: list[Image.Image]) -> np.ndarray:
 
 
 def plot_grid(drawn, samples, captions, file: Path) -> None:
-    """Drawn digits, a row for each class; below, real held-out digits with the captions that the model gave them."""
+    """Drawn digits, a row for each class; then real held-out digits, under each the last word the model read."""
     columns = 10
     figure, axes = plt.subplots(12, columns, figsize=(columns, 13.5))
     for label in range(10):
@@ -189,7 +189,7 @@ def plot_grid(drawn, samples, captions, file: Path) -> None:
     for index, axis in enumerate(axes[10:].ravel()):
         axis.imshow(samples[index]["image"], cmap="gray_r", vmin=0, vmax=255)
         right = captions[index] == samples[index]["text"]
-        axis.set_title(
+        axis.set_xlabel(
             captions[index].split()[-1] if captions[index] else "-", fontsize=8, color="k" if right else "r"
         )
     for axis in axes.ravel():

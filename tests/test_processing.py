@@ -174,6 +174,15 @@ def test_one_call_fits_tokenizer_and_model_to_each_other(tokenizer_without_image
     assert reloaded.get_input_embeddings().num_embeddings == 264
 
 
+def test_a_tokenizer_without_padding_token_gets_one_of_its_own(tokenizer_without_image_tokens):
+    tokenizer = tokenizer_without_image_tokens
+    tokenizer.pad_token = None
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
+    TransfusionProcessor.for_model(model, tokenizer)
+    assert tokenizer.pad_token == "<pad>"
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 

@@ -95,8 +95,9 @@ class TransfusionDataCollator:
         image_loss_mask: list[bool] = []
         num_images: list[int] = []
         for feature in features:
-            image = feature.get("image")  # `None` where a data set mixes texts with and without images
-            pictures = list(feature.get("images") or ([] if image is None else [image]))
+            # `None` where a data set mixes texts with and without images.
+            image, several = feature.get("image"), feature.get("images")
+            pictures = list(several) if several is not None else [] if image is None else [image]
             text, limit = self._arrange(feature["text"], len(pictures))
             texts.append(text + self._end)
             images += pictures
