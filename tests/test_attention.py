@@ -1,6 +1,8 @@
 """`transfusion_varlen`: the decomposition, its kernels, and the model on them, against dense float64 references."""
 
 import random
+import re
+from itertools import pairwise
 
 import pytest
 import reference
@@ -8,11 +10,19 @@ import tiny
 import torch
 from test_generation import MIXED, SCRIPTS, Script, assert_rows_equal, generate, generators, prompts
 from tiny import BOI, EOI, IMG
-from transformers import LogitsProcessorList
+from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LogitsProcessorList
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-from transfusion_hf import make_labels, varlen_kernels
-from transfusion_hf.attention_transfusion import VARLEN_ATTENTION, _VarlenAttention, make_varlen_plan
-from transfusion_hf.masking_transfusion import image_block_ids
+from transfusion_hf import attention_transfusion, make_labels, set_varlen_kernel, varlen_kernels
+from transfusion_hf.attention_transfusion import (
+    VARLEN_ATTENTION,
+    FlashAttnKernel,
+    _VarlenAttention,
+    make_varlen_plan,
+)
+from transfusion_hf.masking_transfusion import create_transfusion_mask, image_block_ids, make_packed_plan
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
 BACKENDS = ["eager", "sdpa", VARLEN_ATTENTION]
@@ -62,6 +72,19 @@ def dense(sees: torch.Tensor, groups: int):
     return run
 
 
+def naive(heads: tuple[int, int], sees: list[list[bool]]):
+    groups = heads[0] // heads[1]
+
+    def run(query, key, value):
+        columns = [
+            reference.attention_of_one_head(query[:, h], key[:, h // groups], value[:, h // groups], sees, 8**-0.5)
+            for h in range(heads[0])
+        ]
+        return torch.stack(columns, dim=1)
+
+    return run
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_decomposition_equals_the_reference_in_outputs_and_gradients(seed):
     rng = random.Random(seed)
@@ -69,19 +92,11 @@ def test_decomposition_equals_the_reference_in_outputs_and_gradients(seed):
     heads, plan, sees = HEADS[seed % 3], plan_of(ids, documents), sees_of(ids, documents)
     assert plan.num_pairs == sum(map(sum, sees))  # the work is the mask's, no more and no less
 
-    def naive(query, key, value):
-        groups = heads[0] // heads[1]
-        columns = [
-            reference.attention_of_one_head(query[:, h], key[:, h // groups], value[:, h // groups], sees, 8**-0.5)
-            for h in range(heads[0])
-        ]
-        return torch.stack(columns, dim=1)
-
     def varlen(query, key, value):
         return _VarlenAttention.apply(query, key, value, plan, 8**-0.5)
 
     grad = torch.randn(len(ids), heads[0], 8, dtype=torch.float64)
-    expected = with_gradients(naive, states(seed, len(ids), heads), grad)
+    expected = with_gradients(naive(heads, sees), states(seed, len(ids), heads), grad)
     for actual, other in zip(with_gradients(varlen, states(seed, len(ids), heads), grad), expected, strict=True):
         assert (actual - other).abs().max() <= 1e-10
     low = with_gradients(varlen, states(seed, len(ids), heads, torch.float32), grad.float())
@@ -89,21 +104,81 @@ def test_decomposition_equals_the_reference_in_outputs_and_gradients(seed):
         assert (actual - other).abs().max() <= 1e-4
 
 
+def through_transformers(backend: str, ids: list[int], documents: list[int], heads: tuple[int, int]):
+    """The attention function of a transformers backend, under the mask that the model gives it."""
+    config = LlamaConfig(hidden_size=8 * heads[0], num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    config._attn_implementation = backend
+    layer = LlamaAttention(config, layer_idx=0)
+    positions = [i - documents.index(number) for i, number in enumerate(documents)]
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+
+    def run(query, key, value):
+        query, key, value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        blocks = image_block_ids(torch.tensor([ids], device=query.device), IMG)
+        position_ids = torch.tensor([positions], device=query.device)
+        mask = create_transfusion_mask(config, query[0, 0][None], blocks, None, None, position_ids)
+        return interface(layer, query, key, value, mask, scaling=query.shape[-1] ** -0.5)[0][0]
+
+    return run
+
+
+# transformers' eager softmax is in float32 whatever the dtype.
+@pytest.mark.parametrize(("backend", "bound"), [("eager", 1e-5), ("sdpa", 1e-10)])
+@pytest.mark.parametrize("seed", range(200))
+def test_dense_backends_equal_the_reference_in_outputs_and_gradients(backend, bound, seed):
+    ids, documents = packed_row(random.Random(seed))
+    heads = HEADS[seed % 3]
+    run = through_transformers(backend, ids, documents, heads)
+    grad = torch.randn(len(ids), heads[0], 8, dtype=torch.float64)
+    expected = with_gradients(naive(heads, sees_of(ids, documents)), states(seed, len(ids), heads), grad)
+    for dtype, limit in ((torch.float64, bound), (torch.float32, 1e-4)):
+        actual = with_gradients(run, states(seed, len(ids), heads, dtype), grad.to(dtype))
+        for one, other in zip(actual, expected, strict=True):
+            assert (one - other).abs().max() <= limit
+
+
+def test_flex_attention_equals_the_reference_forward_and_compiles_once_for_packs_of_one_length():
+    graphs = []
+    for seed in range(200):
+        ids, documents = packed_row(random.Random(seed))
+        padding = 256 - len(ids)  # a document of its own, as the collator's
+        ids, documents = ids + [tiny.PAD] * padding, documents + [99] * padding
+        with torch.no_grad():
+            inputs = [one.detach() for one in states(seed, 256, (4, 2), torch.float32)]
+            actual = through_transformers("flex_attention", ids, documents, (4, 2))(*inputs)
+            expected = naive((4, 2), sees_of(ids, documents))(*(one.double() for one in inputs))
+        assert (actual - expected).abs().max() <= 1e-4
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[-1], graphs
+
+
+def test_flex_attention_says_that_it_has_no_backward_pass_on_the_cpu():
+    run = through_transformers("flex_attention", [3] * 128, [0] * 128, (4, 2))
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        run(*states(0, 128, (4, 2), torch.float32))
+
+
 ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype"),
+    ("backend", "device", "dtype"),
     [
-        ("cpu", torch.bfloat16),
-        pytest.param("cuda", torch.bfloat16, marks=ON_CUDA),
-        pytest.param("cuda", torch.float16, marks=ON_CUDA),
+        (VARLEN_ATTENTION, "cpu", torch.bfloat16),
+        *(
+            pytest.param(backend, "cuda", dtype, marks=ON_CUDA)
+            for backend in (VARLEN_ATTENTION, "eager", "sdpa", "flex_attention")
+            for dtype in (torch.bfloat16, torch.float16)
+        ),
     ],
 )
-def test_low_precision_error_is_at_most_1_6_times_that_of_dense_attention(device, dtype):
-    errors = {"dense": [], "varlen": []}
+def test_low_precision_error_is_at_most_1_6_times_that_of_dense_attention(backend, device, dtype):
+    errors = {"dense": [], backend: []}
     for seed in range(30):
         ids, documents = packed_row(random.Random(seed), patches=(4, 16, 64))
+        if backend == "flex_attention":
+            padding = 1024 - len(ids)
+            ids, documents = ids + [tiny.PAD] * padding, documents + [99] * padding
         heads, plan = HEADS[seed % 3], plan_of(ids, documents, device)
         sees = torch.tensor(sees_of(ids, documents), device=device)
         grad = torch.randn(len(ids), heads[0], 16).to(device)
@@ -111,15 +186,30 @@ def test_low_precision_error_is_at_most_1_6_times_that_of_dense_attention(device
         exact = [one.detach().double().requires_grad_() for one in low]
         reference_run = dense(sees, heads[0] // heads[1])
         expected = with_gradients(reference_run, exact, grad.double())
-        runs = {
-            "dense": reference_run,
-            "varlen": lambda q, k, v, plan=plan: _VarlenAttention.apply(q, k, v, plan, 16**-0.5),
-        }
+        runs = {"dense": reference_run}
+        if backend == VARLEN_ATTENTION:
+            runs[backend] = lambda q, k, v, plan=plan: _VarlenAttention.apply(q, k, v, plan, 16**-0.5)
+        else:
+            runs[backend] = through_transformers(backend, ids, documents, heads)
         for name, run in runs.items():
             actual = with_gradients(run, low, grad.to(dtype))
             errors[name].append([float((a - e).norm() / e.norm()) for a, e in zip(actual, expected, strict=True)])
-    dense_error, varlen_error = (torch.tensor(errors[name]).median(dim=0).values for name in ("dense", "varlen"))
-    assert (varlen_error <= 1.6 * dense_error).all(), (varlen_error / dense_error).tolist()
+    dense_error, own_error = (torch.tensor(errors[name]).median(dim=0).values for name in ("dense", backend))
+    assert (own_error <= 1.6 * dense_error).all(), (own_error / dense_error).tolist()
+
+
+@ON_CUDA
+@pytest.mark.parametrize("backend", ["eager", "sdpa"])
+def test_dense_backends_on_cuda_equal_the_reference_in_float32(backend):
+    for seed in range(30):
+        ids, documents = packed_row(random.Random(seed))
+        heads = HEADS[seed % 3]
+        run = through_transformers(backend, ids, documents, heads)
+        grad = torch.randn(len(ids), heads[0], 8, dtype=torch.float64)
+        expected = with_gradients(naive(heads, sees_of(ids, documents)), states(seed, len(ids), heads), grad)
+        inputs = [one.detach().cuda().requires_grad_() for one in states(seed, len(ids), heads, torch.float32)]
+        for one, other in zip(with_gradients(run, inputs, grad.float().cuda()), expected, strict=True):
+            assert (one.cpu() - other).abs().max() <= 1e-4
 
 
 def test_gradcheck():
@@ -236,10 +326,129 @@ def test_generation_on_varlen_equals_that_on_sdpa(guidance):
         assert_rows_equal(actual, row, expected, inputs, inputs, row)
 
 
-def test_the_kernels_say_why_they_are_off():
+def test_the_kernels_say_which_is_in_use_and_why_the_others_are_off():
     kernels = varlen_kernels()
-    assert kernels["torch_cpu"] == "available"
-    assert kernels["torch_cuda"] == ("available" if torch.cuda.is_available() else "torch sees no CUDA device")
+    assert kernels["torch_cpu"] == "in use"
+    assert kernels["torch_cuda"] == ("in use" if torch.cuda.is_available() else "torch sees no CUDA device")
+    if attention_transfusion.flash_attn_interface is None:
+        reason = r"No module named 'flash_attn' \(`pip install flash-attn --no-build-isolation`\)"
+        assert re.fullmatch(reason, kernels["flash_attn"])
+        with pytest.raises(ValueError, match=f"The kernel 'flash_attn' cannot be used: {reason}"):
+            set_varlen_kernel("flash_attn")
+    with pytest.raises(ValueError, match="`name` must be one of torch_cuda, flash_attn, torch_cpu; got 'triton'"):
+        set_varlen_kernel("triton")
+
+
+class FlashAttnStandIn:
+    """
+    The two functions of `flash_attn.flash_attn_interface` (2.8) that are called, with its signatures, shapes and rules
+    (causal is aligned at the bottom right, lse is (heads, tokens), gradients are written into what is passed), in
+    dense float64.
+    """
+
+    @staticmethod
+    def _scores(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal):
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+        scores = torch.full((q.shape[1], len(q), len(k)), -torch.inf, dtype=q.dtype)
+        for (q0, q1), (k0, k1) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
+            part = torch.einsum("qhd,khd->hqk", q[q0:q1], k[k0:k1]) * softmax_scale
+            sees = torch.ones(q1 - q0, k1 - k0).tril(k1 - k0 - (q1 - q0)).bool() if causal else torch.tensor(True)
+            scores[:, q0:q1, k0:k1] = part.masked_fill(~sees, -torch.inf)
+        return scores
+
+    @classmethod
+    def _flash_attn_varlen_forward(
+        cls, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None, return_softmax=False,
+    ):  # fmt: skip
+        assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32 and dropout_p == 0
+        assert max_seqlen_q == cu_seqlens_q.diff().max() and max_seqlen_k == cu_seqlens_k.diff().max()
+        scores = cls._scores(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+        v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        return torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v), scores.logsumexp(dim=-1), None, torch.zeros(2)
+
+    @classmethod
+    def _flash_attn_varlen_backward(
+        cls, dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None,
+    ):  # fmt: skip
+        assert dout.is_contiguous() and softmax_lse.is_contiguous() and softmax_lse.shape == (q.shape[1], len(q))
+        assert rng_state is not None and (window_size_left, window_size_right, softcap) == (-1, -1, 0.0)
+        groups = q.shape[1] // k.shape[1]
+        scores = cls._scores(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale, causal)
+        p = (scores - softmax_lse[..., None]).exp()
+        dp = torch.einsum("qhd,khd->hqk", dout, v.repeat_interleave(groups, dim=1))
+        ds = p * (dp - (dout * out).sum(dim=-1).T[..., None]) * softmax_scale
+        dq.copy_(torch.einsum("hqk,khd->qhd", ds, k.repeat_interleave(groups, dim=1)))
+        for target, weights, states in ((dk, ds, q), (dv, p, dout)):
+            target.copy_(torch.einsum("hqk,qhd->khd", weights, states).unflatten(1, (-1, groups)).sum(dim=2))
+
+
+def test_the_flash_attn_package_is_called_as_it_wants_to_be(monkeypatch):
+    monkeypatch.setattr(attention_transfusion, "flash_attn_interface", FlashAttnStandIn)
+    monkeypatch.setattr(attention_transfusion, "_chosen", {})
+    monkeypatch.setattr(FlashAttnKernel, "unavailable", staticmethod(lambda: None))
+    for heads, seed in zip(HEADS * 3, range(9), strict=True):
+        ids, documents = packed_row(random.Random(seed))
+        grad, plan = torch.randn(len(ids), heads[0], 8, dtype=torch.float64), plan_of(ids, documents)
+        results = []
+        for dtype, device_type in (((torch.float16, torch.bfloat16), "cuda"), ((torch.float64,), "cpu")):
+            monkeypatch.setattr(FlashAttnKernel, "dtypes", dtype)
+            monkeypatch.setattr(FlashAttnKernel, "device_type", device_type)
+            if device_type == "cpu":
+                set_varlen_kernel("flash_attn")
+                assert varlen_kernels()["flash_attn"] == "in use" and varlen_kernels()["torch_cpu"] == "available"
+            else:
+                set_varlen_kernel("torch_cpu")
+            results.append(
+                with_gradients(
+                    lambda q, k, v, plan=plan: _VarlenAttention.apply(q, k, v, plan, 8**-0.5),
+                    states(seed, len(ids), heads),
+                    grad,
+                )
+            )
+        for expected, actual in zip(*results, strict=True):
+            assert (expected - actual).abs().max() <= 1e-10
+    with pytest.raises(ValueError, match=r"multiples of 8; got 4\. Use"):
+        _VarlenAttention.apply(*states(0, len(ids), (2, 2), dim=4), plan, 1.0)
+    monkeypatch.setattr(FlashAttnKernel, "dtypes", (torch.float16, torch.bfloat16))
+    message = (
+        "with the kernel 'flash_attn' computes in torch.float16, torch.bfloat16; got torch.float32. Load the model"
+    )
+    with pytest.raises(ValueError, match=message):
+        _VarlenAttention.apply(*states(0, len(ids), (2, 2), torch.float32), plan, 1.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_plan_may_be_handed_in(seed):
+    model, (pack, _) = tiny.model(), packed_batch(seed)
+    model.set_attn_implementation(VARLEN_ATTENTION)
+    plan = make_packed_plan(pack["input_ids"], pack["position_ids"], IMG)
+    assert torch.equal(model(**pack).loss, model(**pack, varlen_plan=plan).loss)
+
+
+def test_a_plan_of_another_batch_is_refused():
+    model, (pack, _) = tiny.model(), packed_batch(0)
+    ids, positions = pack["input_ids"], pack["position_ids"]
+    plan = make_packed_plan(ids, positions, IMG)
+    with pytest.raises(
+        ValueError, match="`varlen_plan` is for `attn_implementation='transfusion_varlen'`; this model"
+    ):
+        model(**pack, varlen_plan=plan)
+    model.set_attn_implementation(VARLEN_ATTENTION)
+    for other, what in (
+        (make_packed_plan(ids.roll(1), positions, IMG), "images"),
+        (make_packed_plan(ids[:, 1:], positions[:, 1:], IMG), "images"),
+        (make_packed_plan(ids, torch.arange(ids.shape[1])[None], IMG), "documents"),
+    ):
+        with pytest.raises(ValueError, match=f"`varlen_plan` was made for other {what} than those of `input_ids`"):
+            model(**pack, varlen_plan=other)
+    with pytest.raises(ValueError, match="`varlen_plan` excludes `attention_mask` and `past_key_values`"):
+        model(**pack, varlen_plan=plan, attention_mask=torch.ones_like(ids))
+    model.config.bidirectional_image_attention = False
+    with pytest.raises(ValueError, match="made for other images"):
+        model(**pack, varlen_plan=plan)
 
 
 def on_varlen(text=None, **kwargs):
@@ -255,7 +464,7 @@ def test_what_the_kernels_cannot_do_is_refused():
     with pytest.raises(ValueError, match=r"this layer has `softcap=50.0`"):
         on_varlen(tiny.text_config("gemma2", layer_types=["full_attention"] * 2))(ids)
     with pytest.raises(
-        ValueError, match=r"on cpu computes in torch.float32, torch.float64, torch.bfloat16; got torch.float16"
+        ValueError, match=r"'torch_cpu' computes in torch.float32, torch.float64, torch.bfloat16; got torch.float16"
     ):
         on_varlen(dtype=torch.float16)(ids)
     with pytest.raises(ValueError, match=r"has no dropout; got 0\.1"):
@@ -272,8 +481,6 @@ def test_what_the_kernels_cannot_do_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa", VARLEN_ATTENTION])
 def test_compiled_model_agrees_and_does_not_recompile_for_other_layouts(backend):
-    from torch._dynamo.utils import counters
-
     torch._dynamo.reset()
     counters.clear()
     model = tiny.model()

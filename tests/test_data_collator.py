@@ -1,3 +1,5 @@
+import math
+import random
 from itertools import pairwise
 from pathlib import Path
 
@@ -6,7 +8,7 @@ import torch
 from datasets import IterableDataset
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import AutoProcessor
+from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion
 from transfusion_hf.data_collator import first_fit
@@ -156,6 +158,42 @@ def test_mixed_lengths_fill_rows_of_4096_to_95_percent():
         assert sorted(item for row in rows for item in row) == list(range(200))
         assert all(sum(lengths[item] for item in row) <= 4096 for row in rows)
         assert sum(lengths) / (4096 * len(rows)) >= 0.95
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_fill_rate_is_reported_from_workers_too(processor, workers):
+    collator = TransfusionDataCollator(processor, max_length=64)
+    assert math.isnan(collator.fill_rate)
+    seen = list(DataLoader([{"text": "a" * 20}] * 12, batch_size=6, collate_fn=collator, num_workers=workers))
+    tokens = sum(int((batch["input_ids"] != processor.tokenizer.pad_token_id).sum()) for batch in seen)
+    assert tokens == 12 * 22 and collator.fill_rate == tokens / sum(batch["input_ids"].numel() for batch in seen)
+
+
+def test_packs_of_mixed_samples_fill_rows_of_4096_to_95_percent(processor):
+    collator, rng = TransfusionDataCollator(processor, max_length=4096), random.Random(0)
+    picture = Image.new("RGB", (64, 64))  # 1,024 patches
+    samples = [
+        {"text": "a" * rng.randrange(20, 3000)} if rng.random() < 0.6 else {"text": "b" * 30, "image": picture}
+        for _ in range(60)
+    ]
+    collator(samples)
+    assert collator.fill_rate >= 0.95
+
+
+def test_packs_come_with_their_plan_through_the_trainer(processor, tmp_path):
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY, attn_implementation="transfusion_varlen")
+    losses = []
+    for return_varlen_plan in (False, True):
+        collator = TransfusionDataCollator(processor, max_length=96, return_varlen_plan=return_varlen_plan)
+        args = TrainingArguments(
+            str(tmp_path), remove_unused_columns=False, report_to="none", use_cpu=True, dataloader_num_workers=2,
+            per_device_eval_batch_size=10, prediction_loss_only=True,
+        )  # fmt: skip
+        samples = [sample if "<image>" in sample["text"] else {"text": sample["text"]} for sample in INTERLEAVED] * 4
+        losses.append(Trainer(model, args, data_collator=collator, eval_dataset=samples).evaluate()["eval_loss"])
+    assert ("varlen_plan" in collator(INTERLEAVED)) and losses[0] == losses[1]
+    with pytest.raises(ValueError, match="`return_varlen_plan` is for packs; pass `max_length` too"):
+        TransfusionDataCollator(processor, return_varlen_plan=True)
 
 
 def test_truncation_cuts_text_but_never_an_image(processor):

@@ -28,7 +28,7 @@ from transformers import (  # noqa: E402 - only once the version is known to fit
     AutoProcessor,
 )
 
-from .attention_transfusion import varlen_kernels  # noqa: E402
+from .attention_transfusion import set_varlen_kernel, varlen_kernels  # noqa: E402
 from .configuration_transfusion import TransfusionConfig  # noqa: E402
 from .data_collator import TransfusionDataCollator  # noqa: E402
 from .generation_transfusion import TransfusionGenerateOutput  # noqa: E402
@@ -64,5 +64,6 @@ __all__ = [
     "TransfusionPreTrainedModel",
     "TransfusionProcessor",
     "make_labels",
+    "set_varlen_kernel",
     "varlen_kernels",
 ]

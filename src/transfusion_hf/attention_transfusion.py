@@ -20,6 +20,11 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
+try:
+    from flash_attn import flash_attn_interface
+except ImportError as error:  # absent, or built for another torch
+    flash_attn_interface, _flash_attn_error = None, str(error)
+
 VARLEN_ATTENTION = "transfusion_varlen"
 
 
@@ -53,9 +58,9 @@ class VarlenPass:
         lengths = zip(self.query_lengths, self.key_lengths, strict=True)
         return sum(q * (q + 1) // 2 if self.is_causal else q * k for q, k in lengths)
 
-    def to(self, device: torch.device) -> "VarlenPass":
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "VarlenPass":
         for name in ("query_index", "key_index", "cu_queries", "cu_keys"):
-            setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+            setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
         return self
 
 
@@ -68,16 +73,25 @@ class VarlenPlan:
         passes (`list[VarlenPass]`)
         num_queries (`int`): Rows of the flattened queries, padding included.
         num_keys (`int`): Rows of the flattened keys, cache and padding included.
+        block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): The images that it was made for.
+        document_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): Likewise the documents.
     """
 
     passes: list[VarlenPass]
     num_queries: int
     num_keys: int
+    block_ids: torch.Tensor | None = None
+    document_ids: torch.Tensor | None = None
 
     @property
     def num_pairs(self) -> int:
         """Pairs of query and key that are computed: those of the mask, no more and no fewer."""
         return sum(one.num_pairs for one in self.passes)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> "VarlenPlan":
+        for one in self.passes:
+            one.to(device, non_blocking)
+        return self
 
 
 def _runs(labels: torch.Tensor) -> list[int]:
@@ -125,7 +139,7 @@ def make_varlen_plan(
     if past and bool(new.all()) and (is_image or seq == 1):
         lengths = real.sum(dim=1).tolist()
         passes.append(VarlenPass(queries.flatten(), keys[real], [seq] * batch, lengths, is_causal=False))
-        return VarlenPlan([one.to(device) for one in passes], batch * seq, batch * num_keys)
+        return VarlenPlan(passes, batch * seq, batch * num_keys, block_ids, document_ids).to(device)
 
     labels = rows.expand(batch, seq)
     if document_ids is not None:
@@ -156,7 +170,7 @@ def make_varlen_plan(
             key_index = torch.cat([part[1:].flip(0) for part in keys[:, past:][is_patch].split(lengths)])
             lengths = [n - 1 for n in lengths if n > 1]
             passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
-    return VarlenPlan([one.to(device) for one in passes], batch * seq, batch * num_keys)
+    return VarlenPlan(passes, batch * seq, batch * num_keys, block_ids, document_ids).to(device)
 
 
 class TorchCpuKernel:
@@ -213,7 +227,7 @@ class TorchCpuKernel:
 
 
 class TorchCudaKernel:
-    """torch's own FlashAttention 2 for CUDA."""
+    """torch's own FlashAttention for CUDA: 2, or what `torch.nn.attention.activate_flash_attention_impl` put there."""
 
     name = "torch_cuda"
     device_type = "cuda"
@@ -236,44 +250,114 @@ class TorchCudaKernel:
     @staticmethod
     def backward(grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
         return torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), query, key, value, output, lse.float().transpose(0, 1).contiguous(),
+            grad.contiguous(), query, key, value, output, lse.transpose(0, 1).contiguous(),
             one.cu_queries, one.cu_keys, max(one.query_lengths), max(one.key_lengths), 0.0, one.is_causal, *state,
             scale=scale,
         )  # fmt: skip
 
 
-_KERNELS: tuple[Any, ...] = (TorchCudaKernel, TorchCpuKernel)
+class FlashAttnKernel:
+    """FlashAttention 2 of the `flash_attn` package."""
+
+    name = "flash_attn"
+    device_type = "cuda"
+    dtypes = (torch.float16, torch.bfloat16)
+
+    @staticmethod
+    def unavailable() -> str | None:
+        if flash_attn_interface is None:
+            return f"{_flash_attn_error} (`pip install flash-attn --no-build-isolation`)"
+        return None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+    @staticmethod
+    def forward(query, key, value, one: VarlenPass, scale: float):
+        output, lse, _, rng_state = flash_attn_interface._flash_attn_varlen_forward(
+            query, key, value, one.cu_queries, one.cu_keys, max(one.query_lengths), max(one.key_lengths),
+            dropout_p=0.0, softmax_scale=scale, causal=one.is_causal,
+        )  # fmt: skip
+        return output, lse.transpose(0, 1), rng_state
+
+    @staticmethod
+    def backward(grad, query, key, value, output, lse, rng_state, one: VarlenPass, scale: float):
+        grads = [torch.empty_like(states) for states in (query, key, value)]
+        flash_attn_interface._flash_attn_varlen_backward(
+            grad.contiguous(), query, key, value, output, lse.transpose(0, 1).contiguous(), *grads,
+            one.cu_queries, one.cu_keys, max(one.query_lengths), max(one.key_lengths),
+            dropout_p=0.0, softmax_scale=scale, causal=one.is_causal, window_size_left=-1, window_size_right=-1,
+            softcap=0.0, alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
+            rng_state=rng_state,
+        )  # fmt: skip
+        return grads
+
+
+# In the order of preference.
+_KERNELS: tuple[Any, ...] = (TorchCudaKernel, FlashAttnKernel, TorchCpuKernel)
+_chosen: dict[str, Any] = {}  # by device, for the whole process
 
 
 def varlen_kernels() -> dict[str, str]:
     """
-    The kernels behind `attn_implementation="transfusion_varlen"`: for each `"available"`, or why it is not. A tensor's
-    device decides which of them runs.
+    The kernels behind `attn_implementation="transfusion_varlen"`: for each `"in use"` (or to be used, on its device),
+    `"available"`, or why it is not.
 
     Example:
 
     ```python
     >>> varlen_kernels()
-    {'torch_cuda': 'torch sees no CUDA device', 'torch_cpu': 'available'}
+    {'torch_cuda': 'torch sees no CUDA device', 'flash_attn': "No module named 'flash_attn' …", 'torch_cpu': 'in use'}
     ```"""
-    return {kernel.name: kernel.unavailable() or "available" for kernel in _KERNELS}
+    report = {}
+    for kernel in _KERNELS:
+        is_chosen = kernel is _choose(kernel.device_type)
+        report[kernel.name] = kernel.unavailable() or ("in use" if is_chosen else "available")
+    return report
+
+
+def set_varlen_kernel(name: str) -> None:
+    """
+    Has `"transfusion_varlen"` use another kernel on the device it is for, from now on and in the whole process.
+    FlashAttention 3 and 4 need no kernel of ours: `torch.nn.attention.activate_flash_attention_impl("FA3")` puts them
+    behind `"torch_cuda"`.
+
+    Args:
+        name (`str`): `"torch_cuda"`, `"flash_attn"` or `"torch_cpu"`.
+
+    Raises:
+        ValueError: an unknown kernel, or one that cannot run here.
+    """
+    kernel = next((kernel for kernel in _KERNELS if kernel.name == name), None)
+    if kernel is None:
+        raise ValueError(f"`name` must be one of {', '.join(k.name for k in _KERNELS)}; got {name!r}.")
+    if reason := kernel.unavailable():
+        raise ValueError(f"The kernel {name!r} cannot be used: {reason}.")
+    _chosen[kernel.device_type] = kernel
+
+
+def _choose(device_type: str) -> Any:
+    """The kernel of a device, chosen once; `None` where there is none."""
+    if device_type not in _chosen:
+        kernel = next((k for k in _KERNELS if k.device_type == device_type and not k.unavailable()), None)
+        if kernel is None:
+            return None
+        _chosen[device_type] = kernel
+    return _chosen[device_type]
 
 
 def _kernel_for(query: torch.Tensor) -> Any:
     """The kernel for a tensor's device, once it is sure to take it."""
-    kernel = next((k for k in _KERNELS if k.device_type == query.device.type and not k.unavailable()), None)
+    kernel = _choose(query.device.type)
     if kernel is None:
         raise ValueError(
             f"`{VARLEN_ATTENTION}` has no kernel for {query.device.type}: {varlen_kernels()}. Use 'sdpa' there."
         )
     if query.dtype not in kernel.dtypes:
         raise ValueError(
-            f"`{VARLEN_ATTENTION}` on {query.device.type} computes in {', '.join(map(str, kernel.dtypes))}; got "
-            f"{query.dtype}. Load the model in one of these, or use 'sdpa'."
+            f"`{VARLEN_ATTENTION}` with the kernel {kernel.name!r} computes in "
+            f"{', '.join(map(str, kernel.dtypes))}; got {query.dtype}. Load the model in one of these, or use 'sdpa'."
         )
-    if kernel is TorchCudaKernel and (query.shape[-1] > 256 or query.shape[-1] % 8):
+    if kernel is not TorchCpuKernel and (query.shape[-1] > 256 or query.shape[-1] % 8):
         raise ValueError(
-            f"FlashAttention 2 takes head sizes up to 256 that are multiples of 8; got {query.shape[-1]}. Use 'sdpa'."
+            f"FlashAttention takes head sizes up to 256 that are multiples of 8; got {query.shape[-1]}. Use 'sdpa'."
         )
     return kernel
 
@@ -366,4 +450,11 @@ AttentionInterface.register(VARLEN_ATTENTION, transfusion_varlen_attention)
 AttentionMaskInterface.register(VARLEN_ATTENTION, lambda **kwargs: None)
 
 
-__all__ = ["VarlenPass", "VarlenPlan", "make_varlen_plan", "transfusion_varlen_attention", "varlen_kernels"]
+__all__ = [
+    "VarlenPass",
+    "VarlenPlan",
+    "make_varlen_plan",
+    "set_varlen_kernel",
+    "transfusion_varlen_attention",
+    "varlen_kernels",
+]

@@ -1,11 +1,13 @@
 """From texts and images to training batches: order, noise limit, caption dropout, padding or packing."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from .masking_transfusion import make_packed_plan
 from .processing_transfusion import TransfusionProcessor
 
 
@@ -60,9 +62,12 @@ class TransfusionDataCollator:
         max_length (`int`, *optional*): Pack samples into rows of this length.
         truncation (`bool`, defaults to `False`):
             Whether a sample longer than `max_length` loses its end, an image at the cut as a whole; else an error.
+        return_varlen_plan (`bool`, defaults to `False`):
+            Whether packs come with the plan for `attn_implementation="transfusion_varlen"`, made in the data
+            loader's workers rather than in `forward`.
 
     Returns, when called, a dict of `input_ids` and `labels` of shape `(batch, seq)`, `attention_mask` of that shape
-    or, packed, `position_ids`, and, where there are images, `pixel_values` of shape
+    or, packed, `position_ids` (and `varlen_plan`), and, where there are images, `pixel_values` of shape
     `(num_images, channels, height, width)`, `max_timesteps` and `image_loss_mask` of shape `(num_images,)`.
 
     Raises:
@@ -77,14 +82,26 @@ class TransfusionDataCollator:
     num_train_timesteps: int = 1000
     max_length: int | None = None
     truncation: bool = False
+    return_varlen_plan: bool = False
+    # Tokens, and room for them. Shared, so that what the workers of a data loader count is seen here.
+    _filled: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.long), init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self._filled.share_memory_()
+        if self.return_varlen_plan and self.max_length is None:
+            raise ValueError("`return_varlen_plan` is for packs; pass `max_length` too.")
         for name in ("caption_first_probability", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in 0 to 1; got {getattr(self, name)}.")
         eos = self.processor.tokenizer.eos_token or ""
         has_eos = bool(eos) and self.processor.tokenizer("").input_ids[-1:] == [self.processor.tokenizer.eos_token_id]
         self._end = "" if has_eos else eos
+
+    @property
+    def fill_rate(self) -> float:
+        """Share of the packed rows so far that is not padding, workers of a data loader included; NaN before any."""
+        tokens, room = self._filled.tolist()
+        return tokens / room if room else math.nan
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if not features:
@@ -149,6 +166,10 @@ class TransfusionDataCollator:
                 packed[name].append(torch.cat([*(samples[i][name] for i in row), torch.full((padding,), value)]))
             packed["position_ids"].append(torch.cat([torch.arange(length) for length in (*lengths, padding)]))
         result: dict[str, Any] = {name: torch.stack(tensors) for name, tensors in packed.items()}
+        ids = result["input_ids"]
+        self._filled += torch.tensor([sum(len(sample["input_ids"]) for sample in samples), ids.numel()])
+        if self.return_varlen_plan:
+            result["varlen_plan"] = make_packed_plan(ids, result["position_ids"], self.processor.image_token_id)
         if kept_images:
             for name in ("max_timesteps", "image_loss_mask"):
                 result[name] = batch[name][kept_images]

@@ -108,6 +108,58 @@ def _create_varlen_plan(inputs_embeds, block_ids, attention_mask, past_key_value
     return make_varlen_plan(attention_mask, seq, block_ids, document_ids, inputs_embeds.device)
 
 
+def make_packed_plan(input_ids: torch.LongTensor, position_ids: torch.LongTensor, image_token_id: int) -> VarlenPlan:
+    """
+    The plan of packed rows, for `varlen_plan` of `TransfusionModel.forward`.
+
+    Args:
+        input_ids (`torch.LongTensor` of shape `(batch, seq)`): Padding counts as a document.
+        position_ids (`torch.LongTensor` of shape `(batch, seq)`): They begin anew at each document.
+        image_token_id (`int`): Id of the placeholder.
+    """
+    block_ids = image_block_ids(input_ids, image_token_id)
+    document_ids = find_packed_sequence_indices(position_ids)
+    return make_varlen_plan(torch.ones_like(input_ids), input_ids.shape[1], block_ids, document_ids)
+
+
+def check_varlen_plan(
+    plan: VarlenPlan,
+    text_config: PreTrainedConfig,
+    shape: torch.Size,
+    block_ids: torch.LongTensor | None,
+    position_ids: torch.LongTensor | None,
+) -> None:
+    """
+    Refuses a plan, handed in by the caller, that was made for other inputs (one device synchronisation).
+
+    Args:
+        plan (`VarlenPlan`)
+        text_config (`PreTrainedConfig`): The decoder's.
+        shape (`torch.Size`): `(batch, seq)`.
+        block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
+        position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
+
+    Raises:
+        ValueError: other images or documents, or an attention implementation that uses no plan.
+    """
+    if text_config._attn_implementation != VARLEN_ATTENTION:
+        raise ValueError(
+            f"`varlen_plan` is for `attn_implementation='{VARLEN_ATTENTION}'`; this model runs on "
+            f"{text_config._attn_implementation!r}. Have the collator make none, or set that implementation."
+        )
+    document_ids = None if position_ids is None else find_packed_sequence_indices(position_ids.expand(shape))
+    for what, own, other, default in (
+        ("images", plan.block_ids, block_ids, -1),
+        ("documents", plan.document_ids, document_ids, 0),
+    ):
+        own, other = (torch.tensor(default).expand(shape) if ids is None else ids for ids in (own, other))
+        if own.shape != other.shape or not torch.equal(own.to(other.device), other):
+            raise ValueError(
+                f"`varlen_plan` was made for other {what} than those of `input_ids` and `position_ids`; make it from "
+                "the batch that it goes with."
+            )
+
+
 def is_prepared(attention_mask) -> bool:
     """Whether the mask is one that [`create_transfusion_mask`] made, to be handed on as it is."""
     if attention_mask is None or isinstance(attention_mask, (dict, VarlenPlan)):

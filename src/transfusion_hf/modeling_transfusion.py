@@ -25,6 +25,7 @@ from .diffusion_transfusion import (
 from .generation_transfusion import DRAWING_DEFAULTS, TransfusionGenerationMixin
 from .masking_transfusion import (
     check_attn_implementation,
+    check_varlen_plan,
     create_transfusion_mask,
     image_block_ids,
     image_block_lengths,
@@ -151,6 +152,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        varlen_plan: VarlenPlan | None = None,
         **kwargs: Any,
     ) -> TransfusionModelOutputWithPast:
         r"""
@@ -170,9 +172,13 @@ class TransfusionModel(TransfusionPreTrainedModel):
             inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, hidden)`, *optional*):
                 In place of `input_ids`, for text alone.
             use_cache (`bool`, *optional*)
+            varlen_plan (`VarlenPlan`, *optional*):
+                In place of `attention_mask`, for `attn_implementation="transfusion_varlen"`: the plan of a batch
+                without padding or cache, as the collator makes it. `None`: it is made here.
 
         Raises:
-            ValueError: images and image blocks do not match, an image has a wrong size or values that are no numbers.
+            ValueError: images and image blocks do not match, an image has a wrong size or values that are no numbers,
+                `varlen_plan` was made for another batch.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
@@ -196,9 +202,16 @@ class TransfusionModel(TransfusionPreTrainedModel):
 
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
-        if not is_prepared(attention_mask):
-            # Text alone needs no blocks, and then transformers can use the faster causal kernels.
-            has_blocks = stacks is not None and self.config.bidirectional_image_attention
+        # Text alone needs no blocks, and then transformers can use the faster causal kernels.
+        has_blocks = stacks is not None and self.config.bidirectional_image_attention
+        if varlen_plan is not None:
+            if attention_mask is not None or past_key_values is not None:
+                raise ValueError("`varlen_plan` excludes `attention_mask` and `past_key_values`; pass one of them.")
+            if not torch.compiler.is_compiling():
+                text_config, shape = self.config.text_config, hidden_states.shape[:2]
+                check_varlen_plan(varlen_plan, text_config, shape, block_ids if has_blocks else None, position_ids)
+            attention_mask = varlen_plan.to(hidden_states.device)
+        elif not is_prepared(attention_mask):
             attention_mask = create_transfusion_mask(
                 self.config.text_config,
                 hidden_states,
@@ -386,6 +399,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 `lm_loss` is then exact; `diffusion_loss` is weighted by this micro-batch's share of the labels. Summed
                 over micro-batches that is exact where each holds the same numbers of labels and images, and otherwise
                 an average over micro-batches in which one without images counts as 0: mix images into each.
+            kwargs: `varlen_plan`, as in [`TransfusionModel.forward`], and what the decoder takes.
 
         Raises:
             ValueError: as [`TransfusionModel.forward`]; also for both or neither of two arguments where one is needed.
