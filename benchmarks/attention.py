@@ -23,10 +23,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 from transformers import LlamaConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, make_labels, varlen_kernels
 from transfusion_hf.attention_transfusion import make_varlen_plan, transfusion_varlen_attention
-from transfusion_hf.masking_transfusion import image_block_ids
+from transfusion_hf.masking_transfusion import create_transfusion_mask, image_block_ids
 
 BOI, IMG, EOI = 1, 2, 3
 
@@ -86,6 +88,16 @@ def layer_runs(ids, positions, heads: int, dim: int, device, dtype, backward: bo
     def finish(output):
         return torch.autograd.grad(output, inputs, grad) if backward else output
 
+    def through_transformers(name):
+        config = LlamaConfig(hidden_size=heads * dim, num_attention_heads=heads, attn_implementation=name)
+        layer, interface = (
+            LlamaAttention(config, 0),
+            ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward),
+        )
+        embeds, blocks = torch.empty(1, tokens, 0, device=device, dtype=dtype), image_block_ids(ids, IMG).to(device)
+        prepared = create_transfusion_mask(config, embeds, blocks, None, None, positions.to(device))
+        return lambda: finish(interface(layer, *inputs, prepared, scaling=dim**-0.5)[0])
+
     def dense(backend):
         with sdpa_kernel(backend):
             output = torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask)
@@ -100,6 +112,9 @@ def layer_runs(ids, positions, heads: int, dim: int, device, dtype, backward: bo
         runs["dense, cuDNN"] = lambda: dense(SDPBackend.CUDNN_ATTENTION)
     else:
         runs["dense"] = lambda: dense([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
+    runs["eager"] = through_transformers("eager")
+    if device.type == "cuda" or not backward:  # it has no backward pass on the CPU
+        runs["flex_attention"] = through_transformers("flex_attention")
     runs["transfusion_varlen"] = lambda: varlen(plan)
     runs["causal alone, same kernel"] = lambda: varlen(causal)
     return runs
@@ -130,7 +145,8 @@ def model_runs(ids, positions, device, dtype) -> dict[str, Callable[[], object]]
         model.zero_grad()
         model(**features).loss.backward()
 
-    return {name: lambda name=name: step(name) for name in ("sdpa", "transfusion_varlen")}
+    backends = ["sdpa", "eager", *(["flex_attention"] if device.type == "cuda" else []), "transfusion_varlen"]
+    return {name: lambda name=name: step(name) for name in backends}
 
 
 def table(rows: list[tuple[str, dict[str, list[float]]]]) -> tuple[str, list[tuple[str, str, float]]]:

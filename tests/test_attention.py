@@ -123,7 +123,7 @@ def through_transformers(backend: str, ids: list[int], documents: list[int], hea
 
 
 # transformers' eager softmax is in float32 whatever the dtype.
-@pytest.mark.parametrize(("backend", "bound"), [("eager", 1e-5), ("sdpa", 1e-10)])
+@pytest.mark.parametrize(("backend", "bound"), [("eager", 2e-6), ("sdpa", 1e-10)])
 @pytest.mark.parametrize("seed", range(200))
 def test_dense_backends_equal_the_reference_in_outputs_and_gradients(backend, bound, seed):
     ids, documents = packed_row(random.Random(seed))

@@ -34,16 +34,17 @@ class VarlenPass:
     One call of a varlen kernel: segments of queries, each against its segment of keys.
 
     Args:
-        query_index (`torch.LongTensor` of shape `(num_queries,)`):
-            Rows of the flattened queries `(batch · query_length, heads, dim)`, segment behind segment.
-        key_index (`torch.LongTensor` of shape `(num_keys,)`): Likewise for keys and values.
+        query_index (`torch.LongTensor` of shape `(num_queries,)`, *optional*):
+            Rows of the flattened queries `(batch · query_length, heads, dim)`, segment behind segment. `None`: all of
+            them, in order.
+        key_index (`torch.LongTensor` of shape `(num_keys,)`, *optional*): Likewise for keys and values.
         query_lengths (`list[int]`): Queries of each segment.
         key_lengths (`list[int]`): Keys of each segment.
         is_causal (`bool`): Whether a query sees only the keys up to its own; segments are square then.
     """
 
-    query_index: torch.Tensor
-    key_index: torch.Tensor
+    query_index: torch.Tensor | None
+    key_index: torch.Tensor | None
     query_lengths: list[int]
     key_lengths: list[int]
     is_causal: bool
@@ -60,7 +61,8 @@ class VarlenPass:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "VarlenPass":
         for name in ("query_index", "key_index", "cu_queries", "cu_keys"):
-            setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
         return self
 
 
@@ -145,7 +147,9 @@ def make_varlen_plan(
     if document_ids is not None:
         labels = labels * (int(document_ids.max()) + 1) + document_ids.cpu()
     lengths = _runs(labels[new])
-    passes.append(VarlenPass(queries[new], keys[:, past:][new], lengths, lengths, is_causal=True))
+    is_whole = past == 0 and bool(new.all())
+    query_index, key_index = (None, None) if is_whole else (queries[new], keys[:, past:][new])
+    passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
 
     if past and bool(real[:, :past].any()):
         has_past = real[:, :past].any(dim=1)
@@ -197,10 +201,14 @@ class TorchCpuKernel:
             )
             q, k = next_q, next_k
 
+    @staticmethod
+    def _repeated(query, key, value):
+        groups = query.shape[1] // key.shape[1]
+        return (key, value) if groups == 1 else (states.repeat_interleave(groups, dim=1) for states in (key, value))
+
     @classmethod
     def forward(cls, query, key, value, one: VarlenPass, scale: float):
-        groups = query.shape[1] // key.shape[1]
-        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        key, value = cls._repeated(query, key, value)
         outputs, lses = [], []
         for q, k, v in cls._pieces(one, (query,), (key, value)):
             output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -213,7 +221,7 @@ class TorchCpuKernel:
     @classmethod
     def backward(cls, grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
         groups = query.shape[1] // key.shape[1]
-        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        key, value = cls._repeated(query, key, value)
         grads = []
         for g, q, o, n, k, v in cls._pieces(one, (grad, query, output, lse[..., None]), (key, value)):
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -362,6 +370,10 @@ def _kernel_for(query: torch.Tensor) -> Any:
     return kernel
 
 
+def _rows(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    return states if index is None else states.index_select(0, index)
+
+
 class _VarlenAttention(torch.autograd.Function):
     """Queries `(num_queries, heads, dim)`, keys and values `(num_keys, kv_heads, dim)` → the shape of the queries."""
 
@@ -369,15 +381,22 @@ class _VarlenAttention(torch.autograd.Function):
     def forward(ctx, query, key, value, plan: VarlenPlan, scale: float):
         ctx.kernel, ctx.plan, ctx.scale, ctx.states = _kernel_for(query), plan, scale, []
         dtype = torch.promote_types(query.dtype, torch.float32)
-        output = query.new_zeros(query.shape[:2] + value.shape[2:], dtype=dtype)
-        lse = query.new_full(query.shape[:2], -torch.inf, dtype=dtype)
+        output: Any = None
+        lse: Any = None
         for one in plan.passes:
             q, k = one.query_index, one.key_index
-            part, part_lse, state = ctx.kernel.forward(query[q], key[k], value[k], one, scale)
+            part, part_lse, state = ctx.kernel.forward(_rows(query, q), _rows(key, k), _rows(value, k), one, scale)
             ctx.states.append(state)
-            before = lse[q]
+            if output is None and q is None:
+                output, lse = part.to(dtype), part_lse
+                continue
+            if output is None:
+                output = query.new_zeros(query.shape[:2] + value.shape[2:], dtype=dtype)
+                lse = query.new_full(query.shape[:2], -torch.inf, dtype=dtype)
+            before = _rows(lse, q)
             merged = torch.logaddexp(before, part_lse)
-            output[q] = output[q] * (before - merged).exp()[..., None] + part * (part_lse - merged).exp()[..., None]
+            part = part * (part_lse - merged).exp()[..., None]
+            output[q] = _rows(output, q) * (before - merged).exp()[..., None] + part
             lse[q] = merged
         output = output.to(query.dtype)
         ctx.save_for_backward(query, key, value, output, lse)
@@ -387,12 +406,17 @@ class _VarlenAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         query, key, value, output, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(states) for states in (query, key, value)]
+        grads: list[Any] = [None, None, None]
         for one, state in zip(ctx.plan.passes, ctx.states, strict=True):
             q, k = one.query_index, one.key_index
-            parts = ctx.kernel.backward(grad[q], query[q], key[k], value[k], output[q], lse[q], state, one, ctx.scale)
-            for total, index, part in zip(grads, (q, k, k), parts, strict=True):
-                total.index_add_(0, index, part)
+            index = (q, q, k, k, q, q)
+            inputs = (_rows(x, i) for x, i in zip((grad, query, key, value, output, lse), index, strict=True))
+            parts = ctx.kernel.backward(*inputs, state, one, ctx.scale)
+            # A whole pass comes first, if at all.
+            grads = [
+                part if i is None else (torch.zeros_like(x) if total is None else total).index_add_(0, i, part)
+                for total, x, i, part in zip(grads, (query, key, value), (q, k, k), parts, strict=True)
+            ]
         return *grads, None, None
 
 
