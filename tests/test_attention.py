@@ -138,7 +138,6 @@ def test_dense_backends_equal_the_reference_in_outputs_and_gradients(backend, bo
 
 
 def test_flex_attention_equals_the_reference_forward_and_compiles_once_for_packs_of_one_length():
-    torch._dynamo.reset()  # torch 2.14 compiles a second length to C++ that does not build
     graphs = []
     for seed in range(200):
         ids, documents = packed_row(random.Random(seed))
@@ -154,7 +153,6 @@ def test_flex_attention_equals_the_reference_forward_and_compiles_once_for_packs
 
 
 def test_flex_attention_says_that_it_has_no_backward_pass_on_the_cpu():
-    torch._dynamo.reset()
     run = through_transformers("flex_attention", [3] * 128, [0] * 128, (4, 2))
     with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
         run(*states(0, 128, (4, 2), torch.float32))
@@ -291,7 +289,6 @@ def test_packed_documents_equal_each_alone_in_losses_and_gradients(backend, seed
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "flex_attention"])
 def test_nothing_leaks_between_documents_and_every_patch_reaches_its_image(backend):
-    torch._dynamo.reset()
     model = tiny.model()
     model.set_attn_implementation(backend)
     image = [BOI] + [IMG] * 4 + [EOI]
@@ -484,7 +481,6 @@ def test_what_the_kernels_cannot_do_is_refused():
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["sdpa", VARLEN_ATTENTION])
 def test_compiled_model_agrees_and_does_not_recompile_for_other_layouts(backend):
-    torch._dynamo.reset()
     counters.clear()
     model = tiny.model()
     model.set_attn_implementation(backend)
