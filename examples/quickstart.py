@@ -78,7 +78,10 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast) -> tuple[TransfusionForCausalLMAndDiffusion, TransfusionProcessor]:
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, **kwargs
+) -> tuple[TransfusionForCausalLMAndDiffusion, TransfusionProcessor]:
+    """A model of about 1M parameters and its processor; `kwargs` are further fields of `TransfusionConfig`."""
     vocab_size = len(tokenizer) + 3
     config = TransfusionConfig(
         text_config=LlamaConfig(
@@ -98,14 +101,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> tuple[TransfusionForCausa
         image_start_token_id=vocab_size - 3,
         image_token_id=vocab_size - 2,
         image_end_token_id=vocab_size - 1,
+        **kwargs,
     )
     model = TransfusionForCausalLMAndDiffusion(config)
     return model, TransfusionProcessor.for_model(model, tokenizer)
 
 
-def train(args: argparse.Namespace, train_set: list[dict], eval_set: list[dict], folder: Path) -> dict:
+def train(
+    args: argparse.Namespace, model, processor, train_set: list[dict], eval_set: list[dict], folder: Path
+) -> dict:
     """Trains with the stock `Trainer` and saves model and processor to `folder`."""
-    model, processor = build_model(train_tokenizer())
     arguments = TrainingArguments(
         output_dir=str(folder.parent / "trainer"),
         max_steps=args.max_steps,
@@ -120,7 +125,7 @@ def train(args: argparse.Namespace, train_set: list[dict], eval_set: list[dict],
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,  # the collator wants texts and images
-        seed=0,
+        seed=args.seed,
     )
     trainer = Trainer(
         model=model,
@@ -217,13 +222,15 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--max_steps", type=int, default=1600)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per_class", type=int, default=30, help="digits to draw of each class")
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    set_seed(0)
+    set_seed(args.seed)
 
     train_set, held_out = load_split()
-    results = train(args, train_set, held_out, args.output_dir / "model")
+    model, processor = build_model(train_tokenizer())
+    results = train(args, model, processor, train_set, held_out, args.output_dir / "model")
     plot_losses(results.pop("history"), args.output_dir / "losses.png")
 
     # From here on only what anybody can do with a checkpoint.

@@ -132,24 +132,119 @@ def transformer(params: Params, config, vectors: list[torch.Tensor], sees: list[
     return [rms_norm(params[f"{prefix}.norm.weight"], h, eps) for h in hidden]
 
 
-def document(params: Params, config, ids: list[int], images: list[torch.Tensor], sinusoids: list[torch.Tensor]):
+def conv(params: Params, name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """Convolution of a map (channels, height, width), pixel by pixel; zeros around it."""
+    weight, bias = params[f"{name}.weight"], params[f"{name}.bias"]
+    side = weight.shape[-1]
+    padded = torch.nn.functional.pad(x, [side // 2] * 4)
+    rows = []
+    for top in range(0, x.shape[1], stride):
+        row = []
+        for left in range(0, x.shape[2], stride):
+            window = padded[:, top : top + side, left : left + side]
+            row.append((weight * window).sum(dim=(1, 2, 3)) + bias)
+        rows.append(torch.stack(row, dim=1))
+    return torch.stack(rows, dim=1)
+
+
+def group_norm(params: Params, name: str, x: torch.Tensor, num_groups: int, eps: float = 1e-6) -> torch.Tensor:
+    size = len(x) // num_groups
+    groups = []
+    for g in range(num_groups):
+        group = x[g * size : (g + 1) * size]
+        mean = group.sum() / group.numel()
+        variance = ((group - mean) ** 2).sum() / group.numel()
+        groups.append((group - mean) / torch.sqrt(variance + eps))
+    return torch.cat(groups) * params[f"{name}.weight"][:, None, None] + params[f"{name}.bias"][:, None, None]
+
+
+def resnet(params: Params, name: str, x: torch.Tensor, t: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Norm, convolution, plus the timestep; norm, convolution; plus the input."""
+    h = conv(params, f"{name}.conv1", silu(group_norm(params, f"{name}.norm1", x, num_groups)))
+    h = h + linear(params, f"{name}.time_emb_proj", silu(t))[:, None, None]
+    h = conv(params, f"{name}.conv2", silu(group_norm(params, f"{name}.norm2", h, num_groups)))
+    return h + (conv(params, f"{name}.conv_shortcut", x) if f"{name}.conv_shortcut.weight" in params else x)
+
+
+def unet_down(params: Params, config, image: torch.Tensor, t: torch.Tensor):
+    """The vectors of an image's patches, and the maps of the way down."""
+    name, levels = "model.patch_encoder", len(config.unet_block_out_channels)
+    x = conv(params, f"{name}.conv_in", image)
+    maps = [x]
+    for level in range(levels):
+        for layer in range(config.unet_layers_per_block):
+            block = f"{name}.down_blocks.{level}.resnets.{layer}"
+            x = resnet(params, block, x, t, config.unet_norm_num_groups)
+            maps.append(x)
+        if level < levels - 1:
+            x = conv(params, f"{name}.down_blocks.{level}.downsamplers.0.conv", x, stride=2)
+            maps.append(x)
+    pixels = [x[:, row, column] for row in range(x.shape[1]) for column in range(x.shape[2])]
+    return [linear(params, f"{name}.proj", pixel) for pixel in pixels], maps
+
+
+def unet_up(params: Params, config, vectors: list[torch.Tensor], maps: list[torch.Tensor], t: torch.Tensor):
+    """The predicted ε: each block of the way up also sees the map of its counterpart on the way down."""
+    name, levels = "model.patch_decoder", len(config.unet_block_out_channels)
+    columns = maps[-1].shape[2]
+    pixels = [linear(params, f"{name}.proj", vector) for vector in vectors]
+    rows = [torch.stack(pixels[i : i + columns], dim=1) for i in range(0, len(pixels), columns)]
+    x, maps = torch.stack(rows, dim=1), list(maps)
+    for level in range(levels):
+        for layer in range(config.unet_layers_per_block + 1):
+            block = f"{name}.up_blocks.{level}.resnets.{layer}"
+            x = resnet(params, block, torch.cat([x, maps.pop()]), t, config.unet_norm_num_groups)
+        if level < levels - 1:
+            x = x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+            x = conv(params, f"{name}.up_blocks.{level}.upsamplers.0.conv", x)
+    assert not maps
+    return conv(
+        params, f"{name}.conv_out", silu(group_norm(params, f"{name}.norm_out", x, config.unet_norm_num_groups))
+    )
+
+
+def sincos_position(row: int, column: int, hidden_size: int) -> torch.Tensor:
+    """A quarter each: sines and cosines of the column, then of the row."""
+    quarter = hidden_size // 4
+    values = []
+    for position in (column, row):
+        angles = [position * 10000 ** (-i / quarter) for i in range(quarter)]
+        values += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def document(
+    params: Params,
+    config,
+    ids: list[int],
+    images: list[torch.Tensor],
+    sinusoids: list[torch.Tensor],
+    is_noised: list[bool],
+):
     """
     One document without padding.
 
     Args:
         images: What the transformer sees, x_t (or x_0 with the sinusoids of t = 0).
         sinusoids: Of t, for each image.
+        is_noised: Whether the noise of an image is predicted.
 
     Returns:
-        The logits of each position and the predicted ε of each image.
+        The logits of each position and the predicted ε of each image, `None` where it is not.
     """
-    vectors, where, encoded = [], [], []
+    vectors, where, encoded, maps = [], [], [], []
     for image, s in zip(images, sinusoids, strict=True):
         t = timestep_vector(params, s)
-        # Footnote 6: the timestep embedding is added to the patch before the linear layer.
-        encoded += [
-            linear(params, "model.patch_encoder.proj", patch + t) for patch in patches(image, config.patch_size)
-        ]
+        if config.patch_encoder == "unet":
+            new, maps_of_image = unet_down(params, config, image, t)
+            maps.append((maps_of_image, t))
+        else:
+            # Footnote 6: the timestep embedding is added to the patch before the linear layer.
+            new = [linear(params, "model.patch_encoder.proj", p + t) for p in patches(image, config.patch_size)]
+        if config.pos_embed_type == "sincos":
+            columns, size = image.shape[2] // config.patch_size, config.text_config.hidden_size
+            new = [v + sincos_position(i // columns, i % columns, size) for i, v in enumerate(new)]
+        encoded += new
     iterator = iter(encoded)
     for i, token in enumerate(ids):
         if token == config.image_token_id:
@@ -159,12 +254,17 @@ def document(params: Params, config, ids: list[int], images: list[torch.Tensor],
             vectors.append(params["model.language_model.embed_tokens.weight"][token])
     hidden = transformer(params, config.text_config, vectors, mask(ids, config.image_token_id))
     logits = [linear(params, "lm_head", h) for h in hidden]
-    decoded = [linear(params, "model.patch_decoder.proj", hidden[i]) for i in where]
     predictions = []
-    for image in images:
+    for number, image in enumerate(images):
         count = len(patches(image, config.patch_size))
-        predictions.append(unpatched(decoded[:count], config.patch_size, tuple(image.shape)))
-        decoded = decoded[count:]
+        own, where = [hidden[i] for i in where[:count]], where[count:]
+        if not is_noised[number]:
+            predictions.append(None)
+        elif config.patch_encoder == "unet":
+            predictions.append(unet_up(params, config, own, *maps[number]))
+        else:
+            decoded = [linear(params, "model.patch_decoder.proj", h) for h in own]
+            predictions.append(unpatched(decoded, config.patch_size, tuple(image.shape)))
     return logits, predictions
 
 

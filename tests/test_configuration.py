@@ -3,7 +3,9 @@ import tiny
 import torch
 from transformers import AutoConfig, GenerationConfig, LlamaConfig
 
-from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
+from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, paper_vae_config
+from transfusion_hf.autoencoder_transfusion import TransfusionVAE
+from transfusion_hf.patching_transfusion import TransfusionUNetPatchDecoder, TransfusionUNetPatchEncoder
 
 # Table 2: layers, hidden size, heads, and the number of parameters that names the model.
 TABLE_2 = {
@@ -75,7 +77,7 @@ def test_no_field_carries_the_name_of_a_generation_parameter():
         ({"patch_size": 0}, "`patch_size` must be at least 1; got 0"),
         ({"patch_size": 3}, r"multiples of `patch_size` \(3\); got 4 × 4"),
         ({"sample_size": (4, 4, 4)}, r"`sample_size` must be one integer or \(height, width\); got \(4, 4, 4\)"),
-        ({"patch_encoder": "vit"}, "`patch_encoder` must be 'linear'; got 'vit'"),
+        ({"patch_encoder": "vit"}, "`patch_encoder` must be 'linear' or 'unet'; got 'vit'"),
         ({"prediction_type": "velocity"}, "`prediction_type` must be 'epsilon'; got 'velocity'"),
         ({"diffusion_loss_weight": -1.0}, "`diffusion_loss_weight` must not be negative; got -1.0"),
         ({"timestep_embedding_dim": 7}, "`timestep_embedding_dim` must be even and at least 2; got 7"),
@@ -96,3 +98,57 @@ def test_unknown_preset_names_those_there_are():
 def test_ids_outside_of_a_small_vocabulary_are_refused_by_default():
     with pytest.raises(ValueError, match="must lie inside the vocabulary, 0 to 99; got 32000"):
         TransfusionConfig(text_config=LlamaConfig(vocab_size=100))
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", ["0.16B", "0.37B", "0.76B", "1.4B", "7B"])
+def test_the_default_unet_of_the_papers_models_has_0_27b_parameters(name, patch_size):
+    config = TransfusionConfig.from_preset(name, patch_encoder="unet", patch_size=patch_size)
+    with torch.device("meta"):
+        parts = (TransfusionUNetPatchEncoder(config), TransfusionUNetPatchDecoder(config))
+    assert abs(sum(p.numel() for part in parts for p in part.parameters()) / 0.27e9 - 1) <= 0.03
+
+
+def test_the_default_unet_of_a_small_model_is_small_and_stays_what_it_is():
+    config = tiny.config(text=tiny.text_config(hidden_size=64), patch_encoder="unet", patch_size=4)
+    assert config.unet_block_out_channels == [16, 16, 32]
+    assert (config.unet_layers_per_block, config.unet_norm_num_groups) == (1, 8)
+    again = TransfusionConfig.from_dict(config.to_dict())
+    assert again.to_dict() == config.to_dict()
+
+
+def test_the_papers_autoencoder_has_its_size():
+    with torch.device("meta"):
+        vae = TransfusionVAE(**paper_vae_config())
+    assert abs(vae.num_parameters() / 83.7e6 - 1) < 0.001
+    config = TransfusionConfig.from_preset("0.16B", vae_config=paper_vae_config(0.9))
+    assert (config.vae_scale_factor, config.pixels_per_patch, config.num_patches(32, 32)) == (8, 16, 256)
+
+
+VAE = {"block_out_channels": [8, 16], "latent_channels": 2, "scaling_factor": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_encoder": "unet", "patch_size": 3, "sample_size": 6}, "`patch_size` must be a power of two; got 3"),
+        ({**tiny.UNET, "unet_block_out_channels": [8]}, r"must hold log2\(`patch_size`\) \+ 1 = 2 numbers"),
+        ({**tiny.UNET, "unet_norm_num_groups": 3}, r"`unet_norm_num_groups` \(3\) must divide every number"),
+        ({**tiny.UNET, "unet_layers_per_block": 0}, "`unet_layers_per_block` must be at least 1; got 0"),
+        ({"pos_embed_type": "rope"}, "`pos_embed_type` must be None or 'sincos'; got 'rope'"),
+        (
+            {"vae_config": {**VAE, "latent_channels": 4}},
+            "`latent_channels` is 2, but the latents of `vae_config` have 4",
+        ),
+        ({"vae_config": {k: v for k, v in VAE.items() if k != "scaling_factor"}}, "`vae_config` lacks scaling_factor"),
+        ({"vae_config": {**VAE, "scaling_factor": 0}}, "must be a positive number; got 0"),
+        ({"vae_config": {**VAE, "_class_name": "AutoencoderTiny"}}, "`AutoencoderKL`; got one of `AutoencoderTiny`"),
+        (
+            {"vae_config": {**VAE, "latent_channels": 16}, "latent_channels": 16},
+            "`vae_config` has no `shift_factor`, but latents of 16 channels",
+        ),
+    ],
+)
+def test_bad_front_ends_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.config(**change)

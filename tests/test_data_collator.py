@@ -57,6 +57,23 @@ def test_marked_texts_are_taken_as_they_stand(processor):
     assert batch["max_timesteps"].tolist() == [1000, 1000]
 
 
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_latents_may_take_the_place_of_images(processor, max_length):
+    one, two = torch.randn(3, 8, 8), torch.randn(3, 4, 8)
+    samples = [
+        {"text": "<image>red", "latents": one},
+        {"text": "abc", "latents": None},
+        {"text": "<image><image>", "latents": [two.tolist(), one.tolist()]},  # as `datasets` gives them
+    ]
+    batch = TransfusionDataCollator(processor, max_length=max_length)(samples)
+    expected = [one, two, one] if max_length is None else [two, one, one]  # the longest sample is packed first
+    for actual, latent in zip(batch["latents"], expected, strict=True):
+        torch.testing.assert_close(actual, latent, atol=1e-6, rtol=0)
+    assert "pixel_values" not in batch and batch["max_timesteps"].tolist() == [1000] * 3
+    with pytest.raises(ValueError, match="`features` mix images and latents; pass the ones or the others"):
+        TransfusionDataCollator(processor)([*samples, {"text": "red", "image": RED}])
+
+
 def test_missing_images_of_a_mixed_data_set_are_none(processor):
     batch = TransfusionDataCollator(processor, caption_first_probability=1.0, caption_dropout=0.0)(
         [{"text": "a", "image": None}, {"text": "b", "images": None}, {"text": "c", "image": RED, "images": None}]

@@ -47,7 +47,7 @@ def test_content_seeds_are_those_of_the_image_alone():
 
 def test_pixels_are_clipped_while_sampling_and_latents_are_not():
     assert make_noise_scheduler(tiny.config()).config.clip_sample
-    vae_config = {"block_out_channels": [32, 64]}
+    vae_config = {"block_out_channels": [32, 64], "latent_channels": 2, "scaling_factor": 1.0}
     assert not make_noise_scheduler(tiny.config(vae_config=vae_config)).config.clip_sample
 
 

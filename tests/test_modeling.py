@@ -188,8 +188,9 @@ def test_cached_equals_uncached_wherever_the_text_is_cut():
             torch.testing.assert_close(torch.cat([first, second], dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_images_of_several_sizes_in_one_batch_equal_each_alone():
-    model = tiny.model()
+@pytest.mark.parametrize("options", [{}, {**tiny.UNET, "pos_embed_type": "sincos"}])
+def test_images_of_several_sizes_in_one_batch_equal_each_alone(options):
+    model = tiny.model(**options)
     sizes, generator = [4, 1, 2, 2], torch.Generator().manual_seed(0)
     latents = [tiny.image_of(n, generator) for n in sizes]
     rows = [[5, BOI] + [IMG] * n + [EOI, 6] for n in sizes]
@@ -200,6 +201,21 @@ def test_images_of_several_sizes_in_one_batch_equal_each_alone():
         for i, row in enumerate(rows):
             alone = model(torch.tensor([row]), latents=latents[i][None], timesteps=timesteps[i : i + 1])
             torch.testing.assert_close(together.image_predictions[i], alone.image_predictions[0], atol=1e-5, rtol=1e-4)
+
+
+def test_only_noised_images_are_decoded():
+    model, seen = tiny.model(**tiny.UNET), []
+    model.model.patch_decoder.register_forward_pre_hook(lambda _, args: seen.append([len(x) for x in args[0]]))
+    ids = torch.tensor([[5, *IMAGE, 7, *IMAGE, *IMAGE]])
+    features = {"latents": images(3), "labels": torch.where(ids >= IMG, -100, ids), "noise_seeds": [1, 2, 3]}
+    output = model(ids, image_loss_mask=torch.tensor([False, True, False]), **features)
+    assert seen == [[1]] and len(output.image_predictions) == 1
+    everything = model(ids, **features)
+    assert seen[1:] == [[3]] and len(everything.image_predictions) == 3
+    none = model(ids, image_loss_mask=torch.tensor([False] * 3), **features)
+    assert none.diffusion_loss == 0 and seen[2:] == [[1]]  # touched, for the sake of distributed training
+    none.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 def test_clean_images_have_no_noise_no_loss_and_t_0():
@@ -314,6 +330,9 @@ def test_static_flags_are_set():
         "Gemma3DecoderLayer",
         "TransfusionLinearPatchEncoder",
         "TransfusionLinearPatchDecoder",
+        "TransfusionUNetPatchEncoder",
+        "TransfusionUNetPatchDecoder",
+        "TransfusionVAE",
     }
     assert model._supports_sdpa and model._supports_flex_attn and model._supports_attention_backend
     assert not model._supports_flash_attn
@@ -379,11 +398,6 @@ def test_bad_training_input_names_what_was_expected_and_what_came(change, messag
     ids = torch.tensor([[5, *IMAGE, 7, *IMAGE]])
     with pytest.raises(ValueError, match=message):
         tiny.model()(ids, latents=images(2), labels=ids, **change)
-
-
-def test_a_vae_is_refused_until_it_is_supported():
-    with pytest.raises(ValueError, match="`vae_config` is not supported by this version; leave it `None`"):
-        TransfusionForCausalLMAndDiffusion(tiny.config(vae_config={"block_out_channels": [32, 64]}))
 
 
 def test_any_mistral_config_object_is_accepted():

@@ -34,8 +34,17 @@ MAY_IMPORT = {
     "masking_transfusion": {"configuration", "attention"},
     "diffusion_transfusion": {"configuration_transfusion"},
     "patching_transfusion": {"configuration_transfusion"},
+    "autoencoder_transfusion": {"patching"},
     "generation_transfusion": {"configuration", "diffusion", "masking", "patching"},
-    "modeling_transfusion": {"configuration", "attention", "diffusion", "masking", "patching", "generation"},
+    "modeling_transfusion": {
+        "configuration",
+        "attention",
+        "autoencoder",
+        "diffusion",
+        "masking",
+        "patching",
+        "generation",
+    },
     "image_processing_transfusion": set(),
     "processing_transfusion": {"image_processing"},
 }

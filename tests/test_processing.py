@@ -43,6 +43,42 @@ def test_each_marker_becomes_boi_patches_eoi(processor):
     assert features["pixel_values"][0, :, 0, 0].tolist() == [1.0, -1.0, -1.0]
 
 
+def test_latents_take_the_place_of_images(processor):
+    latents = [torch.randn(4, 4, 2), torch.randn(4, 2, 2)]
+    features = processor(text=["a<image>", "b<image>c"], latents=latents)  # patches of 2 latent pixels
+    blocks = [ids.tolist().count(processor.image_token_id) for ids in features["input_ids"]]
+    assert blocks == [2, 1] and "pixel_values" not in features
+    assert all(torch.equal(a, b) for a, b in zip(features["latents"], latents, strict=True))
+    assert processor(text="<image>", latents=latents[:1])["latents"].shape == (1, 4, 4, 2)
+    with pytest.raises(ValueError, match="`latents`: image 0 is 3 × 2 pixels in the latent; its sides must be"):
+        processor(text="<image>", latents=[torch.randn(4, 3, 2)])
+    with pytest.raises(ValueError, match="`text` has 1 markers <image> but `latents` holds 2 images"):
+        processor(text="<image>", latents=latents)
+    with pytest.raises(ValueError, match="Pass `images` or `latents`, not both"):
+        processor(text="<image>", images=[RED], latents=latents[:1])
+
+
+def test_pictures_of_every_mode_become_what_the_model_takes(processor):
+    color = processor.image_processor
+    gray = TransfusionImageProcessor(do_resize=False, do_center_crop=False, image_mean=[0.5], image_std=[0.5])
+
+    def pixel(images, image) -> list[float]:
+        return [round(v, 2) for v in images(image)["pixel_values"][0][:, 0, 0].tolist()]
+
+    half = round(128 / 127.5 - 1, 2)
+    assert pixel(color, picture((255, 0, 0, 0)).convert("RGBA")) == [1, -1, -1]
+    transparent = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
+    assert pixel(color, transparent) == [1, 1, 1]  # over white
+    assert pixel(color, Image.new("LA", (8, 8), (0, 0))) == [1, 1, 1]
+    assert pixel(color, Image.new("L", (8, 8), 128)) == [half] * 3
+    sixteen = Image.fromarray(np.full((8, 8), 128 * 257, dtype=np.uint16))
+    assert sixteen.mode == "I;16" and pixel(color, sixteen) == [half] * 3
+    assert pixel(gray, sixteen) == [half] and pixel(gray, picture((128, 128, 128))) == [half]
+    assert pixel(color, RED.convert("P")) == [1, -1, -1]
+    with pytest.raises(ValueError, match="floating-point mode 'F' has no known range; pass 8 or 16 bits"):
+        color(Image.new("F", (8, 8)))
+
+
 def test_rows_are_padded_at_the_left_and_may_end_at_boi(processor):
     features = processor(text=["abc<BOI>", "<image>"], images=[RED])
     assert features["attention_mask"][0].tolist() == [0] * 14 + [1] * 5

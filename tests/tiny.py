@@ -10,6 +10,7 @@ from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 
 PAD, BOS, EOS, BOI, IMG, EOI = 0, 1, 2, 61, 62, 63
 FIRST_WORD = 3
+UNET = {"patch_encoder": "unet", "unet_block_out_channels": [4, 8], "unet_norm_num_groups": 2}
 VOCAB_SIZE = 64
 
 

@@ -29,7 +29,7 @@ from transformers import (  # noqa: E402 - only once the version is known to fit
 )
 
 from .attention_transfusion import set_varlen_kernel, varlen_kernels  # noqa: E402
-from .configuration_transfusion import TransfusionConfig  # noqa: E402
+from .configuration_transfusion import TransfusionConfig, paper_vae_config  # noqa: E402
 from .data_collator import TransfusionDataCollator  # noqa: E402
 from .generation_transfusion import TransfusionGenerateOutput  # noqa: E402
 from .image_processing_transfusion import TransfusionImageProcessor  # noqa: E402
@@ -42,6 +42,7 @@ from .modeling_transfusion import (  # noqa: E402
 )
 from .processing_transfusion import TransfusionProcessor, make_labels  # noqa: E402
 from .trainer import TransfusionEMACallback  # noqa: E402
+from .vae import attach_vae, measure_latent_scale  # noqa: E402
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig)
 AutoModel.register(TransfusionConfig, TransfusionModel)
@@ -63,7 +64,10 @@ __all__ = [
     "TransfusionModel",
     "TransfusionPreTrainedModel",
     "TransfusionProcessor",
+    "attach_vae",
     "make_labels",
+    "measure_latent_scale",
+    "paper_vae_config",
     "set_varlen_kernel",
     "varlen_kernels",
 ]

@@ -17,6 +17,47 @@ _PRESETS: dict[str, dict[str, int]] = {
 }
 
 
+# By patch size: channels of each level, ResNet blocks per level. The paper gives only the sum, 0.27B in every size.
+_PAPER_UNETS: dict[int, tuple[list[int], int]] = {
+    1: ([1344], 2),
+    2: ([512, 1056], 3),
+    4: ([448, 896, 896], 2),
+    8: ([320, 640, 640, 640], 3),
+}
+_PAPER_HIDDEN_SIZE = 768  # the smallest of the paper's models
+
+
+def paper_vae_config(scaling_factor: float = 1.0, shift_factor: float | None = None) -> dict[str, Any]:
+    """
+    The `vae_config` of the paper's autoencoder (§4.1): 8 times smaller sides, 8 channels.
+
+    NOTE: the paper says 86M parameters and no more; Stable Diffusion's layout with 8 channels has 83.7M.
+
+    Args:
+        scaling_factor (`float`, defaults to 1.0), shift_factor (`float`, *optional*):
+            Of the latents, as diffusers defines them: (z − shift) · scale. They are known once the autoencoder is
+            trained; `transfusion_hf.vae.measure_latent_scale` measures them.
+    """
+    channels = [128, 256, 512, 512]
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "block_out_channels": channels,
+        "layers_per_block": 2,
+        "latent_channels": 8,
+        "sample_size": 256,
+        "scaling_factor": scaling_factor,
+        "shift_factor": shift_factor,
+    }
+
+
+def vae_arguments(vae_config: dict[str, Any]) -> dict[str, Any]:
+    """Fields of an `AutoencoderKL`, without what diffusers notes beside them (`_class_name` …)."""
+    return {name: value for name, value in vae_config.items() if not name.startswith("_")}
+
+
 def _preset_text_config(name: str) -> LlamaConfig:
     return LlamaConfig(vocab_size=32003, max_position_embeddings=4096, **_PRESETS[name])
 
@@ -31,8 +72,8 @@ class TransfusionConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             The decoder, of any supported family. Defaults to a `LlamaConfig` of the paper's smallest size.
         vae_config (`dict`, *optional*):
-            The configuration of a diffusers `AutoencoderKL`. `None`: the image itself is the latent. Anything else is
-            refused by the model for now.
+            The configuration of a diffusers `AutoencoderKL`, with `scaling_factor` and, for latents of 16 channels,
+            `shift_factor`; [`paper_vae_config`] makes the paper's. `None`: the image itself is the latent.
         latent_channels (`int`, defaults to 8):
             Channels of a latent; of the image itself without a VAE.
         sample_size (`int` or pair of `int`, defaults to 32):
@@ -40,7 +81,19 @@ class TransfusionConfig(PreTrainedConfig):
         patch_size (`int`, defaults to 2):
             Side, in latent pixels, of the window that becomes one transformer vector (§3).
         patch_encoder (`str`, defaults to `"linear"`):
-            How patches become vectors and back. `"linear"`: one linear layer on patch plus timestep embedding.
+            How patches become vectors and back. `"linear"`: one linear layer on patch plus timestep embedding (with
+            `patch_size=1` the paper's "none"). `"unet"`: U-Net down and up blocks (§3, Table 7).
+        unet_block_out_channels (`list[int]`, *optional*):
+            For `"unet"`: channels at each resolution, log2(`patch_size`) + 1 of them. Defaults to a U-Net of 0.27B
+            parameters for a decoder of the paper's sizes (hidden size of 768 or more) and patches of 1, 2, 4 or 8,
+            otherwise to a quarter of the hidden size, and half of it at the last.
+        unet_layers_per_block (`int`, *optional*):
+            For `"unet"`: ResNet blocks at each resolution on the way down; one more on the way up.
+        unet_norm_num_groups (`int`, defaults to 32, or 8 for a small U-Net):
+            For `"unet"`: groups of its group norms; divides all its channels.
+        pos_embed_type (`str`, *optional*):
+            `"sincos"`: adds a two-dimensional sine-cosine embedding of its row and column to each patch's vector.
+            `None`: as in the paper, position is the sequence's alone.
         timestep_embedding_dim (`int`, defaults to 256):
             Number of sinusoids of t, and width of the MLP that follows; even.
         num_train_timesteps (`int`, defaults to 1000):
@@ -81,6 +134,10 @@ class TransfusionConfig(PreTrainedConfig):
     sample_size: int | list | tuple = 32
     patch_size: int = 2
     patch_encoder: str = "linear"
+    unet_block_out_channels: list | tuple | None = None
+    unet_layers_per_block: int | None = None
+    unet_norm_num_groups: int | None = None
+    pos_embed_type: str | None = None
     timestep_embedding_dim: int = 256
     num_train_timesteps: int = 1000
     beta_schedule: str = "squaredcos_cap_v2"
@@ -104,7 +161,22 @@ class TransfusionConfig(PreTrainedConfig):
                 "`text_config` only."
             )
         self.tie_word_embeddings = tied
+        if self.patch_encoder == "unet":
+            self._complete_unet()
         self.validate_transfusion()
+
+    def _complete_unet(self) -> None:
+        hidden_size, given = self.text_config.hidden_size, self.unet_block_out_channels
+        num_levels = max(self.patch_size, 1).bit_length()
+        channels: list | tuple
+        if given is None and hidden_size >= _PAPER_HIDDEN_SIZE and self.patch_size in _PAPER_UNETS:
+            channels, layers, groups = *_PAPER_UNETS[self.patch_size], 32
+        else:
+            small = [-(-hidden_size // 4 // 8) * 8] * (num_levels - 1) + [-(-hidden_size // 2 // 8) * 8]
+            channels, layers, groups = given or small, 1, 8 if given is None else 32
+        self.unet_block_out_channels = list(channels)
+        self.unet_layers_per_block = layers if self.unet_layers_per_block is None else self.unet_layers_per_block
+        self.unet_norm_num_groups = groups if self.unet_norm_num_groups is None else self.unet_norm_num_groups
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> "TransfusionConfig":
@@ -154,6 +226,51 @@ class TransfusionConfig(PreTrainedConfig):
             )
         return (height // self.patch_size) * (width // self.patch_size)
 
+    def _validate_vae(self, vae_config: dict[str, Any]) -> None:
+        name = vae_config.get("_class_name", "AutoencoderKL")
+        if name not in ("AutoencoderKL", "TransfusionVAE"):
+            raise ValueError(f"`vae_config` must be that of a diffusers `AutoencoderKL`; got one of `{name}`.")
+        missing = [key for key in ("block_out_channels", "latent_channels", "scaling_factor") if key not in vae_config]
+        if missing:
+            raise ValueError(
+                f"`vae_config` lacks {', '.join(missing)}. Without the scale of its own latents a model does not "
+                "learn; `transfusion_hf.vae.measure_latent_scale` measures it."
+            )
+        channels, scale, shift = (vae_config.get(key) for key in ("latent_channels", "scaling_factor", "shift_factor"))
+        if channels != self.latent_channels:
+            raise ValueError(
+                f"`latent_channels` is {self.latent_channels}, but the latents of `vae_config` have {channels}."
+            )
+        if not isinstance(scale, (int, float)) or not scale > 0:
+            raise ValueError(f"`scaling_factor` of `vae_config` must be a positive number; got {scale!r}.")
+        if shift is None and channels == 16:
+            raise ValueError(
+                "`vae_config` has no `shift_factor`, but latents of 16 channels, as those of SD 3 (0.0609) and FLUX "
+                "(0.1159), are not centred, and without it training fails silently. Set it; 0.0 if it is really none."
+            )
+
+    def _validate_unet(self) -> None:
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(
+                "`patch_encoder='unet'` halves the image again and again, so `patch_size` must be a power of two; "
+                f"got {self.patch_size}."
+            )
+        channels: Any = self.unet_block_out_channels
+        groups: Any = self.unet_norm_num_groups
+        num_levels = self.patch_size.bit_length()
+        if len(channels) != num_levels:
+            raise ValueError(
+                f"`unet_block_out_channels` must hold log2(`patch_size`) + 1 = {num_levels} numbers for patches of "
+                f"{self.patch_size}; got {channels}."
+            )
+        if groups < 1 or any(c < 1 or c % groups for c in channels):
+            raise ValueError(
+                f"`unet_norm_num_groups` ({groups}) must divide every number of `unet_block_out_channels`; got "
+                f"{channels}."
+            )
+        if self.unet_layers_per_block is None or self.unet_layers_per_block < 1:
+            raise ValueError(f"`unet_layers_per_block` must be at least 1; got {self.unet_layers_per_block}.")
+
     def validate_transfusion(self) -> None:
         """Checks every field; called at construction and before saving."""
         for name in ("latent_channels", "patch_size", "num_train_timesteps"):
@@ -163,10 +280,21 @@ class TransfusionConfig(PreTrainedConfig):
             raise ValueError(
                 f"`timestep_embedding_dim` must be even and at least 2; got {self.timestep_embedding_dim}."
             )
-        if self.patch_encoder != "linear":
-            raise ValueError(f"`patch_encoder` must be 'linear'; got {self.patch_encoder!r}.")
+        if self.patch_encoder not in ("linear", "unet"):
+            raise ValueError(f"`patch_encoder` must be 'linear' or 'unet'; got {self.patch_encoder!r}.")
+        if self.patch_encoder == "unet":
+            self._validate_unet()
+        if self.pos_embed_type not in (None, "sincos"):
+            raise ValueError(f"`pos_embed_type` must be None or 'sincos'; got {self.pos_embed_type!r}.")
+        if self.pos_embed_type == "sincos" and self.text_config.hidden_size % 4:
+            raise ValueError(
+                "`pos_embed_type='sincos'` needs a hidden size that is a multiple of 4; got "
+                f"{self.text_config.hidden_size}."
+            )
         if self.prediction_type != "epsilon":
             raise ValueError(f"`prediction_type` must be 'epsilon'; got {self.prediction_type!r}.")
+        if self.vae_config is not None:
+            self._validate_vae(self.vae_config)
         if self.diffusion_loss_weight < 0:
             raise ValueError(f"`diffusion_loss_weight` must not be negative; got {self.diffusion_loss_weight}.")
         if not isinstance(self.sample_size, int) and len(self.sample_size) != 2:
@@ -187,4 +315,4 @@ class TransfusionConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["TransfusionConfig"]
+__all__ = ["TransfusionConfig", "paper_vae_config", "vae_arguments"]

@@ -49,6 +49,8 @@ class TransfusionDataCollator:
     caption that comes first is dropped with `caption_dropout`, which teaches the unconditional context of guidance.
     For an evaluation that is the same every time, mark the images.
 
+    In place of images there may be latents, `(latent_channels, height, width)` each, in `latents`: a list, or the one.
+
     Optional further keys: `image_loss_mask` (list of `bool`, `False` for clean context) and `max_timesteps` (list of
     `int`), one value per image.
 
@@ -68,11 +70,12 @@ class TransfusionDataCollator:
 
     Returns, when called, a dict of `input_ids` and `labels` of shape `(batch, seq)`, `attention_mask` of that shape
     or, packed, `position_ids` (and `varlen_plan`), and, where there are images, `pixel_values` of shape
-    `(num_images, channels, height, width)`, `max_timesteps` and `image_loss_mask` of shape `(num_images,)`.
+    `(num_images, channels, height, width)` or `latents`, `max_timesteps` and `image_loss_mask` of shape
+    `(num_images,)`.
 
     Raises:
-        ValueError: no samples, a probability outside of 0 to 1, images without markers that are not one to a caption,
-            a sample or an image longer than `max_length`.
+        ValueError: no samples, images and latents in one batch, a probability outside of 0 to 1, images without
+            markers that are not one to a caption, a sample or an image longer than `max_length`.
     """
 
     processor: TransfusionProcessor
@@ -111,23 +114,46 @@ class TransfusionDataCollator:
         max_timesteps: list[int] = []
         image_loss_mask: list[bool] = []
         num_images: list[int] = []
+        kind = self._kind(features)
         for feature in features:
-            # `None` where a data set mixes texts with and without images.
-            image, several = feature.get("image"), feature.get("images")
-            pictures = list(several) if several is not None else [] if image is None else [image]
+            pictures = self._images_of(feature, kind)
             text, limit = self._arrange(feature["text"], len(pictures))
             texts.append(text + self._end)
             images += pictures
             num_images.append(len(pictures))
             max_timesteps += self._per_image(feature, "max_timesteps", len(pictures), limit)
             image_loss_mask += self._per_image(feature, "image_loss_mask", len(pictures), True)
-        batch = self.processor(
-            images=images or None, text=texts, return_labels=True, padding=True, padding_side="right"
-        )
+        given = {kind: images or None}
+        batch = self.processor(text=texts, return_labels=True, padding=True, padding_side="right", **given)
         if images:
             batch["max_timesteps"] = torch.tensor(max_timesteps)
             batch["image_loss_mask"] = torch.tensor(image_loss_mask)
         return dict(batch) if self.max_length is None else self._pack(dict(batch), num_images)
+
+    @staticmethod
+    def _kind(features: Sequence[dict[str, Any]]) -> str:
+        """Whether the images of a batch come as `"images"` or as `"latents"`."""
+        kinds = {
+            "latents" if name == "latents" else "images"
+            for feature in features
+            for name in ("image", "images", "latents")
+            if feature.get(name) is not None
+        }
+        if len(kinds) == 2:
+            raise ValueError(
+                "`features` mix images and latents; pass the ones or the others in all samples of a batch."
+            )
+        return kinds.pop() if kinds else "images"
+
+    @staticmethod
+    def _images_of(feature: dict[str, Any], kind: str) -> list[Any]:
+        # `None` where a data set mixes texts with and without images.
+        image, several = feature.get("image"), feature.get(kind)
+        if kind == "latents" and several is not None:
+            # Data sets give nested lists.
+            tensors = [torch.as_tensor(x, dtype=torch.float32) for x in several]
+            return [torch.stack(tensors)] if tensors[0].ndim == 2 else tensors
+        return list(several) if several is not None else [] if image is None else [image]
 
     def _arrange(self, text: str, num_images: int) -> tuple[str, int]:
         """The text with its marker, and the noise limit of its images."""
@@ -173,9 +199,10 @@ class TransfusionDataCollator:
         if kept_images:
             for name in ("max_timesteps", "image_loss_mask"):
                 result[name] = batch[name][kept_images]
-            pixels = batch["pixel_values"]
-            is_tensor = isinstance(pixels, torch.Tensor)
-            result["pixel_values"] = pixels[kept_images] if is_tensor else [pixels[i] for i in kept_images]
+            name = "latents" if "latents" in batch else "pixel_values"
+            pictures = batch[name]
+            is_tensor = isinstance(pictures, torch.Tensor)
+            result[name] = pictures[kept_images] if is_tensor else [pictures[i] for i in kept_images]
         return result
 
     def _fit(self, index: int, sample: dict[str, Any]) -> dict[str, Any]:

@@ -717,20 +717,21 @@ class _DenoisingLoop:
         else:
             images = [[*row, x] for row, x in zip(self.latents, x_t, strict=True)]
             counts = torch.tensor([len(row) for row in images])
-            last = counts.cumsum(0) - 1
-            timesteps = torch.zeros(int(counts.sum()), dtype=t.dtype, device=self.device)
-            timesteps[last.to(self.device)] = t
+            is_last = torch.zeros(int(counts.sum()), dtype=torch.bool)
+            is_last[counts.cumsum(0) - 1] = True
+            timesteps = torch.where(is_last.to(self.device), t, 0)
             output = self.model(
                 self.ids[:, self.num_cached :],
                 latents=[image for row in images for image in row],
                 timesteps=timesteps,
+                prediction_mask=is_last,
                 attention_mask=self.mask,
                 position_ids=self.positions[:, self.num_cached :],
                 past_key_values=self.cache,
                 use_cache=self.cache is not None,
                 logits_to_keep=1,
             )
-            predictions = [output.image_predictions[i] for i in last.tolist()]
+            predictions = output.image_predictions
         if self.cache is not None:
             self.cache.crop(-self.decoder.num_patches)  # x_{t−1} overwrites x_t
         return torch.stack(predictions)

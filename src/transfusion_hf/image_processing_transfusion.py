@@ -16,6 +16,9 @@ class TransfusionImageProcessor(TorchvisionBackend):
     Resizes, crops to the centre and maps to [−1, 1] (§4.1: 256×256). With `do_resize=False, do_center_crop=False`
     images keep their sizes, and `pixel_values` is a list where they differ.
 
+    PIL images of any mode are taken: 16 bits become 8, transparency is laid over white, and colours are made of gray or
+    gray of colours as `image_mean` has three numbers or one.
+
     Example:
 
     ```python
@@ -37,6 +40,21 @@ class TransfusionImageProcessor(TorchvisionBackend):
     do_normalize = True
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
+
+    def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs):
+        if isinstance(image, Image.Image):
+            image, do_convert_rgb = self._convert(image), False
+        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+
+    def _convert(self, image: Image.Image) -> Image.Image:
+        if image.mode == "F":
+            raise ValueError("`images`: an image of floating-point mode 'F' has no known range; pass 8 or 16 bits.")
+        if image.mode.startswith("I"):  # 16 bits, which PIL would clip rather than scale
+            image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("L" if len(self.image_mean) == 1 else "RGB")
 
     def _preprocess(self, images, *args, return_tensors=None, **kwargs) -> BatchFeature:
         # The library would stack whatever comes, and fail on images of several sizes.

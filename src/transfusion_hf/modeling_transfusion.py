@@ -13,7 +13,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .attention_transfusion import VarlenPlan
-from .configuration_transfusion import TransfusionConfig
+from .autoencoder_transfusion import FrozenLinear, TransfusionVAE
+from .configuration_transfusion import TransfusionConfig, vae_arguments
 from .diffusion_transfusion import (
     add_noise,
     content_seeds,
@@ -31,7 +32,15 @@ from .masking_transfusion import (
     image_block_lengths,
     is_prepared,
 )
-from .patching_transfusion import TransfusionLinearPatchDecoder, TransfusionLinearPatchEncoder, stack_images
+from .patching_transfusion import (
+    TransfusionLinearPatchDecoder,
+    TransfusionLinearPatchEncoder,
+    TransfusionUNetPatchDecoder,
+    TransfusionUNetPatchEncoder,
+    apply_by_size,
+    sincos_positions,
+    stack_images,
+)
 
 # Decoders whose logits are `scale(lm_head(model(x)))` with what `_scale_logits` knows, all of whose layers are softmax
 # attention under a mask that the model takes prepared: a test holds each to its own `...ForCausalLM`.
@@ -60,7 +69,8 @@ class TransfusionModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, seq, hidden)`)
         image_predictions (`list[torch.FloatTensor]`, *optional*):
-            The predicted ε in stacks, `(num_images, channels, height, width)` each, where `timesteps` was given.
+            The predicted ε in stacks, `(num_images, channels, height, width)` each, where `timesteps` was given; of
+            the images in `prediction_mask` only.
     """
 
     image_predictions: list[torch.Tensor] | None = None
@@ -75,7 +85,8 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
         lm_loss (`torch.FloatTensor` of shape `()`, *optional*): L_LM, as it enters `loss`.
         diffusion_loss (`torch.FloatTensor` of shape `()`, *optional*): L_DDPM, as it enters `loss`.
         image_predictions (`list[torch.FloatTensor]`, *optional*):
-            The predicted ε of each image, `(channels, height, width)`, float32; with `labels` or `timesteps`.
+            The predicted ε of each image, `(channels, height, width)`, float32; with `labels` or `timesteps`. Of the
+            images in `prediction_mask` only, or, with `labels`, in `image_loss_mask`.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -93,9 +104,15 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     # The decoder adds its own layers at construction.
-    _no_split_modules = ["TransfusionLinearPatchEncoder", "TransfusionLinearPatchDecoder"]
+    _no_split_modules = [
+        "TransfusionLinearPatchEncoder",
+        "TransfusionLinearPatchDecoder",
+        "TransfusionUNetPatchEncoder",
+        "TransfusionUNetPatchDecoder",
+        "TransfusionVAE",
+    ]
     _skip_keys_device_placement = ["past_key_values"]
-    _keep_in_fp32_modules_strict = ["timestep_embedding"]
+    _keep_in_fp32_modules_strict = ["timestep_embedding", "vae"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False
@@ -104,6 +121,13 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
         check_attn_implementation(attn_implementation)
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Conv2d, FrozenLinear)):
+            module.reset_parameters()  # by fan-in: the decoder's one standard deviation would suit no convolution
+        else:
+            super()._init_weights(module)
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -131,8 +155,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
             raise ValueError("`text_config` is that of an encoder, bidirectional over text; pass a causal decoder's.")
         check_attn_implementation(text_config._attn_implementation)
         self.language_model = AutoModel.from_config(text_config)
-        self.patch_encoder = TransfusionLinearPatchEncoder(config)
-        self.patch_decoder = TransfusionLinearPatchDecoder(config)
+        is_unet = config.patch_encoder == "unet"
+        self.patch_encoder = (TransfusionUNetPatchEncoder if is_unet else TransfusionLinearPatchEncoder)(config)
+        self.patch_decoder = (TransfusionUNetPatchDecoder if is_unet else TransfusionLinearPatchDecoder)(config)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -147,6 +172,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
         timesteps: torch.Tensor | None = None,
+        prediction_mask: torch.BoolTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -163,8 +189,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 The images of all rows in order, as the transformer shall see them; or a list of them,
                 `(channels, height, width)` each, where sizes differ.
             timesteps (`torch.Tensor` of shape `(num_images,)`, *optional*):
-                t of each image, 0 to T − 1. Given, the noise of every image is predicted; `None`: all images are
-                clean (t = 0) and only read.
+                t of each image, 0 to T − 1. Given, the noise of images is predicted; `None`: all images are clean
+                (t = 0) and only read.
+            prediction_mask (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
+                The images to predict the noise of; the others are only encoded. With `timesteps`; all where `None`.
             attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*):
                 0 at padding; or a mask prepared by `create_transfusion_mask`.
             position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
@@ -196,9 +224,12 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if stacks is not None:
             num_images = sum(len(stack) for stack in stacks)
             encoder_timesteps = stacks[0].new_zeros(num_images) if timesteps is None else timesteps
-            patches = self.patch_encoder(stacks, encoder_timesteps)
+            patches, skips = self.patch_encoder(stacks, encoder_timesteps)
+            if self.config.pos_embed_type == "sincos":
+                patches = [p + self._positions(stack).to(p) for p, stack in zip(patches, stacks, strict=True)]
             is_patch = block_ids >= 0
-            hidden_states = hidden_states.masked_scatter(is_patch[..., None], patches.to(hidden_states.dtype))
+            flat = torch.cat([p.flatten(0, 1) for p in patches])  # (total patches, hidden)
+            hidden_states = hidden_states.masked_scatter(is_patch[..., None], flat.to(hidden_states.dtype))
 
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
@@ -232,8 +263,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
         )
         image_predictions = None
         if stacks is not None and timesteps is not None:
-            shapes = [tuple(stack.shape) for stack in stacks]
-            image_predictions = self.patch_decoder(outputs.last_hidden_state[is_patch], shapes)
+            flat = outputs.last_hidden_state[is_patch].split([p.shape[0] * p.shape[1] for p in patches])
+            states = [f.unflatten(0, p.shape[:2]) for f, p in zip(flat, patches, strict=True)]
+            image_predictions = self._predict(stacks, states, skips, prediction_mask)
         return TransfusionModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -241,6 +273,27 @@ class TransfusionModel(TransfusionPreTrainedModel):
             attentions=outputs.attentions,
             image_predictions=image_predictions,
         )
+
+    def _positions(self, stack: torch.Tensor) -> torch.Tensor:
+        height, width = (side // self.config.patch_size for side in stack.shape[2:])
+        return sincos_positions(height, width, self.config.text_config.hidden_size)
+
+    def _predict(
+        self,
+        stacks: list[torch.Tensor],
+        hidden_states: list[torch.Tensor],
+        skips: list[tuple[torch.Tensor, ...]] | None,
+        mask: torch.BoolTensor | None,
+    ) -> list[torch.Tensor]:
+        """ε of the images chosen, in stacks; stacks of which none is chosen are left out."""
+        sizes = [tuple(stack.shape[2:]) for stack in stacks]
+        if mask is not None:
+            rows = _chosen_rows(stacks, mask)
+            sizes = [size for size, row in zip(sizes, rows, strict=True) if row]
+            hidden_states = [states[row] for states, row in zip(hidden_states, rows, strict=True) if row]
+            if skips is not None:
+                skips = [tuple(s[row] for s in skip) for skip, row in zip(skips, rows, strict=True) if row]
+        return self.patch_decoder(hidden_states, sizes, skips) if sizes else []
 
     def _check_images(
         self, stacks: list[torch.Tensor] | None, block_ids: torch.LongTensor | None, timesteps: torch.Tensor | None
@@ -290,7 +343,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
     Transfusion with its LM head and both losses: reads text and images, writes text and draws images.
 
     Raises:
-        ValueError: as [`TransfusionModel`]; also for a `vae_config`, which this version cannot build yet.
+        ValueError: as [`TransfusionModel`].
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -298,22 +351,18 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
 
     def __init__(self, config: TransfusionConfig):
         super().__init__(config)
-        if config.vae_config is not None:
-            raise ValueError(
-                "`vae_config` is not supported by this version; leave it `None` and pass images, or latents that you "
-                "encoded yourself, as `pixel_values` or `latents`."
-            )
         text_config = config.text_config
         self.model = TransfusionModel(config)
         has_bias = text_config.model_type in _HEADS_WITH_BIAS
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=has_bias)
-        # A VAE belongs here, registered last: `dtype` and `device` are those of the first parameters.
         self._noise_scheduler = None
         # Otherwise the library ignores custom entries of `generation_config.json` on loading.
         self.generation_config._from_model_config = False
         for name, default in DRAWING_DEFAULTS.items():
             setattr(self.generation_config, name, default)
         self.post_init()
+        # Last: `post_init` would initialise it anew, and `dtype` and `device` are those of the first parameters.
+        self.vae = None if config.vae_config is None else TransfusionVAE(**vae_arguments(config.vae_config))
 
     @property
     def noise_scheduler(self):
@@ -325,23 +374,43 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             self._noise_scheduler = make_noise_scheduler(self.config)
         return self._noise_scheduler
 
+    def reset_noise_scheduler(self) -> None:
+        """Has the schedule made anew after a change of the configuration."""
+        self._noise_scheduler = None
+
     def encode_images(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """
         Images in [−1, 1] to latents, in stacks of at least float32. Without a VAE the image is its own latent.
 
         Args:
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, or a list of images)
+
+        Raises:
+            ValueError: channels that the VAE does not take, sides that are no multiples of VAE factor × patch.
         """
-        return [_at_least_float32(stack) for stack in stack_images(pixel_values)]
+        stacks, vae = [_at_least_float32(stack) for stack in stack_images(pixel_values)], self.vae
+        if vae is None:
+            return stacks
+        channels, side = vae.config.in_channels, self.config.pixels_per_patch
+        for stack in stacks:
+            if stack.ndim != 4 or stack.shape[1] != channels or stack.shape[2] % side or stack.shape[3] % side:
+                raise ValueError(
+                    f"`pixel_values` must have shape (num_images, {channels}, height, width), height and width "
+                    f"multiples of {side} (VAE factor {self.config.vae_scale_factor} × `patch_size` "
+                    f"{self.config.patch_size}); got {tuple(stack.shape)}. Use the model's processor, or pass "
+                    "`latents`."
+                )
+        encoded = apply_by_size(lambda images: (vae.to_latents(images),), [(stack,) for stack in stacks])
+        return [latents for (latents,) in encoded]
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """
         Latents to images in [−1, 1]; undoes [`encode_images`].
 
         Args:
-            latents (`torch.FloatTensor` of shape `(num_images, channels, height, width)`)
+            latents (`torch.FloatTensor` of shape `(num_images, latent_channels, height, width)`)
         """
-        return latents
+        return latents if self.vae is None else self.vae.to_images(latents)
 
     @can_return_tuple
     def forward(
@@ -350,6 +419,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
         latents: torch.Tensor | Sequence[torch.Tensor] | None = None,
         timesteps: torch.Tensor | None = None,
+        prediction_mask: torch.BoolTensor | None = None,
         max_timesteps: torch.LongTensor | None = None,
         image_loss_mask: torch.BoolTensor | None = None,
         noise_seeds: Sequence[int] | torch.LongTensor | None = None,
@@ -370,12 +440,14 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             input_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 Text tokens, and `image_token_id` where a patch stands.
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
-                The images of all rows in order, in [−1, 1]; or a list of them where sizes differ.
+                The images of all rows in order, in [−1, 1]; or a list of them where sizes differ. A VAE encodes them.
             latents (`torch.FloatTensor` of shape `(num_images, latent_channels, height, width)`, *optional*):
                 In place of `pixel_values`: latents, or a list of them.
             timesteps (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 With `labels`: the t to noise each image to, drawn where `None`. Without: the t that the given latents
                 have, for which their noise is predicted; `None`: all are clean, t = 0.
+            prediction_mask (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
+                Without `labels`: the images to predict the noise of; all where `None`.
             max_timesteps (`torch.LongTensor` of shape `(num_images,)`, *optional*):
                 Each t is drawn below it (§4.3.4); T where `None`.
             image_loss_mask (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
@@ -419,9 +491,9 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                         f"`{name}` is for training, but no `labels` came, without which images are clean and no loss "
                         "is computed. (The Trainer takes them away with `label_smoothing_factor`.)"
                     )
-        noise: list[torch.Tensor] | None = None
+        noise: list[torch.Tensor] = []
         if labels is not None and stacks is not None:
-            stacks, noise, timesteps, is_noised = self._noise_images(
+            stacks, noise, timesteps, prediction_mask = self._noise_images(
                 stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds
             )
 
@@ -429,6 +501,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             input_ids=input_ids,
             latents=stacks,
             timesteps=timesteps,
+            prediction_mask=prediction_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -448,11 +521,10 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
             num_items = num_items.to(logits.device).clamp(min=1)
             lm_loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, num_items)
-            if noise is None:
+            if not predictions:
                 diffusion_loss = self._touch_image_parts()
             else:
-                losses = image_losses(predictions, noise)
-                diffusion_loss = (losses * is_noised).sum() / is_noised.sum().clamp(min=1)
+                diffusion_loss = image_losses(predictions, noise).mean()
                 if num_items_in_batch is not None:
                     if not num_items_in_batch:
                         raise ValueError(
@@ -474,7 +546,10 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         )
 
     def _noise_images(self, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds):
-        """The forward diffusion of a training step: stacks of x_0 → stacks of x_t and ε, t, and which are noised."""
+        """
+        The forward diffusion of a training step: stacks of x_0 → stacks of x_t, ε in stacks of the noised images
+        alone, t, and which are noised (`None`: all).
+        """
         num_images, device = sum(len(stack) for stack in stacks), stacks[0].device
         num_train_timesteps = self.config.num_train_timesteps
         per_image = {
@@ -498,24 +573,31 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             timesteps = sample_timesteps(max_timesteps, noise_seeds)
         elif not ((timesteps >= 0) & (timesteps < num_train_timesteps)).all():
             raise ValueError(f"`timesteps` must lie in 0 to {num_train_timesteps - 1}; got {timesteps.tolist()}.")
-        if image_loss_mask is None:
-            is_noised = torch.ones(num_images, dtype=torch.bool, device=device)
-        else:
-            is_noised = image_loss_mask.to(device=device, dtype=torch.bool)
-        timesteps = torch.where(is_noised, timesteps.to(device), 0)
+        timesteps = timesteps.to(device)
         noise = sample_noise(stacks, noise_seeds)
+        if image_loss_mask is None:
+            return add_noise(self.noise_scheduler, stacks, noise, timesteps), noise, timesteps, None
+        is_noised = image_loss_mask.to(device=device, dtype=torch.bool)
+        timesteps = torch.where(is_noised, timesteps, 0)
         noised = add_noise(self.noise_scheduler, stacks, noise, timesteps)
         keep = is_noised.split([len(stack) for stack in stacks])
         noised = [torch.where(k[:, None, None, None], n, s) for k, n, s in zip(keep, noised, stacks, strict=True)]
+        noise = [eps[row] for eps, row in zip(noise, _chosen_rows(stacks, is_noised), strict=True) if row]
         return noised, noise, timesteps, is_noised
 
     def _touch_image_parts(self) -> torch.Tensor:
         """0, with a gradient of 0 for each image part: without one, DDP, FSDP2 and ZeRO-3 would wait for it."""
         side = self.config.patch_size
         stack = torch.zeros(1, self.config.latent_channels, side, side, device=self.device)
-        hidden_states = self.model.patch_encoder([stack], stack.new_zeros(1))
-        (prediction,) = self.model.patch_decoder(hidden_states, [tuple(stack.shape)])
+        hidden_states, skips = self.model.patch_encoder([stack], stack.new_zeros(1))
+        (prediction,) = self.model.patch_decoder(hidden_states, [(side, side)], skips)
         return 0.0 * _at_least_float32(prediction).sum()
+
+
+def _chosen_rows(stacks: list[torch.Tensor], mask: torch.BoolTensor) -> list[list[int]]:
+    """The images of each stack that a mask `(num_images,)` over all of them chooses (one device synchronisation)."""
+    chosen = iter(mask.tolist())
+    return [[i for i in range(len(stack)) if next(chosen)] for stack in stacks]
 
 
 def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,13 @@ Images travel as *stacks*: a list of tensors `(num_images, channels, height, wid
 so that a batch of equal images is a single tensor and one of mixed sizes keeps its order.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
+from typing import Any
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
+from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UpBlock2D
 from torch import nn
 
 from .configuration_transfusion import TransfusionConfig
@@ -37,37 +39,42 @@ def patchify(stack: torch.Tensor, patch_size: int) -> torch.Tensor:
         patch_size (`int`): Side of a window.
 
     Returns:
-        `torch.Tensor` of shape `(num_images · num_patches, channels · patch_size²)`.
+        `torch.Tensor` of shape `(num_images, num_patches, channels · patch_size²)`.
     """
     windows = nn.functional.pixel_unshuffle(stack, patch_size)  # (images, channels · p², rows, columns)
-    return windows.flatten(2).transpose(1, 2).flatten(0, 1)
+    return windows.flatten(2).transpose(1, 2)
 
 
-def unpatchify(patches: torch.Tensor, patch_size: int, shape: tuple[int, ...]) -> torch.Tensor:
+def unpatchify(patches: torch.Tensor, patch_size: int, size: tuple[int, int]) -> torch.Tensor:
     """
     Undoes [`patchify`].
 
     Args:
-        patches (`torch.Tensor` of shape `(num_images · num_patches, channels · patch_size²)`)
+        patches (`torch.Tensor` of shape `(num_images, num_patches, channels · patch_size²)`)
         patch_size (`int`): Side of a window.
-        shape (`tuple[int, ...]`): That of the stack, `(num_images, channels, height, width)`.
+        size (`tuple[int, int]`): Height and width of the images.
     """
-    num_images, _, height, width = shape
-    windows = patches.view(num_images, -1, patches.shape[-1]).transpose(1, 2)
-    windows = windows.unflatten(2, (height // patch_size, width // patch_size))
+    windows = patches.transpose(1, 2).unflatten(2, (size[0] // patch_size, size[1] // patch_size))
     return nn.functional.pixel_shuffle(windows, patch_size)
 
 
-class TransfusionTimestepEmbedding(nn.Module):
+def sincos_positions(height: int, width: int, hidden_size: int) -> torch.Tensor:
     """
-    Sinusoids of t and a small MLP, of the width of a patch (footnote 6 adds it to every patch vector). At least
-    float32 whatever the model's dtype.
-    """
+    Sines and cosines of the row and column of each patch.
 
-    def __init__(self, num_channels: int, patch_dim: int):
-        super().__init__()
-        self.sinusoids = Timesteps(num_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.mlp = TimestepEmbedding(num_channels, num_channels, out_dim=patch_dim).float()
+    Args:
+        height (`int`), width (`int`): In patches.
+        hidden_size (`int`): A multiple of 4.
+
+    Returns:
+        `torch.FloatTensor` of shape `(height · width, hidden_size)`, one half for the column, the other for the row.
+    """
+    columns, rows = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
+    return get_2d_sincos_pos_embed_from_grid(hidden_size, torch.stack([columns, rows]).float(), output_type="pt")
+
+
+class KeepFloat32(nn.Module):
+    """Stays in at least float32, whatever dtype the model around it is cast to."""
 
     def _apply(self, fn, recurse=True):
         def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -77,8 +84,20 @@ class TransfusionTimestepEmbedding(nn.Module):
 
         return super()._apply(keep_float32, recurse)
 
+
+class TransfusionTimestepEmbedding(KeepFloat32):
+    """
+    Sinusoids of t and a small MLP. In the linear encoder it has the width of a patch (footnote 6 adds it to every
+    patch vector).
+    """
+
+    def __init__(self, num_channels: int, out_dim: int):
+        super().__init__()
+        self.sinusoids = Timesteps(num_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(num_channels, num_channels, out_dim=out_dim).float()
+
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """`timesteps` of shape `(num_images,)` → `(num_images, patch_dim)`."""
+        """`timesteps` of shape `(num_images,)` → `(num_images, out_dim)`."""
         with torch.autocast(timesteps.device.type, enabled=False):
             return self.mlp(self.sinusoids(timesteps).to(self.mlp.linear_1.weight.dtype))
 
@@ -93,24 +112,20 @@ class TransfusionLinearPatchEncoder(nn.Module):
         self.timestep_embedding = TransfusionTimestepEmbedding(config.timestep_embedding_dim, patch_dim)
         self.proj = nn.Linear(patch_dim, config.text_config.hidden_size)
 
-    def forward(self, stacks: Sequence[torch.Tensor], timesteps: torch.Tensor) -> torch.Tensor:
+    def forward(self, stacks: Sequence[torch.Tensor], timesteps: torch.Tensor) -> tuple[list[torch.Tensor], None]:
         """
         Args:
             stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): Latents x_t.
             timesteps (`torch.Tensor` of shape `(num_images,)`): t of each image, over all stacks.
 
         Returns:
-            `torch.Tensor` of shape `(total patches, hidden)`.
+            `list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`, one for each stack, and `None`: there
+            is nothing that the decoder needs.
         """
-        patches = torch.cat([patchify(stack, self.patch_size) for stack in stacks])
-        repeats = torch.cat(
-            [
-                timesteps.new_full((len(stack),), stack[0, 0].numel() // self.patch_size**2, dtype=torch.long)
-                for stack in stacks
-            ]
-        )
-        embedding = self.timestep_embedding(timesteps).repeat_interleave(repeats, dim=0, output_size=len(patches))
-        return self.proj((patches + embedding).to(self.proj.weight.dtype))
+        patches = [patchify(stack, self.patch_size) for stack in stacks]  # (images, patches, channels · p²)
+        embeddings = self.timestep_embedding(timesteps).split([len(stack) for stack in stacks])
+        sums = [(p + e[:, None]).to(self.proj.weight.dtype) for p, e in zip(patches, embeddings, strict=True)]
+        return _per_stack(self.proj, sums), None
 
 
 class TransfusionLinearPatchDecoder(nn.Module):
@@ -121,16 +136,172 @@ class TransfusionLinearPatchDecoder(nn.Module):
         self.patch_size = config.patch_size
         self.proj = nn.Linear(config.text_config.hidden_size, config.latent_channels * config.patch_size**2)
 
-    def forward(self, hidden_states: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    def forward(
+        self, hidden_states: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]], skips: None = None
+    ) -> list[torch.Tensor]:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(total patches, hidden)`)
-            shapes (`list[tuple]`): Those of the stacks, `(num_images, channels, height, width)` each.
+            hidden_states (`list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`): One for each stack.
+            sizes (`list[tuple[int, int]]`): Height and width of the images of each stack.
 
         Returns:
-            `list[torch.Tensor]` in those shapes.
+            `list[torch.Tensor]` of shapes `(num_images, channels, height, width)`.
         """
-        area = self.patch_size**2
-        lengths = [num_images * height * width // area for num_images, _, height, width in shapes]
-        patches = self.proj(hidden_states).split(lengths)
-        return [unpatchify(patch, self.patch_size, shape) for patch, shape in zip(patches, shapes, strict=True)]
+        patches = _per_stack(self.proj, hidden_states)
+        return [unpatchify(p, self.patch_size, size) for p, size in zip(patches, sizes, strict=True)]
+
+
+def _per_stack(linear: nn.Linear, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """One call for all stacks."""
+    outputs = linear(torch.cat([x.flatten(0, 1) for x in inputs])).split([x.shape[0] * x.shape[1] for x in inputs])
+    return [y.unflatten(0, x.shape[:2]) for x, y in zip(inputs, outputs, strict=True)]
+
+
+class TransfusionUNetPatchEncoder(nn.Module):
+    """
+    The way down of a U-Net: each level but the last halves the image, until a pixel is a patch.
+
+    The blocks are those of diffusers. The timestep embedding is added between their convolutions and shifts or scales
+    no norm: footnote 7 has ordinary layer norm in place of AdaLayerNorm.
+
+    NOTE: differs from the paper: the norms are group norms, as in the U-Nets that it cites. They are what these blocks
+    have once the adaptive part is left out; a layer norm is the case of one group.
+    """
+
+    def __init__(self, config: TransfusionConfig):
+        super().__init__()
+        channels: Any = config.unet_block_out_channels  # a list once the configuration is complete
+        num_layers: Any = config.unet_layers_per_block
+        self.timestep_embedding = TransfusionTimestepEmbedding(config.timestep_embedding_dim, 4 * channels[0])
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], kernel_size=3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownBlock2D(
+                in_channels=channels[max(level - 1, 0)],
+                out_channels=channels[level],
+                temb_channels=4 * channels[0],
+                num_layers=num_layers,
+                resnet_groups=config.unet_norm_num_groups,
+                add_downsample=level < len(channels) - 1,
+            )
+            for level in range(len(channels))
+        )
+        self.proj = nn.Linear(channels[-1], config.text_config.hidden_size)
+
+    def forward(
+        self, stacks: Sequence[torch.Tensor], timesteps: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, ...]]]:
+        """
+        Args:
+            stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): Latents x_t.
+            timesteps (`torch.Tensor` of shape `(num_images,)`): t of each image, over all stacks.
+
+        Returns:
+            `list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`, one for each stack; and for each what
+            the decoder needs of the same pass: the timestep embedding and the maps of each level, images first.
+        """
+        embeddings = self.timestep_embedding(timesteps).split([len(stack) for stack in stacks])
+        outputs = apply_by_size(self._encode, list(zip(stacks, embeddings, strict=True)))
+        return [patches for patches, *_ in outputs], [tuple(skips) for _, *skips in outputs]
+
+    def _encode(self, x_t: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dtype = self.conv_in.weight.dtype
+        hidden_states, embedding = self.conv_in(x_t.to(dtype)), embedding.to(dtype)
+        maps = [hidden_states]
+        for block in self.down_blocks:
+            hidden_states, new = block(hidden_states, embedding)
+            maps += new
+        patches = self.proj(hidden_states.flatten(2).transpose(1, 2))  # (images, patches, hidden)
+        return patches, embedding, *maps
+
+
+class TransfusionUNetPatchDecoder(nn.Module):
+    """The way up of a U-Net: from the transformer's output, with the encoder's maps of the same pass, to the image."""
+
+    def __init__(self, config: TransfusionConfig):
+        super().__init__()
+        channels: Any = config.unet_block_out_channels
+        num_layers: Any = config.unet_layers_per_block
+        num_groups: Any = config.unet_norm_num_groups
+        self.patch_size = config.patch_size
+        self.proj = nn.Linear(config.text_config.hidden_size, channels[-1])
+        self.up_blocks = nn.ModuleList(
+            UpBlock2D(
+                in_channels=channels[max(level - 1, 0)],
+                prev_output_channel=channels[min(level + 1, len(channels) - 1)],
+                out_channels=channels[level],
+                temb_channels=4 * channels[0],
+                num_layers=num_layers + 1,
+                resnet_groups=num_groups,
+                add_upsample=level > 0,
+            )
+            for level in reversed(range(len(channels)))
+        )
+        self.norm_out = nn.GroupNorm(num_groups, channels[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[0], config.latent_channels, kernel_size=3, padding=1)
+
+    def forward(
+        self,
+        hidden_states: Sequence[torch.Tensor],
+        sizes: Sequence[tuple[int, int]],
+        skips: Sequence[tuple[torch.Tensor, ...]],
+    ) -> list[torch.Tensor]:
+        """
+        Args:
+            hidden_states (`list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`): One for each stack.
+            sizes (`list[tuple[int, int]]`): Height and width of the images of each stack.
+            skips (`list[tuple[torch.Tensor]]`): From the encoder, of the same images.
+
+        Returns:
+            `list[torch.Tensor]` of shapes `(num_images, channels, height, width)`.
+        """
+        inputs = []
+        for states, (height, width), (embedding, *maps) in zip(hidden_states, sizes, skips, strict=True):
+            rows, columns = height // self.patch_size, width // self.patch_size
+            inputs.append((self.proj(states).transpose(1, 2).unflatten(2, (rows, columns)), embedding, *maps))
+        return [prediction for (prediction,) in apply_by_size(self._decode, inputs)]
+
+    def _decode(self, hidden_states: torch.Tensor, embedding: torch.Tensor, *maps: torch.Tensor):
+        for block in self.up_blocks:
+            count = len(block.resnets)
+            hidden_states = block(hidden_states, maps[-count:], embedding)
+            maps = maps[:-count]
+        return (self.conv_out(nn.functional.silu(self.norm_out(hidden_states))),)
+
+
+def apply_by_size(
+    function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[tuple[torch.Tensor, ...]]
+) -> list[tuple[torch.Tensor, ...]]:
+    """
+    Calls a function of images once for each size, wherever in the batch its images stand.
+
+    Args:
+        inputs (`list[tuple[torch.Tensor]]`): The function's arguments for each stack, images first.
+
+    Returns:
+        `list[tuple[torch.Tensor]]`: What it returns, for each stack.
+    """
+    members: dict[tuple[int, ...], list[int]] = {}
+    for i, arguments in enumerate(inputs):
+        members.setdefault(tuple(arguments[0].shape[1:]), []).append(i)
+    outputs: list[tuple[torch.Tensor, ...]] = [()] * len(inputs)
+    for stacks in members.values():
+        results = function(*(torch.cat(parts) for parts in zip(*(inputs[i] for i in stacks), strict=True)))
+        lengths = [len(inputs[i][0]) for i in stacks]
+        for i, *parts in zip(stacks, *(result.split(lengths) for result in results), strict=True):
+            outputs[i] = tuple(parts)
+    return outputs
+
+
+__all__ = [
+    "KeepFloat32",
+    "TransfusionLinearPatchDecoder",
+    "TransfusionLinearPatchEncoder",
+    "TransfusionTimestepEmbedding",
+    "TransfusionUNetPatchDecoder",
+    "TransfusionUNetPatchEncoder",
+    "apply_by_size",
+    "patchify",
+    "sincos_positions",
+    "stack_images",
+    "unpatchify",
+]

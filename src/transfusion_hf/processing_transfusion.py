@@ -48,6 +48,7 @@ class TransfusionProcessor(ProcessorMixin):
         image_processor (`TransfusionImageProcessor`)
         tokenizer (`PreTrainedTokenizerBase`): One with the three tokens; [`TransfusionProcessor.for_model`] adds them.
         pixels_per_patch (`int`, defaults to 2): Side of a patch in pixels, `config.pixels_per_patch`.
+        patch_size (`int`, *optional*): Side of a patch in latent pixels, `config.patch_size`; default as in pixels.
         image_token (`str`, defaults to `"<image>"`)
         image_start_token (`str`, defaults to `"<BOI>"`)
         image_end_token (`str`, defaults to `"<EOI>"`)
@@ -67,12 +68,14 @@ class TransfusionProcessor(ProcessorMixin):
         image_processor: TransfusionImageProcessor,
         tokenizer: PreTrainedTokenizerBase,
         pixels_per_patch: int = 2,
+        patch_size: int | None = None,
         image_token: str = "<image>",
         image_start_token: str = "<BOI>",
         image_end_token: str = "<EOI>",
         chat_template: str | None = None,
     ):
         self.pixels_per_patch = pixels_per_patch
+        self.patch_size = pixels_per_patch if patch_size is None else patch_size
         self.image_token = image_token
         self.image_start_token = image_start_token
         self.image_end_token = image_end_token
@@ -144,19 +147,29 @@ class TransfusionProcessor(ProcessorMixin):
                 image_mean=[0.5] * channels,
                 image_std=[0.5] * channels,
             )
-        return cls(image_processor, tokenizer, pixels_per_patch=config.pixels_per_patch, **tokens, **kwargs)
+        sides = {"pixels_per_patch": config.pixels_per_patch, "patch_size": config.patch_size}
+        return cls(image_processor, tokenizer, **sides, **tokens, **kwargs)
 
-    def __call__(self, images=None, text=None, return_labels: bool = False, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self,
+        images=None,
+        text=None,
+        latents: Sequence[torch.Tensor] | None = None,
+        return_labels: bool = False,
+        **kwargs: Any,
+    ) -> BatchFeature:
         r"""
         Args:
             images (`ImageInput`, *optional*): As many as the texts have markers, in order.
+            latents (`list[torch.FloatTensor]` of shapes `(latent_channels, height, width)`, *optional*):
+                In place of `images`: what `model.encode_images` made of them. `kwargs` are the tokenizer's then.
             text (`str` or `list[str]`): With an `image_token` wherever an image stands.
             return_labels (`bool`, defaults to `False`): Whether to add the labels for training.
             kwargs: As for any processor; texts are padded at the left unless `padding_side` says otherwise.
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` of shape `(batch, seq)`, `pixel_values` of shape
-            `(num_images, channels, height, width)` in [−1, 1] (a list where sizes differ), and `labels`.
+            `(num_images, channels, height, width)` in [−1, 1] (a list where sizes differ) or `latents`, and `labels`.
 
         Raises:
             ValueError: images and markers differ in number, or an image is no multiple of the patch.
@@ -166,14 +179,23 @@ class TransfusionProcessor(ProcessorMixin):
         if isinstance(text, (list, tuple)) and len(text) == 0:
             raise ValueError("`text` must hold at least one text; got an empty list.")
         kwargs.setdefault("padding", not isinstance(text, str))
+        if images is not None and latents is not None:
+            raise ValueError("Pass `images` or `latents`, not both.")
+        name = "images" if latents is None else "latents"
         num_markers = "".join([text] if isinstance(text, str) else text or []).count(self.image_token)
-        num_images = 0 if images is None else len(make_flat_list_of_images(images))
+        num_images = (
+            len(latents) if latents is not None else 0 if images is None else len(make_flat_list_of_images(images))
+        )
         if num_markers != num_images:
             raise ValueError(
-                f"`text` has {num_markers} markers {self.image_token} but `images` holds {num_images} images; pass "
+                f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {num_images} images; pass "
                 "one image per marker."
             )
-        features = super().__call__(images=images, text=text, **kwargs)
+        if latents is None:
+            features = super().__call__(images=images, text=text, **kwargs)
+        else:
+            features = BatchFeature(dict(self.tokenizer(self._with_latents(text, latents), **kwargs)))
+            features["latents"] = torch.stack(list(latents)) if len({x.shape for x in latents}) == 1 else list(latents)
         if return_labels:
             features["labels"] = make_labels(
                 torch.as_tensor(features["input_ids"]),
@@ -189,11 +211,26 @@ class TransfusionProcessor(ProcessorMixin):
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        side = self.pixels_per_patch
+        return self._block(height, width, self.pixels_per_patch, f"`images`: image {image_idx}", "after preprocessing")
+
+    def _with_latents(self, text: str | Sequence[str], latents: Sequence[torch.Tensor]) -> str | list[str]:
+        if isinstance(text, str):
+            return self._with_latents([text], latents)[0]
+        sizes, expanded = iter(enumerate(x.shape[-2:] for x in latents)), []
+        for one in text:
+            first, *others = one.split(self.image_token)
+            for part in others:
+                i, (height, width) = next(sizes)
+                first += self._block(height, width, self.patch_size, f"`latents`: image {i}", "in the latent") + part
+            expanded.append(first)
+        return expanded
+
+    def _block(self, height: int, width: int, side: int, which: str, where: str) -> str:
+        """`<BOI>`, a placeholder for each patch, `<EOI>`."""
         if height % side or width % side:
             raise ValueError(
-                f"`images`: image {image_idx} is {height} × {width} pixels after preprocessing; its sides must be "
-                f"multiples of {side}, one patch. Resize or crop it."
+                f"{which} is {height} × {width} pixels {where}; its sides must be multiples of {side}, one patch. "
+                "Resize or crop it."
             )
         num_patches = (height // side) * (width // side)
         return self.image_start_token + self.image_token * num_patches + self.image_end_token

@@ -1,0 +1,100 @@
+"""Gives a Transfusion model its autoencoder: a public one, or one of your own."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from .autoencoder_transfusion import TransfusionVAE
+from .configuration_transfusion import vae_arguments
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
+
+
+def attach_vae(
+    model: TransfusionForCausalLMAndDiffusion,
+    vae: str | os.PathLike | AutoencoderKL,
+    scaling_factor: float | None = None,
+    shift_factor: float | None = None,
+    **kwargs: Any,
+) -> None:
+    """
+    Puts a trained `AutoencoderKL` into a model, which from then on takes and draws pixels: frozen, in `model.vae`,
+    saved with the model. Make the processor afterwards, by `TransfusionProcessor.for_model`.
+
+    Args:
+        model (`TransfusionForCausalLMAndDiffusion`): Its `latent_channels` must be those of the autoencoder.
+        vae (`str`, `os.PathLike` or `AutoencoderKL`): A folder, a repository of the Hub, or the autoencoder itself.
+        scaling_factor (`float`, *optional*), shift_factor (`float`, *optional*):
+            Of the latents, (z − shift) · scale; default those of the autoencoder's configuration. Without any, latents
+            of 4 channels get diffusers' default of 0.18215, that of Stable Diffusion 1 and 2, whose configurations
+            leave it out; for others there is none.
+        kwargs: For `AutoencoderKL.from_pretrained`: `subfolder`, `revision`, `token` …
+
+    Raises:
+        ValueError: another architecture, other channels than the model's, a scale or shift that is missing.
+
+    Example:
+
+    ```python
+    >>> attach_vae(model, "black-forest-labs/FLUX.1-dev", subfolder="vae")  # 16 channels, 0.3611, 0.1159
+    ```"""
+    if isinstance(vae, AutoencoderKL):
+        defaults = vae.config.get("_use_default_values", [])
+        vae_config = {name: value for name, value in vae.config.items() if name not in defaults}
+    else:
+        vae_config = AutoencoderKL.load_config(vae, **kwargs)
+        if (name := vae_config.get("_class_name", "AutoencoderKL")) not in ("AutoencoderKL", "TransfusionVAE"):
+            raise ValueError(f"`vae` must be an `AutoencoderKL` of diffusers; {vae} holds a `{name}`.")
+        vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, **kwargs)
+    vae_config = vae_arguments(vae_config)
+    vae_config |= {name: vae.config[name] for name in ("block_out_channels", "latent_channels")}
+    for name, value in (("scaling_factor", scaling_factor), ("shift_factor", shift_factor)):
+        if value is not None:
+            vae_config[name] = value
+    if vae_config["latent_channels"] == 4:
+        vae_config.setdefault("scaling_factor", 0.18215)
+
+    config = model.config
+    before, config.vae_config = config.vae_config, vae_config
+    try:
+        config.validate_transfusion()
+    except ValueError:
+        config.vae_config = before
+        raise
+    attached = TransfusionVAE(**vae_config)
+    attached.load_state_dict(vae.state_dict())
+    model.vae = attached.to(model.device)
+    model.reset_noise_scheduler()
+
+
+@torch.no_grad()
+def measure_latent_scale(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> tuple[float, float]:
+    """
+    The scale and shift that give latents a mean of 0 and a standard deviation of 1.
+
+    Args:
+        vae (`AutoencoderKL`)
+        images (`Iterable[torch.FloatTensor]`): Batches of shape `(num_images, channels, height, width)` in [−1, 1].
+
+    Returns:
+        `(scaling_factor, shift_factor)` = (1 / std, mean), over all values.
+
+    Raises:
+        ValueError: no images, or latents without spread.
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for batch in images:
+        latents = vae.encode(batch.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().double()
+        count += latents.numel()
+        total += float(latents.sum())
+        squares += float(latents.square().sum())
+    mean = total / max(count, 1)
+    variance = squares / max(count, 1) - mean**2
+    if not variance > 0:
+        raise ValueError(f"`images` gave {count} latent values of variance {variance}; pass some that differ.")
+    return variance**-0.5, mean
+
+
+__all__ = ["attach_vae", "measure_latent_scale"]
