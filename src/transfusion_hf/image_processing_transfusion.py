@@ -16,8 +16,8 @@ class TransfusionImageProcessor(TorchvisionBackend):
     Resizes, crops to the centre and maps to [−1, 1] (§4.1: 256×256). With `do_resize=False, do_center_crop=False`
     images keep their sizes, and `pixel_values` is a list where they differ.
 
-    PIL images of any mode are taken: 16 bits become 8, transparency is laid over white, and colours are made of gray or
-    gray of colours as `image_mean` has three numbers or one.
+    PIL images of any mode are taken: 16 bits become 8, transparency is laid over white, and gray becomes colours or
+    colours gray, as `image_mean` has three numbers or one.
 
     Example:
 
