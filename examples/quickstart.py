@@ -5,6 +5,9 @@ The 1,797 handwritten digits that ship with scikit-learn and captions in words t
 with the stock `Trainer`. It is saved, loaded again through the Auto classes, and judged through the public API alone.
 
     python examples/quickstart.py [--output_dir outputs/quickstart] [--max_steps 1600]
+
+With `--vae FOLDER`, as `examples/train_vae.py --digits` makes one, the digits are enlarged to what the VAE takes,
+and the model learns its latents.
 """
 
 import argparse
@@ -18,6 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
@@ -39,6 +43,7 @@ from transfusion_hf import (
     TransfusionEMACallback,
     TransfusionForCausalLMAndDiffusion,
     TransfusionProcessor,
+    attach_vae,
 )
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -79,10 +84,12 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, **kwargs
+    tokenizer: PreTrainedTokenizerFast, vae: Path | None = None, **kwargs
 ) -> tuple[TransfusionForCausalLMAndDiffusion, TransfusionProcessor]:
     """A model of about 1M parameters and its processor; `kwargs` are further fields of `TransfusionConfig`."""
     vocab_size = len(tokenizer) + 3
+    # Without a VAE the image is its own latent; either way 8×8 of them.
+    latent_channels = 1 if vae is None else AutoencoderKL.load_config(vae)["latent_channels"]
     config = TransfusionConfig(
         text_config=LlamaConfig(
             vocab_size=vocab_size,
@@ -95,7 +102,7 @@ def build_model(
             attention_dropout=0.05,  # 1,500 pictures are few
             tie_word_embeddings=True,
         ),
-        latent_channels=1,  # without a VAE the image is its own latent
+        latent_channels=latent_channels,
         sample_size=8,
         patch_size=2,
         image_start_token_id=vocab_size - 3,
@@ -104,7 +111,20 @@ def build_model(
         **kwargs,
     )
     model = TransfusionForCausalLMAndDiffusion(config)
+    if vae is not None:
+        attach_vae(model, vae)
     return model, TransfusionProcessor.for_model(model, tokenizer)
+
+
+def with_latents(model, processor, samples: list[dict], batch_size: int = 100) -> list[dict]:
+    """The samples with latents in place of images: the VAE does not learn, so once is enough."""
+    encoded = []
+    for start in tqdm(range(0, len(samples), batch_size), desc="encode"):
+        batch = samples[start : start + batch_size]
+        pixel_values = processor.image_processor([sample["image"] for sample in batch])["pixel_values"]
+        (latents,) = model.encode_images(pixel_values)
+        encoded += [{"text": sample["text"], "latents": x} for sample, x in zip(batch, latents, strict=True)]
+    return encoded
 
 
 def train(
@@ -146,7 +166,7 @@ def train(
     return {
         "train_seconds": round(seconds, 1),
         "train_steps": trainer.state.global_step,
-        "parameters": model.num_parameters(),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "eval_loss": trainer.evaluate()["eval_loss"],
         "history": [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],
     }
@@ -178,7 +198,9 @@ def read(model, processor, samples: list[dict], batch_size: int = 100) -> list[s
 
 
 def features(pictures: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(picture, dtype=np.float32).ravel() for picture in pictures])
+    """What the judge sees, 8×8 in gray whatever the size: `(num_images, 64)`, 0 to 255."""
+    small = [picture.convert("L").resize((8, 8), Image.Resampling.BOX) for picture in pictures]
+    return np.stack([np.asarray(picture, dtype=np.float32).ravel() for picture in small])
 
 
 def plot_grid(drawn, samples, captions, file: Path) -> None:
@@ -189,7 +211,7 @@ def plot_grid(drawn, samples, captions, file: Path) -> None:
         pictures = [picture for drawn_label, picture in drawn if drawn_label == label][:columns]
         for axis, picture in zip(axes[label], pictures, strict=False):
             if picture is not None:
-                axis.imshow(picture, cmap="gray_r", vmin=0, vmax=255)
+                axis.imshow(picture.convert("L"), cmap="gray_r", vmin=0, vmax=255)
         axes[label, 0].set_ylabel(WORDS[label], rotation=0, ha="right", va="center")
     for index, axis in enumerate(axes[10:].ravel()):
         axis.imshow(samples[index]["image"], cmap="gray_r", vmin=0, vmax=255)
@@ -222,6 +244,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--max_steps", type=int, default=1600)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--vae", type=Path, help="folder of an `AutoencoderKL` whose latents of a digit are 8×8")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per_class", type=int, default=30, help="digits to draw of each class")
     args = parser.parse_args()
@@ -229,8 +252,11 @@ def main() -> None:
     set_seed(args.seed)
 
     train_set, held_out = load_split()
-    model, processor = build_model(train_tokenizer())
-    results = train(args, model, processor, train_set, held_out, args.output_dir / "model")
+    model, processor = build_model(train_tokenizer(), args.vae)
+    sets = [train_set, held_out]
+    if args.vae is not None:
+        sets = [with_latents(model, processor, samples) for samples in sets]
+    results = train(args, model, processor, *sets, args.output_dir / "model")
     plot_losses(results.pop("history"), args.output_dir / "losses.png")
 
     # From here on only what anybody can do with a checkpoint.
