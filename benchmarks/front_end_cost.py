@@ -1,6 +1,6 @@
 """
-What the front ends cost in a training step of the paper's 0.16B model: patch encoder and decoder, linear and U-Net, and
-the paper's VAE with and without precomputed latents. The parts are timed in turn within each round.
+What the front ends cost in a training step of the paper's 0.16B model: patch encoder and decoder, linear and U-Net,
+and the paper's VAE with and without precomputed latents. The parts are timed in turn within each round.
 
     python benchmarks/front_end_cost.py [--num_images 2] [--num_text_tokens 64] [--output_dir benchmarks/results]
 """
