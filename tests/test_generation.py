@@ -113,6 +113,19 @@ def test_cached_equals_uncached(text, guidance):
         assert_rows_equal(cached, row, uncached, inputs, inputs, row)
 
 
+@pytest.mark.parametrize("options", [tiny.UNET, {**tiny.UNET, "pos_embed_type": "sincos"}])
+def test_a_unet_draws_and_reads_alike_in_a_batch_alone_cached_and_uncached(options):
+    model, inputs = tiny.model(**options), prompts(*MIXED)
+    kwargs = {"logits_processor": LogitsProcessorList([Script(SCRIPTS)])}
+    cached = generate(model, inputs, generator=generators(4), **kwargs)
+    uncached = generate(model, inputs, generator=generators(4), use_cache=False, **kwargs)
+    for row in range(4):
+        assert_rows_equal(cached, row, uncached, inputs, inputs, row)
+        alone = prompts(MIXED[row])
+        one = generate(model, alone, generator=[generators(4)[row]], **kwargs)
+        assert_rows_equal(cached, row, one, inputs, alone)
+
+
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
 def test_free_text_after_images_equals_that_of_the_row_alone(text):
     """No script behind the images: what the model itself says depends on every key in the cache."""
