@@ -5,10 +5,15 @@ LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml
 # One thread per test process: two of them share the work.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo test test-slow test-lowest lint clean
+.PHONY: demo demo-vae test test-slow test-lowest lint clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
+
+# The same on the latents of a VAE trained here. More threads only wait for each other on its small convolutions.
+demo-vae: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python examples/train_vae.py --digits
+	$(BIN)/python examples/quickstart.py --vae outputs/vae/vae --output_dir outputs/quickstart-vae
 
 test: .venv/installed
 	$(PYTEST)

@@ -1,0 +1,501 @@
+"""
+Trains the paper's image tokenizer (§4.1): diffusers' `AutoencoderKL`, or with `--vq` its discrete twin, a `VQModel`.
+
+    # The real thing: an image folder, or a data set of the Hub with `--dataset_name`
+    accelerate launch examples/train_vae.py --train_dir photos --output_dir outputs/vae --mixed_precision bf16 \
+        --lpips_backbone vgg16-397923af.pth --moco_checkpoint moco_v2_800ep_pretrain.pth.tar
+    # The 1,797 digits of scikit-learn at 32×32, with every loss, on a CPU in two minutes
+    python examples/train_vae.py --digits
+
+A run that was stopped goes on with `--resume_from_checkpoint latest`, to the same weights. The result, ready for
+`from_pretrained`, is `output_dir/vae`; its `scaling_factor` and `shift_factor` make (z − shift) · scale standard.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, VQModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms import v2
+from torchvision.utils import save_image
+from tqdm.auto import tqdm
+
+from transfusion_hf import measure_latent_scale
+from transfusion_hf.vae_losses import IdentityLoss, PatchDiscriminator, PerceptualLoss, VAELoss
+
+NUM_MEASURED = 10_000  # images that tell the scale of the latents, or which codes are in use
+
+# What `--digits` changes; every flag still overrides it.
+DIGITS = {
+    "image_size": 32, "num_eval_images": 297, "latent_channels": 4, "block_out_channels": [16, 32, 64],
+    "layers_per_block": 1, "norm_num_groups": 8, "num_codes": 256, "discriminator_channels": 16,
+    "discriminator_layers": 2, "gan_start": 200, "train_batch_size": 16, "max_train_steps": 400,
+    "learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 20, "dataloader_num_workers": 0,
+    "logging_steps": 20, "eval_steps": 200, "checkpointing_steps": 200,
+}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--digits", action="store_true", help="the digits of scikit-learn; feature networks are trained on the spot")
+    add("--dataset_name", help="a data set for `datasets.load_dataset`")
+    add("--dataset_split", default="train")
+    add("--train_dir", help="a folder of images")
+    add("--image_column", default="image")
+    add("--num_eval_images", type=int, default=256, help="held out of the training")
+    add("--image_size", type=int, default=256)
+    add("--output_dir", type=Path, default=Path("outputs/vae"))
+    add("--seed", type=int, default=0)
+
+    add("--vq", action="store_true", help="discrete: `VQModel`, the KL replaced by the commitment loss")
+    add("--latent_channels", type=int, default=8)
+    add("--block_out_channels", type=int, nargs="+", default=[128, 256, 512, 512])
+    add("--layers_per_block", type=int, default=2)
+    add("--norm_num_groups", type=int, default=32)
+    add("--num_codes", type=int, default=16384)
+
+    add("--l1_weight", type=float, default=1.0)
+    add("--perceptual_weight", type=float, default=1.0)
+    add("--gan_weight", type=float, default=0.5)
+    add("--identity_weight", type=float, default=0.2)
+    add("--kl_weight", type=float, default=1e-6, help="times the KL summed over the latent")
+    add("--commitment_cost", type=float, default=0.25, help="β, with --vq")
+    add("--gan_start", type=int, default=50_000, help="first step with the adversarial term")
+    add("--discriminator_channels", type=int, default=64)
+    add("--discriminator_layers", type=int, default=3)
+    add("--lpips_backbone", help="torchvision's VGG-16 weights, a file")
+    add("--moco_checkpoint", help="a checkpoint of MoCo v2, a file")
+
+    add("--max_train_steps", type=int, default=1_000_000)
+    add("--train_batch_size", type=int, default=16, help="per process")
+    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_checkpointing", action="store_true")
+    add("--learning_rate", type=float, default=1e-4, help="of autoencoder and discriminator; the paper gives none")
+    add("--lr_scheduler", default="constant_with_warmup", choices=["constant_with_warmup", "cosine"])
+    add("--lr_warmup_steps", type=int, default=1000)
+    add("--adam_beta1", type=float, default=0.5)
+    add("--adam_beta2", type=float, default=0.9)
+    add("--max_grad_norm", type=float, default=1.0)
+    add("--ema_decay", type=float, default=0.0, help="0 for none; the averaged weights are judged and saved")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"])
+    add("--dataloader_num_workers", type=int, default=4)
+
+    add("--resume_from_checkpoint", help="a checkpoint, or `latest` of --output_dir (from the beginning if none)")
+    add("--checkpointing_steps", type=int, default=5000)
+    add("--checkpoints_total_limit", type=int, default=2)
+    add("--eval_steps", type=int, default=5000, help="PSNR, L1 and a grid of the held-out images")
+    add("--logging_steps", type=int, default=50)
+    add("--report_to", default="tensorboard", help="a tracker of accelerate, or `none`")
+    if parser.parse_known_args(argv)[0].digits:
+        parser.set_defaults(**DIGITS)
+    args = parser.parse_args(argv)
+    if args.digits + bool(args.dataset_name) + bool(args.train_dir) != 1:
+        parser.error("pass one of --digits, --dataset_name and --train_dir")
+    factor = 2 ** (len(args.block_out_channels) - 1)
+    if args.image_size % factor:
+        parser.error(
+            f"--image_size {args.image_size} is no multiple of {factor}, which {factor // 2 or 1} halvings need"
+        )
+    for weight, file in (("perceptual_weight", "lpips_backbone"), ("identity_weight", "moco_checkpoint")):
+        if not args.digits and getattr(args, weight) > 0 and not getattr(args, file):
+            parser.error(f"pass --{file} FILE, or --{weight} 0 to train without that loss")
+    return args
+
+
+class Images(Dataset):
+    """Tensors in [-1, 1], `(3, image_size, image_size)`: centre-cropped and resized, as in the paper."""
+
+    def __init__(self, source, column: str, image_size: int):
+        self.source = source
+        self.column = column
+        self.transform = v2.Compose(
+            [
+                v2.Resize(image_size, interpolation=v2.InterpolationMode.BICUBIC),
+                v2.CenterCrop(image_size),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize([0.5], [0.5]),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(self.source[int(index)][self.column].convert("RGB"))
+
+
+def load_images(args: argparse.Namespace) -> tuple[Subset, Subset]:
+    """In a fixed random order: the last `num_eval_images` are held out. Of the digits, those of the quickstart."""
+    column = args.image_column
+    if args.digits:
+        column = "image"
+        source = [{column: Image.fromarray(np.round(p * 255 / 16).astype(np.uint8))} for p in load_digits().images]
+    else:
+        from datasets import load_dataset
+
+        name, options = (args.dataset_name, {}) if args.dataset_name else ("imagefolder", {"data_dir": args.train_dir})
+        source = load_dataset(name, split=args.dataset_split, **options)
+        if column not in source.column_names:
+            raise ValueError(f"no column {column!r} in {source.column_names}; pass --image_column")
+        source = source.select_columns([column])
+    num_train = len(source) - args.num_eval_images
+    if not 0 < num_train < len(source):
+        raise ValueError(
+            f"--num_eval_images {args.num_eval_images} of {len(source)} images leaves none to train or judge"
+        )
+    order = np.random.default_rng(0).permutation(len(source))
+    images = Images(source, column, args.image_size)
+    return Subset(images, order[:num_train]), Subset(images, order[num_train:])
+
+
+def endless_batches(num_images: int, args: argparse.Namespace, accelerator: Accelerator, step: int):
+    """
+    Indices of this process's batches from `step` on, without end. The position in the run alone says which image
+    comes (a permutation an epoch), so that a resumed run goes on with the very next one.
+    """
+    size, epoch, order = args.train_batch_size, -1, None
+    for batch in count(step * args.gradient_accumulation_steps):
+        first = (batch * accelerator.num_processes + accelerator.process_index) * size
+        indices = []
+        for position in range(first, first + size):
+            if position // num_images != epoch:
+                epoch = position // num_images
+                order = np.random.default_rng([args.seed, epoch]).permutation(num_images)
+            indices.append(int(order[position % num_images]))
+        yield indices
+
+
+class FeatureMaps(nn.Module):
+    def __init__(self, blocks: nn.Sequential):
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        maps = [pixel_values]
+        for block in self.blocks:
+            maps.append(block(maps[-1]))
+        return maps[1:]
+
+
+def train_digit_features(train_set: Subset) -> nn.Sequential:
+    """
+    A classifier of digits, less its head: it stands in for VGG and MoCo where there are only digits. The same weights
+    every time, after seconds, so that a resumed run has the same losses.
+    """
+    torch.manual_seed(0)
+    widths = [(3, 16), (16, 32), (32, 64)]
+    blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.ReLU()) for i, o in widths))
+    classifier = nn.Sequential(blocks, nn.Flatten(), nn.LazyLinear(10))
+    pixel_values = torch.stack([train_set[i] for i in range(len(train_set))])
+    labels = torch.from_numpy(load_digits().target[train_set.indices])
+    classifier(pixel_values[:1])
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
+    for _ in range(8):
+        for batch in torch.randperm(len(labels)).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(classifier(pixel_values[batch]), labels[batch]).backward()
+            optimizer.step()
+    return blocks
+
+
+def build_loss(args: argparse.Namespace, train_set: Subset) -> VAELoss:
+    if args.digits:
+        blocks = train_digit_features(train_set)
+        perceptual, identity = PerceptualLoss(FeatureMaps(blocks)), IdentityLoss(nn.Sequential(blocks, nn.Flatten()))
+    else:
+        perceptual = PerceptualLoss.from_lpips(args.lpips_backbone) if args.perceptual_weight > 0 else None
+        identity = IdentityLoss.from_moco(args.moco_checkpoint) if args.identity_weight > 0 else None
+    return VAELoss(
+        perceptual,
+        identity,
+        l1_weight=args.l1_weight,
+        perceptual_weight=args.perceptual_weight,
+        gan_weight=args.gan_weight,
+        identity_weight=args.identity_weight,
+        regularizer_weight=1.0 if args.vq else args.kl_weight,
+        gan_start=args.gan_start,
+    )
+
+
+def build_vae(args: argparse.Namespace) -> AutoencoderKL | VQModel:
+    num_blocks = len(args.block_out_channels)
+    options = {
+        "latent_channels": args.latent_channels,
+        "block_out_channels": args.block_out_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * num_blocks,
+        "up_block_types": ["UpDecoderBlock2D"] * num_blocks,
+        "layers_per_block": args.layers_per_block,
+        "norm_num_groups": args.norm_num_groups,
+        "sample_size": args.image_size,
+    }
+    if not args.vq:
+        return AutoencoderKL(**options)
+    vae = VQModel(num_vq_embeddings=args.num_codes, **options)
+    # By default diffusers weighs the codebook's term with β and the commitment with 1; the VQ-VAE, and this, the other
+    # way round. Neither attribute is needed after the training, and neither is saved.
+    vae.quantize.legacy, vae.quantize.beta = False, args.commitment_cost
+    return vae
+
+
+class Autoencoder(nn.Module):
+    """Encoding and decoding in one `forward`, which is all that several processes keep in step."""
+
+    def __init__(self, vae: AutoencoderKL | VQModel):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the reconstruction, and the KL (summed over the latent, mean over images) or commitment loss."""
+        if isinstance(self.vae, VQModel):
+            output = self.vae(pixel_values)
+            return output.sample, output.commit_loss
+        posterior = self.vae.encode(pixel_values).latent_dist
+        posterior = DiagonalGaussianDistribution(posterior.parameters.float())
+        return self.vae.decode(posterior.sample()).sample, posterior.kl().mean()
+
+
+@contextmanager
+def averaged(ema: EMAModel | None, vae: nn.Module):
+    if ema is None:
+        yield
+        return
+    ema.store(vae.parameters())
+    ema.copy_to(vae.parameters())
+    yield
+    ema.restore(vae.parameters())
+
+
+def process_batches(images: Subset, accelerator: Accelerator, args: argparse.Namespace, limit: int | None = None):
+    """Each process its share of the first `limit` images, once."""
+    share = range(accelerator.process_index, min(limit or len(images), len(images)), accelerator.num_processes)
+    loader = DataLoader(Subset(images, share), args.train_batch_size, generator=torch.Generator())
+    return (batch.to(accelerator.device) for batch in loader)
+
+
+@torch.no_grad()
+def evaluate(vae, images: Subset, accelerator: Accelerator, args: argparse.Namespace) -> dict[str, float]:
+    """PSNR (mean over images, of values clamped to the range) and L1 in [-1, 1] on held-out images, by the mode."""
+    sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+    for pixel_values in process_batches(images, accelerator, args):
+        difference = vae(pixel_values).sample.clamp(-1, 1) - pixel_values
+        psnr = 10 * torch.log10(4 / difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10))
+        sums += torch.stack([psnr.sum(), difference.abs().mean(dim=(1, 2, 3)).sum(), psnr.new_tensor(len(psnr))])
+    psnr, l1, number = accelerator.reduce(sums, "sum").tolist()
+    return {"psnr": psnr / number, "l1": l1 / number}
+
+
+@torch.no_grad()
+def save_grid(vae, images: Subset, file: Path, device: torch.device, columns: int = 8) -> None:
+    """Two times eight held-out images, the original above its reconstruction."""
+    pixel_values = torch.stack([images[i] for i in range(min(2 * columns, len(images)))]).to(device)
+    reconstruction = vae(pixel_values).sample.clamp(-1, 1)
+    pairs = zip(pixel_values.split(columns), reconstruction.split(columns), strict=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_image(
+        torch.cat([row for pair in pairs for row in pair]), file, nrow=columns, normalize=True, value_range=(-1, 1)
+    )
+
+
+@torch.no_grad()
+def share_of_codes_used(vae: VQModel, images: Subset, accelerator: Accelerator, args: argparse.Namespace) -> float:
+    used = torch.zeros(vae.config.num_vq_embeddings, device=accelerator.device)
+    for pixel_values in process_batches(images, accelerator, args, NUM_MEASURED):
+        used[vae.quantize(vae.encode(pixel_values).latents)[2][2].flatten()] = 1
+    return (accelerator.reduce(used, "sum") > 0).float().mean().item()
+
+
+@torch.no_grad()
+def judge_digits(vae, train_set: Subset, held_out: Subset, device: torch.device) -> dict[str, float]:
+    """Whether held-out digits, reconstructed and averaged down to 8×8, are still read by an SVC of real ones."""
+    digits = load_digits()
+    pictures = np.round(digits.images * 255 / 16).reshape(-1, 64)
+    judge = SVC(gamma="scale").fit(pictures[train_set.indices], digits.target[train_set.indices])
+    pixel_values = torch.stack([held_out[i] for i in range(len(held_out))]).to(device)
+    gray = (vae(pixel_values).sample.clamp(-1, 1).mean(dim=1, keepdim=True) + 1) * 127.5
+    small = F.adaptive_avg_pool2d(gray, 8).flatten(1).round().cpu().numpy()
+    labels = digits.target[held_out.indices]
+    return {
+        "digit_accuracy": judge.score(small, labels),
+        "judge_accuracy": judge.score(pictures[held_out.indices], labels),
+    }
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The whole ones, oldest first; what was being written when a run was killed has another name."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: dict) -> None:
+    folder = args.output_dir / f"checkpoint-{state['step']}"
+    unfinished = folder.with_suffix(".unfinished")
+    if accelerator.is_main_process:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(unfinished)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (unfinished / "run.json").write_text(json.dumps(state))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(unfinished, folder)
+        for old in list_checkpoints(args.output_dir)[: -args.checkpoints_total_limit]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(accelerator: Accelerator, args: argparse.Namespace, run: dict) -> int:
+    """Returns the step to go on with."""
+    folder = Path(args.resume_from_checkpoint)
+    if args.resume_from_checkpoint == "latest":
+        found = list_checkpoints(args.output_dir)
+        if not found:
+            accelerator.print(f"no checkpoint in {args.output_dir}: from the beginning")
+            return 0
+        folder = found[-1]
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {folder} is no checkpoint of this script")
+    state = json.loads((folder / "run.json").read_text())
+    differing = {name: (state[name], value) for name, value in run.items() if state[name] != value}
+    if differing:
+        raise ValueError(f"{folder} is of another run, (there, here): {differing}; pass the same flags")
+    accelerator.load_state(folder)
+    accelerator.print(f"resumed from {folder}")
+    return state["step"]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+    )
+    accelerator.init_trackers("logs", {name: str(value) for name, value in vars(args).items()})
+    train_set, held_out = load_images(args)
+    criterion = build_loss(args, train_set).to(accelerator.device)
+    set_seed(args.seed)
+    vae = build_vae(args)
+    if args.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    discriminator = PatchDiscriminator(3, args.discriminator_channels, args.discriminator_layers)
+    betas = (args.adam_beta1, args.adam_beta2)
+    optimizer = torch.optim.Adam(vae.parameters(), args.learning_rate, betas)
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), args.learning_rate, betas)
+    scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    model, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
+        Autoencoder(vae), discriminator, optimizer, discriminator_optimizer
+    )
+    accelerator.register_for_checkpointing(scheduler)
+    ema = None
+    if args.ema_decay > 0:
+        ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True)
+        ema.to(accelerator.device)
+        accelerator.register_for_checkpointing(ema)
+    set_seed(args.seed, device_specific=True)  # each process its own noise
+
+    names = ("seed", "image_size", "train_batch_size", "gradient_accumulation_steps")
+    run = {name: getattr(args, name) for name in names}
+    run |= {"num_train_images": len(train_set), "num_processes": accelerator.num_processes}
+    step = load_checkpoint(accelerator, args, run) if args.resume_from_checkpoint else 0
+    loader = DataLoader(
+        train_set,
+        batch_sampler=endless_batches(len(train_set), args, accelerator, step),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # or the workers' seed would be drawn from the noise's generator
+    )
+    batches = iter(loader)
+    start = time.perf_counter()
+    progress = tqdm(
+        total=args.max_train_steps, initial=step, desc="train", disable=not accelerator.is_local_main_process
+    )
+    while step < args.max_train_steps:
+        for _ in range(args.gradient_accumulation_steps):
+            pixel_values = next(batches).to(accelerator.device, non_blocking=True)
+            with accelerator.accumulate(model, discriminator):
+                reconstruction, regularizer = model(pixel_values)
+                with accelerator.autocast():
+                    loss, terms = criterion(
+                        reconstruction, pixel_values, regularizer, step, accelerator.unwrap_model(discriminator)
+                    )
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+                if criterion.gan_is_on(step):
+                    terms["discriminator"] = criterion.discriminator_loss(discriminator, reconstruction, pixel_values)
+                    accelerator.backward(terms["discriminator"])
+                    if accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
+                    for group in discriminator_optimizer.param_groups:
+                        group["lr"] = scheduler.get_last_lr()[0]
+                    discriminator_optimizer.step()
+                    discriminator_optimizer.zero_grad()
+        scheduler.step()
+        if ema is not None:
+            ema.step(vae.parameters())
+        step += 1
+        progress.update()
+        if step % args.logging_steps == 0:
+            logs = {name: term.item() for name, term in terms.items()} | {"lr": scheduler.get_last_lr()[0]}
+            progress.set_postfix({name: f"{value:.3g}" for name, value in logs.items()})
+            accelerator.log(logs, step)
+        if step % args.eval_steps == 0:
+            with averaged(ema, vae):
+                accelerator.log(evaluate(vae, held_out, accelerator, args), step)
+                if accelerator.is_main_process:
+                    save_grid(vae, held_out, args.output_dir / "samples" / f"{step:07}.png", accelerator.device)
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            save_checkpoint(accelerator, args, {"step": step, **run})
+    progress.close()
+
+    results = {"train_seconds": round(time.perf_counter() - start, 1), "parameters": vae.num_parameters()}
+    if ema is not None:
+        ema.copy_to(vae.parameters())
+    results |= evaluate(vae, held_out, accelerator, args)
+    if args.vq:
+        results["codes_used"] = share_of_codes_used(vae, train_set, accelerator, args)
+    else:
+        some = Subset(train_set, range(min(len(train_set), NUM_MEASURED)))
+        scale, shift = measure_latent_scale(vae, DataLoader(some, args.train_batch_size))
+        results |= {"scaling_factor": scale, "shift_factor": shift}
+        vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    if accelerator.is_main_process:
+        vae.save_pretrained(args.output_dir / "vae")
+        save_grid(vae, held_out, args.output_dir / "reconstructions.png", accelerator.device)
+        if args.digits:
+            results |= judge_digits(vae, train_set, held_out, accelerator.device)
+        (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(*(f"{name:18} {value}" for name, value in results.items()), f"saved in {args.output_dir}", sep="\n")
+    accelerator.end_training()
+    return results
+
+
+if __name__ == "__main__":
+    main()

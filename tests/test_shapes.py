@@ -1,0 +1,422 @@
+import builtins
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+from torch.utils.data import DataLoader
+from transformers import AutoProcessor, Trainer, TrainingArguments
+
+from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion
+from transfusion_hf.shapes import (
+    COLORS,
+    EDITS,
+    KINDS,
+    RELATIONS,
+    Box,
+    Edit,
+    Scene,
+    Shape,
+    ShapeGroup,
+    ShapesCheck,
+    ShapesDataset,
+    ShapesIterableDataset,
+    check_caption,
+    check_scene,
+    draw_scene,
+    parse_caption,
+    read_shapes,
+    sample_edit,
+    sample_scene,
+)
+
+TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
+SIZES = [(32, 32), (32, 48), (64, 40), (96, 96)]
+ASPECTS = ("color", "kind", "count", "position")
+
+
+def scenes(size: tuple[int, int] = (32, 32), num: int = 200, num_groups: int | None = None) -> list[Scene]:
+    rng = np.random.default_rng(0)
+    return [sample_scene(rng, *size, num_groups=num_groups) for _ in range(num)]
+
+
+def edits(size: tuple[int, int] = (32, 32), num: int = 200) -> list[Edit]:
+    rng = np.random.default_rng(0)
+    return [sample_edit(rng, *size) for _ in range(num)]
+
+
+def noisy(image: Image.Image, std: float, seed: int = 0) -> Image.Image:
+    noise = np.random.default_rng(seed).normal(0, std, (image.height, image.width, 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).round().astype(np.uint8))
+
+
+def caption_of(groups: list[ShapeGroup], relation: str | None) -> str:
+    return f" {relation} ".join(map(str, groups))
+
+
+def wrong_aspects(check: ShapesCheck) -> list[str]:
+    assert check.correct == all(getattr(check, aspect) for aspect in ASPECTS)
+    return [aspect for aspect in ASPECTS if not getattr(check, aspect)]
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY, do_resize=False, do_center_crop=False)
+
+
+RED_CIRCLE_AND_BLUE_SQUARES = Scene(
+    height=32,
+    width=48,
+    groups=(ShapeGroup(1, "red", "circle"), ShapeGroup(2, "blue", "square")),
+    relation="left of",
+    boxes=((Box(2, 10, 12, 20),), (Box(20, 4, 28, 12), Box(24, 15, 36, 27))),
+)
+
+
+def test_a_scene_is_drawn_captioned_and_read_as_written():
+    scene = RED_CIRCLE_AND_BLUE_SQUARES
+    image = draw_scene(scene)
+    assert (image.mode, image.height, image.width) == ("RGB", 32, 48)
+    assert scene.caption == "a red circle left of two blue squares"
+    assert image.getpixel((7, 15)) == COLORS["red"] and image.getpixel((2, 10)) == (255, 255, 255)
+    assert image.getpixel((24, 15)) == image.getpixel((35, 26)) == COLORS["blue"]
+    assert image.getpixel((36, 26)) == image.getpixel((35, 27)) == (255, 255, 255)
+    assert read_shapes(image) == [
+        Shape("blue", "square", Box(20, 4, 28, 12)),
+        Shape("red", "circle", Box(2, 10, 12, 20)),
+        Shape("blue", "square", Box(24, 15, 36, 27)),
+    ]
+    for caption in (scene.caption, "two blue squares right of a red circle"):
+        assert check_caption(image, caption).correct
+    wrong = {
+        "a red circle left of three blue squares": ["count"],
+        "a red circle right of two blue squares": ["position"],
+        "a red circle above two blue squares": ["position"],
+        "a red triangle left of two blue squares": ["kind"],
+        "a blue circle left of two red squares": ["color"],
+        "a red square left of two blue circles": ["kind"],
+        "two red circles left of a blue square": ["count"],
+        "two blue squares": ["color", "kind", "count", "position"],
+        "three red circles": ["color", "kind", "position"],
+    }
+    assert {caption: wrong_aspects(check_caption(image, caption)) for caption in wrong} == wrong
+
+
+def test_kinds_fill_of_their_box_what_circle_square_and_triangle_do():
+    areas = {}
+    for kind in KINDS:
+        pixels = np.asarray(draw_scene(Scene(32, 32, (ShapeGroup(1, "red", kind),), None, ((Box(1, 1, 31, 31),),))))
+        filled = (pixels != 255).any(axis=-1)
+        assert (filled == filled[:, ::-1]).all() and filled[30, 15] and filled[1, 15]
+        assert kind != "triangle" or (np.diff(filled[1:31].sum(axis=1)) >= 0).all()  # upright
+        areas[kind] = filled.sum() / 30**2
+    assert areas == {
+        "circle": pytest.approx(np.pi / 4, abs=0.02),
+        "square": 1,
+        "triangle": pytest.approx(0.5, abs=0.04),
+    }
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_captions_parse_back(size):
+    found = scenes(size)
+    for scene in found:
+        assert parse_caption(scene.caption) == (scene.groups, scene.relation)
+    assert {group.count for scene in found for group in scene.groups} == {1, 2, 3}
+    assert {scene.relation for scene in found} == {None, *RELATIONS}
+
+
+@pytest.mark.parametrize("size", [*SIZES, (32, 200)])
+def test_random_scenes_use_all_of_the_canvas_and_keep_their_distance(size):
+    boxes = [[box for group in scene.boxes for box in group] for scene in scenes(size, 400)]
+    margin, shorter = min(size) // 32, min(size)
+    lows, highs = (np.array([f(b) for b in boxes]) for f in (lambda b: np.min(b, 0), lambda b: np.max(b, 0)))
+    assert lows[:, 0].min() == lows[:, 1].min() == margin
+    assert highs[:, 2].max() == size[1] - margin and highs[:, 3].max() == size[0] - margin
+    for group in boxes:
+        for box in group:
+            assert box.right - box.left == box.bottom - box.top and 0.2 <= (box.right - box.left) / shorter <= 0.5
+        for i, one in enumerate(group):
+            for other in group[:i]:
+                gaps = [max(one[a], other[a]) - min(one[a + 2], other[a + 2]) for a in (0, 1)]
+                assert max(gaps) >= 2 * margin
+                assert np.hypot(*np.subtract(one.center, other.center)) > shorter / 4  # what `check_scene` relies on
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_drawn_scene_is_read_to_the_pixel_and_judged_correct(size):
+    for scene in scenes(size):
+        image = draw_scene(scene)
+        assert read_shapes(image) == scene.shapes
+        assert check_caption(image, scene.caption).correct and check_scene(image, scene).correct
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_noise_specks_and_a_mild_blur_do_not_mislead_the_reader(size):
+    rng = np.random.default_rng(0)
+    for i, scene in enumerate(scenes(size, 100)):
+        image = draw_scene(scene)
+        for _ in range(3):
+            x, y = int(rng.integers(size[1] - 1)), int(rng.integers(size[0] - 1))
+            if (np.asarray(image.crop((x - 1, y - 1, x + 3, y + 3)).convert("L")) % 255 == 0).all():  # 0 outside
+                image.paste(COLORS["green"], (x, y, x + 2, y + 2))
+        image = noisy(image, 12, seed=i)
+        assert check_caption(image, scene.caption).correct and check_scene(image, scene).correct
+        blurred = noisy(draw_scene(scene).filter(ImageFilter.GaussianBlur(0.5)), 12, seed=i)
+        assert check_caption(blurred, scene.caption).correct and check_scene(blurred, scene).correct
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_changed_caption_is_wrong_in_the_aspect_that_changed(size):
+    rng = np.random.default_rng(1)
+    for scene in scenes(size, 50):
+        image = draw_scene(scene)
+        which = int(rng.integers(len(scene.groups)))
+        group = scene.groups[which]
+        looks = [(other.color, other.kind) for other in scene.groups]
+        changed = {
+            "color": [replace(group, color=c) for c in COLORS if (c, group.kind) not in looks],
+            "kind": [replace(group, kind=k) for k in KINDS if (group.color, k) not in looks],
+            "count": [replace(group, count=n) for n in (1, 2, 3) if n != group.count],
+        }
+        for aspect, options in changed.items():
+            for option in options:
+                groups = [option if i == which else other for i, other in enumerate(scene.groups)]
+                assert wrong_aspects(check_caption(image, caption_of(groups, scene.relation))) == [aspect]
+        for relation in set(RELATIONS) - {scene.relation} if scene.relation else ():
+            assert wrong_aspects(check_caption(image, caption_of(scene.groups, relation))) == ["position"]
+
+
+def test_a_scene_elsewhere_has_the_wrong_position_only():
+    scene = RED_CIRCLE_AND_BLUE_SQUARES
+    image = draw_scene(scene)
+    for shift, wrong in ((3, []), (5, ["position"])):
+        moved = replace(scene, boxes=((scene.boxes[0][0].with_span(1, 10 + shift, 20 + shift),), scene.boxes[1]))
+        assert wrong_aspects(check_scene(draw_scene(moved), scene)) == wrong
+        assert check_caption(draw_scene(moved), scene.caption).correct
+    assert wrong_aspects(check_scene(image, scene)) == []
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_pictures_of_nothing_are_not_correct(size):
+    for color in ("white", "black", "gray"):
+        for mode in ("RGB", "L", "RGBA"):
+            image = Image.new(mode, size[::-1], color)
+            assert read_shapes(image) == []
+            for scene in scenes(size, 5):
+                assert wrong_aspects(check_caption(image, scene.caption)) == [*ASPECTS]
+                assert not check_scene(image, scene).correct
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_noise_alone_is_not_correct(size):
+    rng = np.random.default_rng(0)
+    for scene in scenes(size, 50):
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        assert not any(shape.kind for shape in read_shapes(image))
+        assert not check_caption(image, scene.caption).correct and not check_scene(image, scene).correct
+
+
+def test_a_shape_of_no_kind_is_read_as_none():
+    pixels = np.full((32, 32, 3), 255, dtype=np.uint8)
+    pixels[4:20, 4:8] = pixels[16:20, 4:24] = COLORS["red"]  # an L
+    (shape,) = read_shapes(Image.fromarray(pixels))
+    assert shape == Shape("red", None, Box(4, 4, 24, 20))
+    assert wrong_aspects(check_caption(Image.fromarray(pixels), "a red square")) == ["kind"]
+
+
+def test_groups_that_merge_or_split_are_not_correct():
+    square = [Box(x, 4, x + 8, 12) for x in (2, 14, 26)]
+    three = draw_scene(Scene(32, 40, (ShapeGroup(3, "red", "square"),), None, (tuple(square),)))
+    assert wrong_aspects(check_caption(three, "a red square left of two blue squares")) == ["color", "position"]
+    groups = ShapeGroup(1, "red", "square"), ShapeGroup(2, "blue", "square")
+    split = draw_scene(Scene(32, 40, groups, "left of", (tuple(square[:1]), tuple(square[1:]))))
+    assert wrong_aspects(check_caption(split, "three red squares")) == ["color", "position"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_edits_have_exact_targets_and_leave_the_rest_as_it_is(size):
+    for edit in edits(size, 100):
+        source, target = draw_scene(edit.source), draw_scene(edit.target)
+        assert check_scene(target, edit.target).correct and check_caption(target, edit.target.caption).correct
+        assert not check_scene(source, edit.target).correct and not check_scene(target, edit.source).correct
+        before, after = np.asarray(source), np.asarray(target)
+        touched = np.zeros(size, dtype=bool)
+        for shape in set(edit.source.shapes) ^ set(edit.target.shapes):
+            touched[shape.box.top : shape.box.bottom, shape.box.left : shape.box.right] = True
+        assert (before == after)[~touched].all() and not (before == after).all()
+        kept = set(edit.source.shapes) & set(edit.target.shapes)
+        assert len(kept) == (
+            0 if len(edit.source.groups) == 1 else len(edit.source.shapes) - changed_group(edit).count
+        )
+
+
+def changed_group(edit: Edit) -> ShapeGroup:
+    """The one group that the instruction names first; fails where it names none or several."""
+    name = edit.instruction.split(" ", 1)[1]
+    named = []
+    for group in edit.source.groups:
+        for reference in (f"the {group.noun}", f"the {group.color} {group.noun}"):
+            if name == reference or name.startswith(f"{reference} "):
+                named.append(group)
+    (group,) = named
+    return group
+
+
+def test_an_instruction_names_one_group_and_says_what_becomes_of_it():
+    found = Counter()
+    for edit in edits(num=600):
+        group, source, target = changed_group(edit), edit.source, edit.target
+        verb = edit.instruction.split()[0]
+        found[verb] += 1
+        rest = [other for other in source.groups if other != group]
+        named = f"the {group.noun}" if all(o.kind != group.kind for o in rest) else f"the {group.color} {group.noun}"
+        (new,) = [g for g in target.groups if g not in rest] or [None]
+        if verb == "make":
+            assert edit.instruction == f"make {named} {new.color}" and new == replace(group, color=new.color)
+        elif verb == "turn":
+            what = f"a {new.kind}" if group.count == 1 else f"{new.kind}s"
+            assert edit.instruction == f"turn {named} into {what}" and new == replace(group, kind=new.kind)
+        elif verb == "remove":
+            assert edit.instruction == f"remove {named}" and target.groups == (rest[0],)
+        else:
+            opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+            assert target.relation == opposite[source.relation] and target.groups == source.groups
+            assert edit.instruction.startswith(f"move {named} {target.relation} the ")
+            assert edit.instruction.endswith(rest[0].noun) and target.boxes[1] == source.boxes[1]
+            sizes = [[box.right - box.left for box in scene.boxes[0]] for scene in (source, target)]
+            assert sizes[0] == sizes[1]
+        assert len(source.groups) == 1 or verb in ("remove", "move") or target.relation == source.relation
+    assert len(found) == len(EDITS) and min(found.values()) > 100
+
+
+@pytest.mark.parametrize("task", ["caption", "edit"])
+def test_a_sample_depends_on_seed_and_index_alone(task):
+    sizes = [(32, 32), (32, 48)]
+    one = ShapesDataset(20, sizes, task, seed=3)
+    other = ShapesDataset(None, sizes, task, seed=3)
+    assert [other[i] for i in reversed(range(20))] == [one[i] for i in reversed(range(20))] == [*one][::-1]
+    assert len(one) == len([*one]) == 20
+    heights = {(image.height, image.width) for sample in one for image in sample.get("images", [sample.get("image")])}
+    assert heights == set(sizes)
+    seeds = [str(ShapesDataset(20, sizes, task, seed=seed).scene(i)) for seed in range(5) for i in range(20)]
+    assert len(set(seeds)) == 100
+
+
+def test_the_scene_of_a_sample_is_what_its_last_picture_shows():
+    captions, edited = ShapesDataset(20, seed=1), ShapesDataset(20, task="edit", seed=1, image_token="<img>")
+    for i in range(20):
+        assert captions[i] == {"text": captions.scene(i).caption, "image": draw_scene(captions.scene(i))}
+        assert captions[i]["image"].size == (32, 32)
+        sample = edited[i]
+        assert sample["images"][1] == draw_scene(edited.scene(i)) != sample["images"][0]
+        assert sample["image_loss_mask"] == [False, True]
+        assert sample["text"].startswith("<img>") and sample["text"].endswith("<img>")
+
+
+def test_two_workers_over_the_endless_set_see_no_sample_twice():
+    loader = DataLoader(ShapesIterableDataset(seed=5), batch_size=4, num_workers=2, collate_fn=list)
+    seen = [sample["image"].tobytes() for batch in islice(loader, 10) for sample in batch]
+    expected = [ShapesDataset(seed=5)[i]["image"].tobytes() for i in range(40)]
+    assert len(set(seen)) == 40 and set(seen) == set(expected)
+    ended = DataLoader(ShapesIterableDataset(9, seed=5), batch_size=None, num_workers=2)
+    assert sorted(sample["image"].tobytes() for sample in ended) == sorted(expected[:9])
+
+
+def test_samples_of_several_sizes_go_through_the_collator(processor):
+    sizes = [(32, 32), (32, 48)]
+    for task in ("caption", "edit"):
+        samples = [ShapesDataset(8, sizes, task)[i] for i in range(8)]
+        batch = TransfusionDataCollator(processor)(samples)
+        images = [image for sample in samples for image in sample.get("images", [sample.get("image")])]
+        assert [tuple(pixels.shape) for pixels in batch["pixel_values"]] == [(3, i.height, i.width) for i in images]
+        assert batch["image_loss_mask"].tolist() == ([True] * 8 if task == "caption" else [False, True] * 8)
+        restored = processor.image_processor.postprocess(batch["pixel_values"])
+        assert restored == images  # no pixel is lost on the way to the model
+
+
+def test_the_trainer_trains_on_the_endless_set(processor, tmp_path):
+    args = TrainingArguments(
+        str(tmp_path), remove_unused_columns=False, report_to="none", use_cpu=True, max_steps=2,
+        per_device_train_batch_size=2, dataloader_num_workers=2, save_strategy="no",
+        accelerator_config={"dispatch_batches": False},
+    )  # fmt: skip
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
+    collator = TransfusionDataCollator(processor)
+    trainer = Trainer(model, args, data_collator=collator, train_dataset=ShapesIterableDataset(task="edit"))
+    assert np.isfinite(trainer.train().training_loss)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "red circle",
+        "a red circles",
+        "two red circle",
+        "four red circles",
+        "a black circle",
+        "A red circle",
+        "a red circle ",
+        "a red circle beside a blue square",
+        "a red circle left of a red circle",
+        "a red circle left of two red circles",
+        "a red circle left of",
+        "a red circle left of a blue square above a cyan square",
+    ],
+)
+def test_a_text_that_is_no_caption_is_refused(text):
+    with pytest.raises(ValueError, match=r"`text` must be a caption as `Scene.caption` gives it"):
+        parse_caption(text)
+
+
+def test_bad_input_is_named():
+    scene = RED_CIRCLE_AND_BLUE_SQUARES
+    circle, squares = scene.boxes
+    for make, error in {
+        lambda: ShapeGroup(4, "red", "circle"): r"`count` must be one of \[1, 2, 3\]; got 4",
+        lambda: ShapeGroup(1, "pink", "circle"): r"`color` must be one of .*; got 'pink'",
+        lambda: ShapeGroup(1, "red", "star"): r"`kind` must be one of .*; got 'star'",
+        lambda: replace(scene, height=31): r"at least 32 pixels; got \(31, 48\)",
+        lambda: replace(scene, groups=(scene.groups[0],) * 2): "differ in color or kind; got .'a red circle', 'a red",
+        lambda: replace(scene, groups=(), boxes=()): r"`groups` must be one, or two .*got \[\]",
+        lambda: replace(scene, boxes=(circle, circle)): r"`boxes` must hold \[1, 2\] boxes.*got \[1, 1\]",
+        lambda: replace(scene, width=35): "must lie within 32 × 35 pixels; got .*right=36",
+        lambda: replace(scene, boxes=((Box(4, 5, 20, 10),), squares)): "a pixel apart; .* touches",
+        lambda: replace(scene, relation="right of"): r"the only one that holds; got 'right of', but \['left of'\]",
+        lambda: replace(scene, relation=None): r"the only one that holds; got None, but \['left of'\]",
+        lambda: replace(scene, groups=scene.groups[:1], boxes=(circle,)): r"got 'left of', but \[None\] hold",
+        lambda: replace(scene, boxes=((Box(2, 28, 12, 31),), squares)): r"but \['left of', 'below'\] hold",
+        lambda: sample_scene(np.random.default_rng(0), 31, 64): r"at least 32 pixels; got \(31, 64\)",
+        lambda: sample_scene(np.random.default_rng(0), 32, 32, 3): "`num_groups` must be 1 or 2, .*got 3",
+        lambda: sample_scene(np.random.default_rng(0), 32, 32, 1, movable=True): "and 2 if `movable`; got 1",
+        lambda: check_scene(Image.new("RGB", (32, 48)), scene): "size, 32 × 48; got 48 × 32. Resize it",
+        lambda: ShapesDataset(0): "`num_samples` must be at least 1; got 0",
+        lambda: ShapesDataset(1, []): "`sizes` must hold at least one",
+        lambda: ShapesDataset(1, [(32, 32), (64, 16)]): r"at least 32 pixels; got \(64, 16\). Enlarge it",
+        lambda: ShapesDataset(1, task="video"): "`task` must be 'caption' or 'edit'; got 'video'",
+        lambda: ShapesDataset(1, seed=-1): "`seed` must not be negative; got -1",
+        lambda: ShapesDataset(1)[-1]: "`index` must not be negative; got -1",
+    }.items():
+        with pytest.raises(ValueError, match=error):
+            make()
+    with pytest.raises(IndexError, match="`index` must be below 3; got 3"):
+        ShapesDataset(3)[3]
+    with pytest.raises(TypeError, match="pass `num_samples`"):
+        len(ShapesDataset())
+
+
+def test_the_reader_says_how_to_get_scipy(monkeypatch):
+    real = builtins.__import__
+
+    def without_scipy(name, *args, **kwargs):
+        if name.startswith("scipy"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_scipy)
+    with pytest.raises(ImportError, match="`read_shapes` needs scipy; run `pip install scipy`"):
+        read_shapes(Image.new("RGB", (32, 32)))
