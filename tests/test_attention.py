@@ -266,10 +266,10 @@ def packed_batch(seed: int) -> tuple[dict, list[dict]]:
     return pack, documents
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "options"), [*((b, {}) for b in BACKENDS), (VARLEN_ATTENTION, tiny.UNET)])
 @pytest.mark.parametrize("seed", range(6))
-def test_packed_documents_equal_each_alone_in_losses_and_gradients(backend, seed):
-    model = tiny.model(seed=seed)
+def test_packed_documents_equal_each_alone_in_losses_and_gradients(backend, options, seed):
+    model = tiny.model(seed=seed, **options)
     model.set_attn_implementation(backend)
     pack, documents = packed_batch(seed)
     output = model(**pack)

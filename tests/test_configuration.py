@@ -134,6 +134,7 @@ VAE = {"block_out_channels": [8, 16], "latent_channels": 2, "scaling_factor": 1.
         ({"patch_encoder": "unet", "patch_size": 3, "sample_size": 6}, "`patch_size` must be a power of two; got 3"),
         ({**tiny.UNET, "unet_block_out_channels": [8]}, r"must hold log2\(`patch_size`\) \+ 1 = 2 numbers"),
         ({**tiny.UNET, "unet_norm_num_groups": 3}, r"`unet_norm_num_groups` \(3\) must divide every number"),
+        ({**tiny.UNET, "unet_norm_num_groups": 4}, "leave at least 2 channels to a group"),
         ({**tiny.UNET, "unet_layers_per_block": 0}, "`unet_layers_per_block` must be at least 1; got 0"),
         ({"pos_embed_type": "rope"}, "`pos_embed_type` must be None or 'sincos'; got 'rope'"),
         (

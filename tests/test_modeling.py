@@ -203,6 +203,20 @@ def test_images_of_several_sizes_in_one_batch_equal_each_alone(options):
             torch.testing.assert_close(together.image_predictions[i], alone.image_predictions[0], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("patch_encoder", ["linear", "unet"])
+@pytest.mark.parametrize("patch_size", [1, 2, 4, 8])
+def test_every_patch_size_trains_and_predicts_images_of_their_size(patch_encoder, patch_size):
+    model = tiny.model(patch_encoder=patch_encoder, patch_size=patch_size, sample_size=8)
+    sizes = [(8, 8), (8, 16)]
+    blocks = [[BOI] + [IMG] * (height * width // patch_size**2) + [EOI] for height, width in sizes]
+    ids = torch.tensor([[5, *blocks[0], *blocks[1], 6]])
+    latents = [torch.randn(2, *size) for size in sizes]
+    output = model(ids, latents=latents, labels=torch.where(ids >= IMG, -100, ids))
+    assert [tuple(prediction.shape[1:]) for prediction in output.image_predictions] == sizes
+    output.loss.backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.model.patch_encoder.parameters())
+
+
 def test_only_noised_images_are_decoded():
     model, seen = tiny.model(**tiny.UNET), []
     model.model.patch_decoder.register_forward_pre_hook(lambda _, args: seen.append([len(x) for x in args[0]]))

@@ -89,8 +89,8 @@ class TransfusionConfig(PreTrainedConfig):
             otherwise to a quarter of the hidden size, and half of it at the last.
         unet_layers_per_block (`int`, *optional*):
             For `"unet"`: ResNet blocks at each resolution on the way down; one more on the way up.
-        unet_norm_num_groups (`int`, defaults to 32, or 8 for a small U-Net):
-            For `"unet"`: groups of its group norms; divides all its channels.
+        unet_norm_num_groups (`int`, defaults to 32, or at most 8 for a small U-Net):
+            For `"unet"`: groups of its group norms, of two channels or more; divides all its channels.
         pos_embed_type (`str`, *optional*):
             `"sincos"`: adds a two-dimensional sine-cosine embedding of its row and column to each patch's vector.
             `None`: as in the paper, position is the sequence's alone.
@@ -173,7 +173,7 @@ class TransfusionConfig(PreTrainedConfig):
             channels, layers, groups = *_PAPER_UNETS[self.patch_size], 32
         else:
             small = [-(-hidden_size // 4 // 8) * 8] * (num_levels - 1) + [-(-hidden_size // 2 // 8) * 8]
-            channels, layers, groups = given or small, 1, 8 if given is None else 32
+            channels, layers, groups = given or small, 1, min(8, small[0] // 2) if given is None else 32
         self.unet_block_out_channels = list(channels)
         self.unet_layers_per_block = layers if self.unet_layers_per_block is None else self.unet_layers_per_block
         self.unet_norm_num_groups = groups if self.unet_norm_num_groups is None else self.unet_norm_num_groups
@@ -263,10 +263,11 @@ class TransfusionConfig(PreTrainedConfig):
                 f"`unet_block_out_channels` must hold log2(`patch_size`) + 1 = {num_levels} numbers for patches of "
                 f"{self.patch_size}; got {channels}."
             )
-        if groups < 1 or any(c < 1 or c % groups for c in channels):
+        # A group of one channel is a single value where an image is a single patch, and its norm 0.
+        if groups < 1 or any(c < 2 * groups or c % groups for c in channels):
             raise ValueError(
-                f"`unet_norm_num_groups` ({groups}) must divide every number of `unet_block_out_channels`; got "
-                f"{channels}."
+                f"`unet_norm_num_groups` ({groups}) must divide every number of `unet_block_out_channels` and leave "
+                f"at least 2 channels to a group; got {channels}."
             )
         if self.unet_layers_per_block is None or self.unet_layers_per_block < 1:
             raise ValueError(f"`unet_layers_per_block` must be at least 1; got {self.unet_layers_per_block}.")
