@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "diffusion_transfusion": {"configuration_transfusion"},
     "patching_transfusion": {"configuration_transfusion"},
     "autoencoder_transfusion": {"patching"},
-    "generation_transfusion": {"configuration", "diffusion", "masking", "patching"},
+    "denoising_transfusion": {"diffusion", "masking"},
+    "generation_transfusion": {"configuration", "denoising", "masking", "patching"},
     "modeling_transfusion": {
         "configuration",
         "attention",

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -40,8 +39,8 @@ from transformers.generation import (
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, logging
 
-from .diffusion_transfusion import guide, make_sampling_scheduler, sampling_step_kwargs
-from .masking_transfusion import create_transfusion_mask, image_block_ids
+from .denoising_transfusion import DenoisingLoop, GuidanceBranches, align, move_columns, positions_of
+from .masking_transfusion import image_block_ids
 from .patching_transfusion import stack_images
 
 logger = logging.get_logger(__name__)
@@ -51,6 +50,10 @@ DRAWING_DEFAULTS: dict[str, Any] = {
     "generation_mode": None,
     "num_inference_steps": 250,
     "image_guidance_scale": 3.0,
+    "input_image_guidance_scale": None,
+    "guidance_start": 0.0,
+    "guidance_end": 1.0,
+    "guidance_rescale": 0.0,
     "height": None,
     "width": None,
     "scheduler": None,
@@ -101,6 +104,18 @@ class TransfusionGenerationMixin(GenerationMixin):
                 Classifier-free guidance of images; 1 is off and costs nothing. The unconditional context is `<BOI>`,
                 behind the beginning-of-sequence token if the prompt begins with it. (`guidance_scale` is the
                 library's guidance of *text*.)
+            input_image_guidance_scale (`float`, *optional*):
+                A scale of its own for the images of the prompt, as InstructPix2Pix has it (arXiv 2211.09800): how
+                closely a drawing keeps to them, while `image_guidance_scale` says how closely it keeps to the text.
+                A third context, the images without the text, goes through each pass. `None`: one scale for both.
+            negative_prompt_ids (`torch.LongTensor` of shape `(batch, seq)` or `(1, seq)`, *optional*):
+                Takes the place of the unconditional context: what not to draw. With `negative_prompt_attention_mask`.
+            guidance_start (`float`, defaults to 0.0), guidance_end (`float`, defaults to 1.0):
+                The fractions of the steps between which there is guidance; the others cost one context.
+            guidance_rescale (`float`, defaults to 0.0): φ of arXiv 2305.08891, against overexposure.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each denoising step, as diffusers does, with the model, the number of the step, t, and
+                `{"latents": x_t}` of the rows that draw; what it returns under `"latents"` takes its place.
             height (`int`, *optional*), width (`int`, *optional*):
                 Pixels of the drawn images, multiples of `config.pixels_per_patch`; default `config.sample_size`.
             scheduler (`SchedulerMixin` or `str`, *optional*):
@@ -134,7 +149,7 @@ class TransfusionGenerationMixin(GenerationMixin):
     # What follows overrides the library's preparation, in the order in which `generate()` calls it.
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
-        names = [*DRAWING_DEFAULTS, "generator"]
+        names = [*DRAWING_DEFAULTS, "generator", "callback_on_step_end"]
         ours = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name in names:
@@ -226,6 +241,10 @@ class TransfusionGenerationMixin(GenerationMixin):
         model_kwargs["past_key_values"] = DynamicCache()
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
+        names = ("negative_prompt_ids", "negative_prompt_attention_mask")
+        generation_config._negative_prompt = tuple(kwargs.get(name) for name in names)
+        if generation_config.generation_mode != "text":
+            self._check_guidance(generation_config)
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         # Placeholders and <EOI> are appended by the decoder, never sampled (§3). First of all, so that what is sampled
         # from is a distribution without them.
@@ -234,6 +253,21 @@ class TransfusionGenerationMixin(GenerationMixin):
             never.append(self.config.image_start_token_id)
         processors.insert(0, SuppressTokensLogitsProcessor(never, device=kwargs.get("device") or "cpu"))
         return processors
+
+    @staticmethod
+    def _check_guidance(generation_config: GenerationConfig) -> None:
+        start, end = generation_config.guidance_start, generation_config.guidance_end
+        if not 0 <= start <= end <= 1:
+            raise ValueError(
+                "`guidance_start` and `guidance_end` must be fractions of the steps, 0 ≤ start ≤ end ≤ 1; got "
+                f"{start} and {end}."
+            )
+        if not 0 <= generation_config.guidance_rescale <= 1:
+            raise ValueError(f"`guidance_rescale` must lie in 0 to 1; got {generation_config.guidance_rescale}.")
+        scale = generation_config.input_image_guidance_scale
+        scale = generation_config.image_guidance_scale if scale is None else scale
+        if generation_config._negative_prompt[0] is not None and scale == 1:
+            raise ValueError("`negative_prompt_ids` does nothing at a guidance scale of 1; raise it or drop them.")
 
     @staticmethod
     def create_masks_for_generate(config, attention_mask, is_first_iteration=False, **kwargs):
@@ -388,28 +422,6 @@ class _SegmentStreamer:
         pass
 
 
-def _align(rows: list[torch.LongTensor], pad_token_id: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Rows of ids to `(rows, columns)`, padded at the left, and their attention mask."""
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left")
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths)[:, None]
-    return ids, mask.long()
-
-
-def _positions(mask: torch.LongTensor) -> torch.LongTensor:
-    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def _move_columns(states: torch.Tensor, ends: torch.LongTensor, length: int) -> torch.Tensor:
-    """
-    Of keys or values `(rows, heads, columns, dim)`: for each row the `length` columns before `ends[row]`. Columns that
-    would lie before the first repeat it; they are padding.
-    """
-    columns = torch.arange(length, device=states.device) + (ends.to(states.device) - length)[:, None]
-    columns = columns.clamp(min=0)[:, None, :, None]
-    return states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
-
-
 class _InterleavedDecoder:
     """One call of `generate()` in a mode that draws."""
 
@@ -456,6 +468,7 @@ class _InterleavedDecoder:
         self.latents = (
             [[] for _ in self.ids] if latents is None else model._split_by_row(latents, input_ids[:, num_cached:])
         )
+        self.prompt_latents = list(self.latents)
         self.images: list[list[torch.Tensor]] = [[] for _ in self.ids]
         self.model_kwargs = model_kwargs
 
@@ -494,6 +507,7 @@ class _InterleavedDecoder:
         if self.cache is not None and self.cache.get_seq_length():
             self._adopt_cache(num_uncached)
         logits_processor, criteria = self._per_row(logits_processor, criteria)
+        self.branches = GuidanceBranches(self)
 
         while not self.rows.finished.all():
             if self.rows.running.any():
@@ -523,6 +537,10 @@ class _InterleavedDecoder:
         end = _EndOfText(criteria, self.rows, self.config.image_start_token_id, self.max_new_tokens)
         return processors, StoppingCriteriaList([end])
 
+    def prompt_ids(self) -> list[torch.LongTensor]:
+        """The ids of each prompt without padding."""
+        return [row[mask.bool()] for row, mask in zip(self.prompts, self.mask, strict=True)]
+
     def _append(self, row: int, new: torch.LongTensor) -> None:
         self.ids[row] = torch.cat([self.ids[row], new])
         self.rows.num_new[row] += len(new)
@@ -531,7 +549,7 @@ class _InterleavedDecoder:
 
     def _write(self, logits_processor: LogitsProcessorList, criteria: StoppingCriteriaList) -> None:
         """One stretch of text for all running rows, by the library's loop; then every row aligned again."""
-        ids, mask = _align(self.ids, self.pad_token_id)
+        ids, mask = align(self.ids, self.pad_token_id)
         columns = ids.shape[1]
         before = self.rows.num_new.clone()
         # The loop's own: it returns the ids alone, and looks up how long a mask of ones would be.
@@ -541,7 +559,7 @@ class _InterleavedDecoder:
         model_kwargs = {
             **self.model_kwargs,
             "attention_mask": None if mask.all() else mask,
-            "position_ids": _positions(mask),
+            "position_ids": positions_of(mask),
             "past_key_values": self.cache,
         }
         if any(self.latents):
@@ -575,8 +593,8 @@ class _InterleavedDecoder:
     def _align_cache(self, ends: torch.LongTensor) -> None:
         length = max(len(row) for row in self.ids) - 1
         for layer in self.cache.layers:
-            layer.keys = _move_columns(layer.keys, ends, length)
-            layer.values = _move_columns(layer.values, ends, length)
+            layer.keys = move_columns(layer.keys, ends, length)
+            layer.values = move_columns(layer.values, ends, length)
 
     def _adopt_cache(self, num_uncached: torch.LongTensor) -> None:
         """Reads what of the prompts a cache handed in does not hold yet, and aligns it with the rows."""
@@ -595,7 +613,7 @@ class _InterleavedDecoder:
             self.prompts[:, num_cached:],
             latents=[image for row in self.latents for image in row] or None,
             attention_mask=self.mask,
-            position_ids=_positions(self.mask)[:, num_cached:],
+            position_ids=positions_of(self.mask)[:, num_cached:],
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
@@ -606,7 +624,7 @@ class _InterleavedDecoder:
     def _draw(self, parked: list[int]) -> None:
         """All parked rows: one denoising loop, the images read back in, `<EOI>`."""
         generators = [self.generators[row] for row in parked] if isinstance(self.generators, list) else self.generators
-        loop = _DenoisingLoop(self, parked)
+        loop = DenoisingLoop(self, parked)
         x_0 = loop.run(generators)
         images = self.model.decode_latents(x_0)
         image = self.ids[0].new_tensor(
@@ -636,153 +654,6 @@ class _InterleavedDecoder:
             images=self.images,
             past_key_values=self.cache if self.generation_config.return_dict_in_generate else None,
         )
-
-
-class _DenoisingLoop:
-    """
-    The images of some rows, together. With guidance the unconditional rows stand behind the conditional ones, all in
-    one pass. The first pass reads whatever the cache does not hold yet; the others compute the image alone.
-    """
-
-    def __init__(self, decoder: _InterleavedDecoder, rows: list[int]):
-        self.decoder = decoder
-        self.model = decoder.model
-        self.device = decoder.device
-        self.rows = torch.tensor(rows, device=self.device)
-        self.guidance_scale = decoder.generation_config.image_guidance_scale
-        bos = decoder.generation_config._bos_token_tensor
-        contexts = [decoder.ids[row] for row in rows]
-        self.latents = [decoder.latents[row] for row in rows]
-        if self.guidance_scale != 1:
-            has_bos = [bos is not None and len(row) > 1 and bool(row[0] == bos) for row in contexts]
-            unconditional = [row[[0, -1]] if keep else row[-1:] for row, keep in zip(contexts, has_bos, strict=True)]
-            contexts = contexts + unconditional
-            self.latents = self.latents + [[] for _ in unconditional]
-        all_columns = max(len(row) for row in decoder.ids)
-        ids, mask = _align(contexts, decoder.pad_token_id)
-        self.cache: Any = None if decoder.cache is None else DynamicCache()
-        self.num_cached = 0 if decoder.cache is None else decoder.cache.get_seq_length()
-        if self.num_cached:
-            # Same columns as the decoder's cache, whose longest row may not be among these.
-            ids = torch.nn.functional.pad(ids, (all_columns - ids.shape[1], 0), value=decoder.pad_token_id)
-            mask = torch.nn.functional.pad(mask, (all_columns - mask.shape[1], 0))
-            self._copy_prefix(with_guidance=self.guidance_scale != 1)
-        block = ids.new_full((len(ids), decoder.num_patches), self.model.config.image_token_id)
-        self.ids = torch.cat([ids, block], dim=-1)
-        self.mask = torch.cat([mask, torch.ones_like(block)], dim=-1)
-        self.positions = _positions(self.mask)
-        self.columns = ids.shape[1]
-        self.block_mask: Any = None
-
-    def _copy_prefix(self, with_guidance: bool) -> None:
-        """The keys and values of these rows; for the unconditional ones, those of their first token."""
-        lengths = torch.tensor([len(row) for row in self.decoder.ids], device=self.device)[self.rows]
-        first = (self.num_cached + 1 - lengths).clamp(max=self.num_cached - 1)  # column of each row's first token
-        for index, layer in enumerate(self.decoder.cache.layers):
-            states = [layer.keys[self.rows], layer.values[self.rows]]
-            if with_guidance:
-                for i, conditional in enumerate(states):
-                    # Position 0 sees only itself: the token has the same keys and values in either context.
-                    unconditional = torch.zeros_like(conditional)
-                    unconditional[:, :, -1] = conditional[torch.arange(len(first), device=first.device), :, first]
-                    states[i] = torch.cat([conditional, unconditional])
-            self.cache.update(*states, index)
-
-    def run(self, generators) -> torch.Tensor:
-        """From pure noise to x_0, `(rows, channels, height, width)`, float32 throughout."""
-        config = self.decoder.generation_config
-        scheduler = make_sampling_scheduler(
-            self.model.noise_scheduler, config.scheduler, config.num_inference_steps, self.device
-        )
-        step_kwargs = sampling_step_kwargs(scheduler, generators)
-        shape = (len(self.rows), self.model.config.latent_channels, *self.decoder.latent_size)
-        x_t = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
-        x_t = x_t * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
-            x_in = scheduler.scale_model_input(x_t, t)
-            if self.guidance_scale == 1:
-                eps = self._predict(x_in, t)
-            else:
-                conditional, unconditional = self._predict(torch.cat([x_in, x_in]), t).chunk(2)
-                eps = guide(conditional, unconditional, self.guidance_scale)
-            x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
-        return x_t
-
-    def _predict(self, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """One pass: ε of every row, `(rows, channels, height, width)`."""
-        is_first = self.cache is None or self.cache.get_seq_length() < self.columns
-        if not is_first:
-            self.block_mask = self._make_block_mask() if self.block_mask is None else self.block_mask
-            predictions = self._block_pass(x_t, t.expand(len(x_t)), self.block_mask)
-        else:
-            images = [[*row, x] for row, x in zip(self.latents, x_t, strict=True)]
-            counts = torch.tensor([len(row) for row in images])
-            is_last = torch.zeros(int(counts.sum()), dtype=torch.bool)
-            is_last[counts.cumsum(0) - 1] = True
-            timesteps = torch.where(is_last.to(self.device), t, 0)
-            output = self.model(
-                self.ids[:, self.num_cached :],
-                latents=[image for row in images for image in row],
-                timesteps=timesteps,
-                prediction_mask=is_last,
-                attention_mask=self.mask,
-                position_ids=self.positions[:, self.num_cached :],
-                past_key_values=self.cache,
-                use_cache=self.cache is not None,
-                logits_to_keep=1,
-            )
-            predictions = output.image_predictions
-        if self.cache is not None:
-            self.cache.crop(-self.decoder.num_patches)  # x_{t−1} overwrites x_t
-        return torch.stack(predictions)
-
-    def _make_block_mask(self):
-        """The mask of the image alone behind its prefix: the same for every step."""
-        config = self.model.config
-        block = self.ids[:, self.columns :]
-        block_ids = image_block_ids(block, config.image_token_id) if config.bidirectional_image_attention else None
-        return create_transfusion_mask(
-            config.text_config,
-            torch.empty(*block.shape, 0, dtype=self.model.dtype, device=self.device),
-            block_ids,
-            self.mask,
-            self.cache,
-            self.positions[:, self.columns :],
-        )
-
-    def _block_pass(self, x: torch.Tensor, timesteps: torch.Tensor | None, mask) -> list[torch.Tensor] | None:
-        output = self.model(
-            self.ids[: len(x), self.columns :],
-            latents=x,
-            timesteps=timesteps,
-            attention_mask=mask,
-            position_ids=self.positions[: len(x), self.columns :],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.image_predictions
-
-    def commit(self, x_0: torch.Tensor) -> None:
-        """Reads the finished images at t = 0 and hands the keys and values of these rows to the decoder."""
-        self.cache.batch_select_indices(torch.arange(len(x_0), device=self.device))
-        self._block_pass(x_0, None, self.mask[: len(x_0)])
-        main, length = self.decoder.cache, max(len(row) for row in self.decoder.ids) - 1
-        drawn_ends = torch.full((len(self.rows),), self.ids.shape[1], device=self.device)
-        all_rows = len(self.decoder.ids)
-        for index, layer in enumerate(self.cache.layers):
-            drawn = [_move_columns(states, drawn_ends, length) for states in (layer.keys, layer.values)]
-            if len(self.rows) < all_rows:
-                old = main.layers[index]
-                ends = torch.full((all_rows,), self.num_cached, device=self.device)
-                merged = [_move_columns(states, ends, length) for states in (old.keys, old.values)]
-                for target, source in zip(merged, drawn, strict=True):
-                    target[self.rows] = source
-                drawn = merged
-            if index < len(main.layers):
-                main.layers[index].keys, main.layers[index].values = drawn
-            else:
-                main.update(*drawn, index)
 
 
 __all__ = ["TransfusionGenerateOutput", "TransfusionGenerationMixin"]
