@@ -1,0 +1,201 @@
+"""Guidance with its branches, and the cache of drawing: against plain passes over whole sequences."""
+
+import pytest
+import tiny
+import torch
+from diffusers import DDIMScheduler
+from test_generation import (
+    IMAGE,
+    SCRIPTS,
+    STEPS,
+    Script,
+    assert_rows_equal,
+    count_passes,
+    generate,
+    generators,
+    prompts,
+)
+from tiny import BOI, BOS, EOS, IMG
+from transformers import LogitsProcessorList
+
+from transfusion_hf.denoising_transfusion import DrawingLayer
+
+
+def by_hand(model, contexts, latents, combine, seed: int = 0, guided=lambda i: True) -> torch.Tensor:
+    """DDIM over ε of whole sequences, context by context: `latents` are the clean images of each."""
+    scheduler = DDIMScheduler.from_config(model.noise_scheduler.config, steps_offset=230)
+    scheduler.set_timesteps(STEPS)
+    x = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for i, t in enumerate(scheduler.timesteps):
+            eps = []
+            for context, images in zip(contexts, latents, strict=True):
+                ids = torch.tensor([[*context, *IMAGE[1:5]]])
+                times = torch.tensor([0] * len(images) + [int(t)])
+                eps.append(model(ids, latents=[*images, x[0]], timesteps=times).image_predictions[-1])
+            result = combine(*eps) if guided(i) else eps[0]
+            x = scheduler.step(result[None], t, x, use_clipped_model_output=True).prev_sample
+    return x[0]
+
+
+@pytest.mark.parametrize("bos", [[BOS], []])
+@pytest.mark.parametrize("negative", [[BOS, 40, 41, 42], [40], [BOS, 40, 41, 42, 43, 44, 45, BOI]])
+def test_a_negative_prompt_takes_the_place_of_the_unconditional_context(bos, negative):
+    model, prompt = tiny.model(), [*bos, 5, 6, 7, BOI]
+    output = generate(
+        model,
+        prompts(prompt),
+        generator=generators(1),
+        generation_mode="image",
+        negative_prompt_ids=torch.tensor([negative]),
+    )
+    context = negative if negative[-1] == BOI else [*negative, BOI]
+    expected = by_hand(model, [prompt, context], [[], []], lambda c, u: u + 3 * (c - u))
+    torch.testing.assert_close(output.images[0][0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("scale", "image_scale"), [(3.0, 1.5), (3.0, 1.0), (1.0, 2.0), (2.0, 2.0), (1.0, 1.0)])
+def test_input_images_and_text_have_scales_of_their_own(scale, image_scale):
+    model, image = tiny.model(), torch.randn(2, 4, 4)
+    prompt = [BOS, *IMAGE, 5, 6, BOI]
+    output = generate(
+        model,
+        {**prompts(prompt), "latents": image[None]},
+        generator=generators(1),
+        generation_mode="image",
+        image_guidance_scale=scale,
+        input_image_guidance_scale=image_scale,
+    )
+    expected = by_hand(
+        model,
+        [prompt, [BOS, *IMAGE, BOI], [BOS, BOI]],
+        [[image], [image], []],
+        lambda full, images, nothing: nothing + image_scale * (images - nothing) + scale * (full - images),
+    )
+    torch.testing.assert_close(output.images[0][0], expected, atol=1e-4, rtol=0)
+
+
+def test_guidance_may_be_limited_to_some_steps_and_rescaled():
+    model, prompt = tiny.model(), [BOS, 5, 6, BOI]
+    kwargs = {"generation_mode": "image", "generator": generators(1)}
+    output = generate(model, prompts(prompt), guidance_start=0.25, guidance_end=0.75, **kwargs)
+    expected = by_hand(
+        model, [prompt, [BOS, BOI]], [[], []], lambda c, u: u + 3 * (c - u), guided=lambda i: i in (1, 2)
+    )
+    torch.testing.assert_close(output.images[0][0], expected, atol=1e-4, rtol=0)
+
+    def rescaled(conditional, unconditional):
+        guided = unconditional + 3 * (conditional - unconditional)
+        return 0.7 * guided * conditional.std() / guided.std() + 0.3 * guided
+
+    kwargs["generator"] = generators(1)
+    output = generate(model, prompts(prompt), guidance_rescale=0.7, **kwargs)
+    expected = by_hand(model, [prompt, [BOS, BOI]], [[], []], rescaled)
+    torch.testing.assert_close(output.images[0][0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_with_guidance_of_every_kind_equal_each_row_alone(use_cache):
+    model = tiny.model()
+    kwargs = {"logits_processor": LogitsProcessorList([Script(SCRIPTS)]), "use_cache": use_cache}
+    kwargs |= {"guidance_end": 0.8, "guidance_rescale": 0.5, "image_guidance_scale": 2.5}
+    rows = [[BOS, 3, 30], [4, 30], [BOS, 5, 30], [BOS, 6, 30]]
+    negatives = [[BOS, 40, 41], [42], [BOS, 43, 44, 45, 46], [47, 48]]
+    negative = prompts(*negatives)
+    together = generate(
+        model, prompts(*rows), generator=generators(4), negative_prompt_ids=negative["input_ids"],
+        negative_prompt_attention_mask=negative["attention_mask"], **kwargs,
+    )  # fmt: skip
+    for i, (row, own) in enumerate(zip(rows, negatives, strict=True)):
+        alone = generate(
+            model, prompts(row), generator=[generators(4)[i]], negative_prompt_ids=torch.tensor([own]), **kwargs
+        )
+        assert_rows_equal(together, i, alone, prompts(*rows), prompts(row))
+
+
+def test_edits_with_two_scales_equal_each_alone_cached_and_uncached():
+    model, generator = tiny.model(), torch.Generator().manual_seed(7)
+    rows = [[BOS, *IMAGE, 3, 30], [*IMAGE, *IMAGE, 4, 30]]
+    latents = torch.randn(3, 2, 4, 4, generator=generator)
+    kwargs = {"generation_mode": "image", "input_image_guidance_scale": 1.5}
+    cached = generate(model, {**prompts(*rows), "latents": latents}, generator=generators(2), **kwargs)
+    uncached = generate(
+        model, {**prompts(*rows), "latents": latents}, generator=generators(2), use_cache=False, **kwargs
+    )
+    for i, (row, own) in enumerate(zip(rows, (latents[:1], latents[1:]), strict=True)):
+        alone = generate(model, {**prompts(row), "latents": own}, generator=[generators(2)[i]], **kwargs)
+        for other in (uncached.images[i][0], alone.images[0][0]):
+            torch.testing.assert_close(cached.images[i][0], other, atol=1e-4, rtol=0)
+
+
+def test_a_negative_prompt_is_read_once_and_unguided_steps_cost_one_context():
+    model, script = tiny.model(), Script({4: [10, BOI, BOI, EOS]})
+    passes = count_passes(model)
+    generate(
+        model, prompts([BOS, 4, 30]), logits_processor=LogitsProcessorList([script]), guidance_end=0.5,
+        negative_prompt_ids=torch.tensor([[BOS, 40, 41]]),
+    )  # fmt: skip
+    image = [(2, 5), (2, 4), (1, 4), (1, 4), (1, 4)]  # two guided steps, two without, the commit
+    assert passes == [(1, 3), (1, 1), (1, 3), *image, (1, 1), *image, (1, 1)]
+
+
+def test_drawing_allocates_its_cache_once_and_never_copies_the_prefix(monkeypatch):
+    storages, model = [], tiny.model()
+    update = DrawingLayer.update
+
+    def spy(self, *args, **kwargs):
+        result = update(self, *args, **kwargs)
+        storages.append(result[0].untyped_storage().data_ptr())
+        return result
+
+    monkeypatch.setattr(DrawingLayer, "update", spy)
+    generate(model, prompts([BOS, 4, 30, BOI]), generation_mode="image")
+    assert len(set(storages)) == model.config.text_config.num_hidden_layers
+    assert len(storages) >= STEPS * len(set(storages))
+
+
+def test_the_callback_sees_every_step_and_may_change_the_latents():
+    model, seen = tiny.model(), []
+
+    def callback(pipe, step, timestep, callback_kwargs):
+        assert pipe is model and callback_kwargs["latents"].shape == (2, 2, 4, 4)
+        seen.append((step, int(timestep)))
+        return {"latents": torch.zeros_like(callback_kwargs["latents"])} if step == STEPS - 1 else None
+
+    output = generate(
+        model, prompts([BOS, 4, BOI], [BOS, 5, BOI]), generation_mode="image", callback_on_step_end=callback
+    )
+    assert seen == [(0, 980), (1, 730), (2, 480), (3, 230)]
+    assert not any(row[0].any() for row in output.images)
+
+
+def test_an_exception_in_a_callback_leaves_everything_usable():
+    model = tiny.model()
+    expected = generate(model, prompts([BOS, 4, BOI]), generation_mode="image", generator=generators(1))
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, prompts([BOS, 4, BOI]), generation_mode="image", callback_on_step_end=fail)
+    again = generate(model, prompts([BOS, 4, BOI]), generation_mode="image", generator=generators(1))
+    assert torch.equal(again.images[0][0], expected.images[0][0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"guidance_start": 0.6, "guidance_end": 0.4}, r"0 ≤ start ≤ end ≤ 1; got 0\.6 and 0\.4"),
+        ({"guidance_rescale": 2.0}, r"`guidance_rescale` must lie in 0 to 1; got 2\.0"),
+        (
+            {"negative_prompt_ids": torch.tensor([[7]]), "image_guidance_scale": 1.0},
+            "`negative_prompt_ids` does nothing at a guidance scale of 1",
+        ),
+        ({"negative_prompt_ids": torch.tensor([[7]] * 3)}, "`negative_prompt_ids` has 3 rows for 1 prompts"),
+        ({"negative_prompt_ids": torch.tensor([[BOI, IMG]])}, "a negative prompt is text"),
+        ({"input_image_guidance_scale": 1.5}, "guides by the images of the prompt, and a prompt has none"),
+    ],
+)
+def test_guidance_that_makes_no_sense_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny.model(), prompts([BOS, 5, BOI]), generation_mode="image", **change)
