@@ -89,7 +89,12 @@ def build_model(
     """A model of about 1M parameters and its processor; `kwargs` are further fields of `TransfusionConfig`."""
     vocab_size = len(tokenizer) + 3
     # Without a VAE the image is its own latent; either way 8×8 of them.
-    latent_channels = 1 if vae is None else AutoencoderKL.load_config(vae)["latent_channels"]
+    latent_channels = 1
+    if vae is not None:
+        latent_channels = AutoencoderKL.load_config(vae)["latent_channels"]
+        # At high noise an error of ε is magnified in x_0. Pixels are clipped to [−1, 1], but latents know no bounds, and
+        # so small a model errs too much; v has no such trouble.
+        kwargs.setdefault("prediction_type", "v_prediction")
     config = TransfusionConfig(
         text_config=LlamaConfig(
             vocab_size=vocab_size,

@@ -78,7 +78,7 @@ def test_no_field_carries_the_name_of_a_generation_parameter():
         ({"patch_size": 3}, r"multiples of `patch_size` \(3\); got 4 × 4"),
         ({"sample_size": (4, 4, 4)}, r"`sample_size` must be one integer or \(height, width\); got \(4, 4, 4\)"),
         ({"patch_encoder": "vit"}, "`patch_encoder` must be 'linear' or 'unet'; got 'vit'"),
-        ({"prediction_type": "velocity"}, "`prediction_type` must be 'epsilon'; got 'velocity'"),
+        ({"prediction_type": "velocity"}, "`prediction_type` must be one of epsilon, v_prediction, sample,"),
         ({"diffusion_loss_weight": -1.0}, "`diffusion_loss_weight` must not be negative; got -1.0"),
         ({"timestep_embedding_dim": 7}, "`timestep_embedding_dim` must be even and at least 2; got 7"),
     ],

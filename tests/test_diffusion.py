@@ -1,12 +1,18 @@
+import pytest
 import tiny
 import torch
 
 from transfusion_hf.diffusion_transfusion import (
+    add_noise,
     content_seeds,
+    first_noise,
     make_noise_scheduler,
     make_sampling_scheduler,
+    model_input,
+    prediction_targets,
     sample_noise,
     sample_timesteps,
+    sampling_step_kwargs,
 )
 
 
@@ -61,3 +67,83 @@ def test_sampling_leaves_out_the_last_steps_of_the_schedule():
         assert 980 <= first < 999 and last <= 1000 // steps  # few steps begin at noise, too
     magnified = 1 / noise_scheduler.alphas_cumprod.sqrt()
     assert magnified[999] > 10_000 and magnified[980] < 40
+
+
+MEAN, STD = 0.3, 0.5  # of the data, each value on its own
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow_prediction")
+SCHEDULERS = {
+    "DDPMScheduler": 250,
+    "DDIMScheduler": 50,
+    "DPMSolverMultistepScheduler": 30,
+    "UniPCMultistepScheduler": 30,
+    "EulerDiscreteScheduler": 50,
+}
+FLOW_SCHEDULERS = {"FlowMatchEulerDiscreteScheduler": 50, "DPMSolverMultistepScheduler": 30}
+
+
+def coefficients(noise_scheduler, t: float) -> tuple[float, float]:
+    """a and b of x_t = a·x_0 + b·ε."""
+    if not hasattr(noise_scheduler, "alphas_cumprod"):
+        return 1 - t / 1000, t / 1000
+    # Multistep and Euler schedulers may ask between two t.
+    alpha_bars = noise_scheduler.alphas_cumprod.double()
+    low = int(t)
+    alpha_bar = torch.lerp(alpha_bars[low], alpha_bars[min(low + 1, 999)], t - low)
+    return float(alpha_bar.sqrt()), float((1 - alpha_bar).sqrt())
+
+
+def best_prediction(noise_scheduler, prediction_type: str, x_t: torch.Tensor, t: float, error: float) -> torch.Tensor:
+    """The expectation of the target given x_t, in closed form, off by an ε that is too large or small by `error`."""
+    a, b = coefficients(noise_scheduler, t)
+    eps = b * (x_t - a * MEAN) / (a**2 * STD**2 + b**2)
+    x_0 = (x_t - b * eps) / a if a > 1e-3 else torch.full_like(x_t, MEAN)
+    eps = eps + error
+    return {"epsilon": eps, "v_prediction": a * eps - b * x_0, "sample": x_0, "flow_prediction": eps - x_0}[
+        prediction_type
+    ]
+
+
+@pytest.mark.parametrize("error", [0.0, 0.01])
+@pytest.mark.parametrize(
+    ("prediction_type", "name", "steps"),
+    [
+        *((kind, name, steps) for kind in PREDICTION_TYPES[:3] for name, steps in SCHEDULERS.items()),
+        *(("flow_prediction", name, steps) for name, steps in FLOW_SCHEDULERS.items()),
+    ],
+)
+def test_a_perfect_and_a_slightly_wrong_model_draw_the_right_mean_and_spread(prediction_type, name, steps, error):
+    config = tiny.config(
+        prediction_type=prediction_type,
+        vae_config={"block_out_channels": [8], "latent_channels": 2, "scaling_factor": 1.0},  # latents: no clipping
+    )
+    noise_scheduler = make_noise_scheduler(config)
+    scheduler = make_sampling_scheduler(noise_scheduler, name, steps, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    kwargs = sampling_step_kwargs(scheduler, generator)
+    x_t = first_noise(scheduler, torch.randn(50, 2, 16, 16, generator=generator))
+    for t in scheduler.timesteps:
+        x_in = model_input(scheduler, x_t, t)
+        x_t = scheduler.step(
+            best_prediction(noise_scheduler, prediction_type, x_in, float(t), error), t, x_t, **kwargs
+        ).prev_sample
+    assert abs(float(x_t.mean()) - MEAN) < 0.05 + 30 * error * (error > 0) * 0.2
+    assert abs(float(x_t.std()) - STD) < 0.05
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_targets_are_what_turns_x_t_back_into_x_0(prediction_type):
+    noise_scheduler = make_noise_scheduler(tiny.config(prediction_type=prediction_type))
+    x_0, eps = torch.randn(4, 2, 4, 4, dtype=torch.float64), torch.randn(4, 2, 4, 4, dtype=torch.float64)
+    timesteps = torch.tensor([1, 300, 700, 950])
+    (x_t,) = add_noise(noise_scheduler, [x_0], [eps], timesteps)
+    (target,) = prediction_targets(noise_scheduler, [x_0], [eps], timesteps)
+    for i, t in enumerate(timesteps.tolist()):
+        a, b = coefficients(noise_scheduler, t)
+        torch.testing.assert_close(x_t[i], a * x_0[i] + b * eps[i], atol=1e-6, rtol=1e-6)
+        restored = {
+            "epsilon": (x_t[i] - b * target[i]) / a,
+            "v_prediction": a * x_t[i] - b * target[i],
+            "sample": target[i],
+            "flow_prediction": x_t[i] - b * target[i],
+        }[prediction_type]
+        torch.testing.assert_close(restored, x_0[i], atol=1e-5, rtol=1e-5)

@@ -101,7 +101,8 @@ class TransfusionConfig(PreTrainedConfig):
         beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
             The noise schedule, by diffusers' name; the default is the cosine schedule (Eq. 3).
         prediction_type (`str`, defaults to `"epsilon"`):
-            What the model predicts, by diffusers' name. Only `"epsilon"` (Eq. 3).
+            What the model predicts, by diffusers' name: `"epsilon"` (Eq. 3), `"v_prediction"`, `"sample"`, or
+            `"flow_prediction"`: flow matching, for which `beta_schedule` has no meaning.
         diffusion_loss_weight (`float`, defaults to 5.0):
             λ in L = L_LM + λ·L_DDPM (Eq. 4).
         bidirectional_image_attention (`bool`, defaults to `True`):
@@ -212,6 +213,11 @@ class TransfusionConfig(PreTrainedConfig):
         """Pixels of the image along one side of a patch: image sizes are multiples of it."""
         return self.vae_scale_factor * self.patch_size
 
+    @property
+    def first_timestep(self) -> int:
+        """The least t of a noised image: 0, or 1 with flow matching, where 0 is clean."""
+        return int(self.prediction_type == "flow_prediction")
+
     def num_patches(self, height: int, width: int) -> int:
         """
         Number of transformer vectors of an image whose latent is `height` × `width`.
@@ -292,8 +298,11 @@ class TransfusionConfig(PreTrainedConfig):
                 "`pos_embed_type='sincos'` needs a hidden size that is a multiple of 4; got "
                 f"{self.text_config.hidden_size}."
             )
-        if self.prediction_type != "epsilon":
-            raise ValueError(f"`prediction_type` must be 'epsilon'; got {self.prediction_type!r}.")
+        prediction_types = ("epsilon", "v_prediction", "sample", "flow_prediction")
+        if self.prediction_type not in prediction_types:
+            raise ValueError(
+                f"`prediction_type` must be one of {', '.join(prediction_types)}; got {self.prediction_type!r}."
+            )
         if self.vae_config is not None:
             self._validate_vae(self.vae_config)
         if self.diffusion_loss_weight < 0:

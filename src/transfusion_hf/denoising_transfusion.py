@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .diffusion_transfusion import guide, make_sampling_scheduler, sampling_step_kwargs
+from .diffusion_transfusion import first_noise, guide, make_sampling_scheduler, model_input, sampling_step_kwargs
 from .masking_transfusion import create_transfusion_mask, image_block_ids
 
 
@@ -274,10 +274,10 @@ class DenoisingLoop:
         step_kwargs = sampling_step_kwargs(scheduler, generators)
         shape = (len(self.rows), self.model.config.latent_channels, *self.decoder.latent_size)
         x_t = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
-        x_t = x_t * scheduler.init_noise_sigma
+        x_t = first_noise(scheduler, x_t)
         num_steps = len(scheduler.timesteps)
         for i, t in enumerate(scheduler.timesteps):
-            x_in = scheduler.scale_model_input(x_t, t)
+            x_in = model_input(scheduler, x_t, t)
             is_guided = config.guidance_start <= i / num_steps < config.guidance_end
             num_contexts = 1 + len(self.branches) if is_guided else 1
             predictions = list(self._predict(x_in, t, num_contexts).chunk(num_contexts))

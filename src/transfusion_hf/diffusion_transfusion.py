@@ -3,6 +3,9 @@ The diffusion half of Transfusion as pure functions over diffusers' schedulers (
 
 Legend: `x_0` a clean latent, `eps` the noise ε, `x_t` = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε. Time runs from t = 0, almost clean, to
 t = T − 1, almost pure noise; a clean image is conditioned on as t = 0. Everything here is float32.
+
+Beside ε, as in the paper, a model may predict v, x_0 or the flow. With flow matching (arXiv 2210.02747) there is no ᾱ:
+x_t = (1 − t/T)·x_0 + (t/T)·ε for t from 1 to T, and the target is ε − x_0.
 """
 
 import copy
@@ -13,18 +16,27 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, SchedulerMixin
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
 
 from .configuration_transfusion import TransfusionConfig
 
 
-def make_noise_scheduler(config: TransfusionConfig) -> DDPMScheduler:
+def is_flow(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler is of a flow-matching model, which has no ᾱ."""
+    flow_sigmas = scheduler.config.get("use_flow_sigmas", False)
+    return flow_sigmas or type(scheduler).__name__.startswith("FlowMatch")
+
+
+def make_noise_scheduler(config: TransfusionConfig) -> SchedulerMixin:
     """
-    The schedule that the model is trained with.
+    The schedule that the model is trained with: a `DDPMScheduler`, or for flow matching a
+    `FlowMatchEulerDiscreteScheduler`.
 
     Clipping x_0 to [−1, 1] while sampling is right for pixels only. Timesteps are spaced `"leading"`, which leaves out
     t = T − 1: the cosine schedule has √ᾱ ≈ 5e-5 there, and would magnify an error of ε 20,000 times.
     """
+    if config.prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
     return DDPMScheduler(
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
@@ -47,7 +59,7 @@ def make_sampling_scheduler(
         noise_scheduler (`SchedulerMixin`): That of the training.
         scheduler (`SchedulerMixin` or `str`, *optional*):
             A diffusers scheduler, or the name of its class, then made from the model's own schedule to begin at 0.98·T
-            or above, however few the steps. Defaults to the DDPM sampler of the paper.
+            or above, however few the steps. Defaults to the DDPM sampler of the paper; for flow matching to Euler's.
         num_inference_steps (`int`): 1 to T.
 
     Raises:
@@ -57,23 +69,30 @@ def make_sampling_scheduler(
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise ValueError(f"`num_inference_steps` must be 1 to {num_train_timesteps}; got {num_inference_steps}.")
     sampler: Any = scheduler
+    own = noise_scheduler.config
     if scheduler is None or isinstance(scheduler, str):
         scheduler_class = _scheduler_class(scheduler or type(noise_scheduler).__name__)
-        sampler = scheduler_class.from_config(noise_scheduler.config)
-        sampler.set_timesteps(num_inference_steps)
-        # "leading" steps begin at noise only if they are many; few are moved up.
-        offset = int(0.98 * num_train_timesteps) - int(sampler.timesteps[0])
-        if offset > 0:
-            sampler = scheduler_class.from_config(noise_scheduler.config, steps_offset=offset)
+        changes: dict[str, Any] = {}
+        if is_flow(noise_scheduler):
+            if "use_flow_sigmas" in inspect.signature(scheduler_class).parameters:
+                changes = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        else:
+            sampler = scheduler_class.from_config(own)
+            sampler.set_timesteps(num_inference_steps)
+            # "leading" steps begin at noise only if they are many; few are moved up.
+            offset = int(0.98 * num_train_timesteps) - int(sampler.timesteps[0])
+            changes = {"steps_offset": offset} if offset > 0 else {}
+        sampler = scheduler_class.from_config(own, **changes)
     remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
-    prediction_type = sampler.config.get("prediction_type")
-    if prediction_type != noise_scheduler.config.prediction_type:
+    wanted = "flow_prediction" if is_flow(noise_scheduler) else own.prediction_type
+    sampled = "flow_prediction" if is_flow(sampler) else sampler.config.get("prediction_type")
+    if sampled != wanted:
         raise ValueError(
-            f"`scheduler` samples a model of prediction type {prediction_type!r}, this one predicts "
-            f"{noise_scheduler.config.prediction_type!r}; {remedy}."
+            f"`scheduler` samples a model of prediction type {sampled!r}, this one predicts {wanted!r}; {remedy}."
         )
     schedules = [getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in (sampler, noise_scheduler)]
-    if schedules[0].shape != schedules[1].shape or not torch.allclose(*schedules, atol=1e-6):
+    is_same = schedules[0].shape == schedules[1].shape and torch.allclose(*schedules, atol=1e-6)
+    if not is_flow(noise_scheduler) and not is_same:
         raise ValueError(
             f"`scheduler` ({type(sampler).__name__}) has another noise schedule than the model; {remedy}."
         )
@@ -138,7 +157,7 @@ def add_noise(
     timesteps: torch.LongTensor,
 ) -> list[torch.Tensor]:
     """
-    x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (Eq. 2).
+    x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (Eq. 2), or between x_0 and ε on a straight line.
 
     Args:
         noise_scheduler (`SchedulerMixin`)
@@ -146,23 +165,56 @@ def add_noise(
         eps (`list[torch.Tensor]`): In the shapes of `x_0`.
         timesteps (`torch.LongTensor` of shape `(num_images,)`): Over all stacks.
     """
+    if is_flow(noise_scheduler):
+        sigmas = (timesteps / noise_scheduler.config.num_train_timesteps).split([len(stack) for stack in x_0])
+        return [x + s.to(x)[:, None, None, None] * (e - x) for x, e, s in zip(x_0, eps, sigmas, strict=True)]
     per_stack = timesteps.split([len(stack) for stack in x_0])
     return [noise_scheduler.add_noise(x, e, t) for x, e, t in zip(x_0, eps, per_stack, strict=True)]
 
 
-def image_losses(predictions: Sequence[torch.Tensor], eps: Sequence[torch.Tensor]) -> torch.Tensor:
+def prediction_targets(
+    noise_scheduler: SchedulerMixin,
+    x_0: Sequence[torch.Tensor],
+    eps: Sequence[torch.Tensor],
+    timesteps: torch.LongTensor,
+) -> list[torch.Tensor]:
     """
-    The mean squared error of ε of each image (Eq. 3).
+    What the model is to predict: ε (Eq. 3), v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0 (arXiv 2202.00512), x_0, or ε − x_0.
+
+    Args: As [`add_noise`].
+    """
+    if is_flow(noise_scheduler):
+        return [e - x for x, e in zip(x_0, eps, strict=True)]
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "v_prediction":
+        per_stack = timesteps.split([len(stack) for stack in x_0])
+        return [noise_scheduler.get_velocity(x, e, t) for x, e, t in zip(x_0, eps, per_stack, strict=True)]
+    return list(x_0 if prediction_type == "sample" else eps)
+
+
+def image_losses(predictions: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    The mean squared error of each image (Eq. 3).
 
     Returns:
         `torch.Tensor` of shape `(num_images,)`, over all stacks.
     """
-    return torch.cat([(p - e).square().flatten(1).mean(1) for p, e in zip(predictions, eps, strict=True)])
+    return torch.cat([(p - t).square().flatten(1).mean(1) for p, t in zip(predictions, targets, strict=True)])
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     """Classifier-free guidance: the unconditional prediction moved `guidance_scale` times towards the conditional."""
     return unconditional + guidance_scale * (conditional - unconditional)
+
+
+def first_noise(scheduler: SchedulerMixin, noise: torch.Tensor) -> torch.Tensor:
+    """Standard normal noise as large as the scheduler begins with."""
+    return noise * getattr(scheduler, "init_noise_sigma", 1.0)
+
+
+def model_input(scheduler: SchedulerMixin, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """x_t as the model was trained on it; some schedulers keep it at another scale."""
+    return scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
 
 
 def sampling_step_kwargs(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:

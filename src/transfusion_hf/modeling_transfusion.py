@@ -20,6 +20,7 @@ from .diffusion_transfusion import (
     content_seeds,
     image_losses,
     make_noise_scheduler,
+    prediction_targets,
     sample_noise,
     sample_timesteps,
 )
@@ -330,7 +331,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 "needs one placeholder per patch, in one uninterrupted run."
             )
         if timesteps is not None:
-            last = self.config.num_train_timesteps - 1
+            last = self.config.num_train_timesteps - 1 + self.config.first_timestep
             if timesteps.shape != (len(num_patches),) or not ((timesteps >= 0) & (timesteps <= last)).all():
                 raise ValueError(
                     f"`timesteps` must hold one t from 0 to {last} for each of {len(num_patches)} images; got "
@@ -367,8 +368,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
     @property
     def noise_scheduler(self):
         """
-        The `DDPMScheduler` of the training. Other samplers are made from its config:
-        `DDIMScheduler.from_config(model.noise_scheduler.config)`.
+        The scheduler of the training, a `DDPMScheduler` unless the model predicts a flow. Other samplers are made from
+        its config: `DDIMScheduler.from_config(model.noise_scheduler.config)`.
         """
         if self._noise_scheduler is None:  # not in __init__, which `from_pretrained` runs on the meta device
             self._noise_scheduler = make_noise_scheduler(self.config)
@@ -491,9 +492,9 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                         f"`{name}` is for training, but no `labels` came, without which images are clean and no loss "
                         "is computed. (The Trainer takes them away with `label_smoothing_factor`.)"
                     )
-        noise: list[torch.Tensor] = []
+        targets: list[torch.Tensor] = []
         if labels is not None and stacks is not None:
-            stacks, noise, timesteps, prediction_mask = self._noise_images(
+            stacks, targets, timesteps, prediction_mask = self._noise_images(
                 stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds
             )
 
@@ -524,7 +525,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             if not predictions:
                 diffusion_loss = self._touch_image_parts()
             else:
-                diffusion_loss = image_losses(predictions, noise).mean()
+                diffusion_loss = image_losses(predictions, targets).mean()
                 if num_items_in_batch is not None:
                     if not num_items_in_batch:
                         raise ValueError(
@@ -547,11 +548,11 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
 
     def _noise_images(self, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds):
         """
-        The forward diffusion of a training step: stacks of x_0 → stacks of x_t, ε in stacks of the noised images
-        alone, t, and which are noised (`None`: all).
+        The forward diffusion of a training step: stacks of x_0 → stacks of x_t, the targets in stacks of the noised
+        images alone, t, and which are noised (`None`: all).
         """
         num_images, device = sum(len(stack) for stack in stacks), stacks[0].device
-        num_train_timesteps = self.config.num_train_timesteps
+        num_train_timesteps, first = self.config.num_train_timesteps, self.config.first_timestep
         per_image = {
             "timesteps": timesteps,
             "max_timesteps": max_timesteps,
@@ -570,20 +571,24 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 raise ValueError(
                     f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}."
                 )
-            timesteps = sample_timesteps(max_timesteps, noise_seeds)
-        elif not ((timesteps >= 0) & (timesteps < num_train_timesteps)).all():
-            raise ValueError(f"`timesteps` must lie in 0 to {num_train_timesteps - 1}; got {timesteps.tolist()}.")
+            timesteps = sample_timesteps(max_timesteps, noise_seeds) + first
+        elif not ((timesteps >= 0) & (timesteps < num_train_timesteps + first)).all():
+            raise ValueError(
+                f"`timesteps` must lie in 0 to {num_train_timesteps - 1 + first}; got {timesteps.tolist()}."
+            )
         timesteps = timesteps.to(device)
         noise = sample_noise(stacks, noise_seeds)
         if image_loss_mask is None:
-            return add_noise(self.noise_scheduler, stacks, noise, timesteps), noise, timesteps, None
+            targets = prediction_targets(self.noise_scheduler, stacks, noise, timesteps)
+            return add_noise(self.noise_scheduler, stacks, noise, timesteps), targets, timesteps, None
         is_noised = image_loss_mask.to(device=device, dtype=torch.bool)
         timesteps = torch.where(is_noised, timesteps, 0)
         noised = add_noise(self.noise_scheduler, stacks, noise, timesteps)
         keep = is_noised.split([len(stack) for stack in stacks])
         noised = [torch.where(k[:, None, None, None], n, s) for k, n, s in zip(keep, noised, stacks, strict=True)]
-        noise = [eps[row] for eps, row in zip(noise, _chosen_rows(stacks, is_noised), strict=True) if row]
-        return noised, noise, timesteps, is_noised
+        targets = prediction_targets(self.noise_scheduler, stacks, noise, timesteps)
+        targets = [target[row] for target, row in zip(targets, _chosen_rows(stacks, is_noised), strict=True) if row]
+        return noised, targets, timesteps, is_noised
 
     def _touch_image_parts(self) -> torch.Tensor:
         """0, with a gradient of 0 for each image part: without one, DDP, FSDP2 and ZeRO-3 would wait for it."""
