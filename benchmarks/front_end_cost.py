@@ -40,7 +40,7 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def parts_of(patch_encoder: str, args, device: torch.device) -> dict[str, Callable[[], object]]:
     """A whole training step without optimizer, and its image parts alone, forward and backward."""
-    config = TransfusionConfig.from_preset("0.16B", patch_encoder=patch_encoder, vae_config=paper_vae_config())
+    config = TransfusionConfig.from_preset("0.16B", patch_encoder=patch_encoder, vae_config=paper_vae_config(1.0))
     model = TransfusionForCausalLMAndDiffusion(config).to(device).train()
     features = features_of(config, args.num_images, args.num_text_tokens, device)
     images = torch.rand(args.num_images, 3, 256, 256, device=device) * 2 - 1

@@ -92,8 +92,8 @@ def build_model(
     latent_channels = 1
     if vae is not None:
         latent_channels = AutoencoderKL.load_config(vae)["latent_channels"]
-        # At high noise an error of ε is magnified in x_0. Pixels are clipped to [−1, 1], but latents know no bounds, and
-        # so small a model errs too much; v has no such trouble.
+        # At high noise an error of ε is magnified in x_0. Pixels are clipped to [−1, 1], but latents know no bounds,
+        # and so small a model errs too much; v has no such trouble.
         kwargs.setdefault("prediction_type", "v_prediction")
     config = TransfusionConfig(
         text_config=LlamaConfig(

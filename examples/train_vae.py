@@ -38,7 +38,7 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
-from transfusion_hf import measure_latent_scale
+from transfusion_hf import TransfusionImageProcessor, measure_latent_scale
 from transfusion_hf.vae_losses import IdentityLoss, PatchDiscriminator, PerceptualLoss, VAELoss
 
 NUM_MEASURED = 10_000  # images that tell the scale of the latents, or which codes are in use
@@ -127,6 +127,7 @@ class Images(Dataset):
     def __init__(self, source, column: str, image_size: int):
         self.source = source
         self.column = column
+        self.convert = TransfusionImageProcessor().convert
         self.transform = v2.Compose(
             [
                 v2.Resize(image_size, interpolation=v2.InterpolationMode.BICUBIC),
@@ -141,7 +142,7 @@ class Images(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.transform(self.source[int(index)][self.column].convert("RGB"))
+        return self.transform(self.convert(self.source[int(index)][self.column]))
 
 
 def load_images(args: argparse.Namespace) -> tuple[Subset, Subset]:

@@ -119,7 +119,7 @@ def test_the_default_unet_of_a_small_model_is_small_and_stays_what_it_is():
 
 def test_the_papers_autoencoder_has_its_size():
     with torch.device("meta"):
-        vae = TransfusionVAE(**paper_vae_config())
+        vae = TransfusionVAE(**paper_vae_config(0.9))
     assert abs(vae.num_parameters() / 83.7e6 - 1) < 0.001
     config = TransfusionConfig.from_preset("0.16B", vae_config=paper_vae_config(0.9))
     assert (config.vae_scale_factor, config.pixels_per_patch, config.num_patches(32, 32)) == (8, 16, 256)
@@ -143,6 +143,8 @@ VAE = {"block_out_channels": [8, 16], "latent_channels": 2, "scaling_factor": 1.
         ),
         ({"vae_config": {k: v for k, v in VAE.items() if k != "scaling_factor"}}, "`vae_config` lacks scaling_factor"),
         ({"vae_config": {**VAE, "scaling_factor": 0}}, "must be a positive number; got 0"),
+        ({"vae_config": {**VAE, "scaling_factor": 0.18215}}, "is 0.18215, which diffusers writes where none was set"),
+        ({"vae_config": {**VAE, "latents_mean": [1.0, 2.0]}}, "normalises each channel by its own `latents_mean`"),
         ({"vae_config": {**VAE, "_class_name": "AutoencoderTiny"}}, "`AutoencoderKL`; got one of `AutoencoderTiny`"),
         (
             {"vae_config": {**VAE, "latent_channels": 16}, "latent_channels": 16},
@@ -153,3 +155,13 @@ VAE = {"block_out_channels": [8, 16], "latent_channels": 2, "scaling_factor": 1.
 def test_bad_front_ends_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         tiny.config(**change)
+
+
+def test_fields_set_later_are_validated_by_the_model():
+    config = tiny.config(**tiny.UNET)
+    config.patch_size = 4
+    with pytest.raises(ValueError, match=r"must hold log2\(`patch_size`\) \+ 1 = 3 numbers"):
+        TransfusionForCausalLMAndDiffusion(config)
+    config = tiny.config()
+    config.patch_encoder = "unet"  # completed
+    assert TransfusionForCausalLMAndDiffusion(config).config.unet_block_out_channels == [8, 16]

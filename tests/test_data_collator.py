@@ -249,12 +249,31 @@ def test_streamed_data_sets_and_several_workers_pack_alike(processor):
         ([], "`features` must hold at least one sample; got none"),
         ([{"text": "a", "images": [RED, BLUE]}], "marks no image but 2 images belong to it; put one <image> where"),
         ([{"text": "a<image><image>", "images": [RED]}], "`text` has 2 markers <image> but `images` holds 1 images"),
+        ([{"text": "<image>", "image": RED, "images": [RED]}], "holds its images in `image` or in `images`; got both"),
         ([{"text": "<image>", "image": RED, "max_timesteps": [1, 2]}], "`max_timesteps` must hold one value for each"),
     ],
 )  # fmt: skip
 def test_bad_samples_name_what_was_expected_and_what_came(processor, features, message):
     with pytest.raises(ValueError, match=message):
         TransfusionDataCollator(processor)(features)
+
+
+def test_a_lone_end_token_in_a_text_counts_as_no_image(processor):
+    sample = {"text": "a<EOI>b<image>cdefgh", "image": RED}
+    batch = TransfusionDataCollator(processor, max_length=24, truncation=True)([sample])
+    assert len(batch["pixel_values"]) == 1
+    batch = TransfusionDataCollator(processor, max_length=19, truncation=True)([sample])
+    assert "pixel_values" not in batch
+
+
+def test_one_image_may_give_its_values_bare_and_samples_may_hold_none(processor):
+    collator = TransfusionDataCollator(processor)
+    batch = collator([{"text": "<image>a", "image": RED, "image_loss_mask": False, "max_timesteps": 7}])
+    assert batch["image_loss_mask"].tolist() == [False] and batch["max_timesteps"].tolist() == [7]
+    assert "latents" not in collator([{"text": "a", "latents": []}])
+    assert collator == TransfusionDataCollator(processor)
+    with pytest.raises(ValueError, match="`truncation` is for packs; pass `max_length` too"):
+        TransfusionDataCollator(processor, truncation=True)
 
 
 def test_probabilities_outside_of_0_to_1_are_refused(processor):

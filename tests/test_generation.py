@@ -581,7 +581,7 @@ def test_a_scheduler_of_another_schedule_or_prediction_is_refused():
     other = DDIMScheduler.from_config(model.noise_scheduler.config, prediction_type="v_prediction")
     with pytest.raises(ValueError, match="prediction type 'v_prediction', this one predicts 'epsilon'"):
         generate(model, inputs, scheduler=other)
-    with pytest.raises(ValueError, match="prediction type None"):
+    with pytest.raises(ValueError, match="prediction type 'flow_prediction', this one predicts 'epsilon'"):
         generate(model, inputs, scheduler=FlowMatchEulerDiscreteScheduler())
 
 

@@ -232,6 +232,22 @@ def test_only_noised_images_are_decoded():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_prediction_masks_that_do_not_fit_are_refused():
+    model, ids = tiny.model(), torch.tensor([[5, *IMAGE, 7, *IMAGE]])
+    times = torch.tensor([1, 2])
+    for mask in ([True], [True] * 3):
+        with pytest.raises(ValueError, match="`prediction_mask` must hold one value for each of 2 images"):
+            model(ids, latents=images(2), timesteps=times, prediction_mask=torch.tensor(mask))
+    with pytest.raises(ValueError, match="`prediction_mask` is for inference; in training pass `image_loss_mask`"):
+        model(ids, latents=images(2), labels=ids, prediction_mask=torch.tensor([True, False]))
+
+
+def test_a_list_without_images_is_none():
+    model, ids = tiny.model(), torch.tensor([[5, 6]])
+    assert torch.equal(model(ids, latents=[]).logits, model(ids).logits)
+    assert torch.equal(model(ids, pixel_values=[]).logits, model(ids).logits)
+
+
 def test_clean_images_have_no_noise_no_loss_and_t_0():
     model = tiny.model()
     ids = torch.tensor([[5, *IMAGE, 7, *IMAGE]])

@@ -75,6 +75,9 @@ def test_pictures_of_every_mode_become_what_the_model_takes(processor):
     assert sixteen.mode == "I;16" and pixel(color, sixteen) == [half] * 3
     assert pixel(gray, sixteen) == [half] and pixel(gray, picture((128, 128, 128))) == [half]
     assert pixel(color, RED.convert("P")) == [1, -1, -1]
+    assert pixel(color, transparent.convert("RGBa")) == [1, 1, 1]
+    with pytest.raises(ValueError, match="an array must hold 8 bits, 0 to 255; got uint16"):
+        color(np.zeros((8, 8, 3), dtype=np.uint16))
     with pytest.raises(ValueError, match="floating-point mode 'F' has no known range; pass 8 or 16 bits"):
         color(Image.new("F", (8, 8)))
 

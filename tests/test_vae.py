@@ -265,6 +265,29 @@ def test_what_does_not_fit_is_refused_and_the_model_left_as_it_was(tmp_path):
     assert model.vae is None and model.config.vae_config is None
 
 
+def test_an_attachment_that_fails_leaves_the_model_as_it_was(tmp_path):
+    model, folder = tiny.model(), saved(tmp_path, scaling_factor=0.7)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    for vae in (AutoencoderTiny(), 3):
+        with pytest.raises(ValueError, match=f"or where one lies; got {type(vae).__name__}"):
+            attach_vae(model, vae)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "of_a_newer_version": 1}))
+    attach_vae(tiny.model(), folder)  # what diffusers ignores is ignored
+    weights.unlink()
+    with pytest.raises(OSError):
+        attach_vae(model, folder)
+    assert model.vae is None and model.config.vae_config is None
+
+
+def test_a_gray_autoencoder_has_a_gray_processor():
+    model = tiny.model()
+    attach_vae(model, autoencoder(in_channels=1, out_channels=1, scaling_factor=0.7))
+    processor = TransfusionProcessor.for_model(model, byte_tokenizer())
+    inputs = processor(text=["<image>"], images=[Image.new("RGB", (20, 20), "red")])
+    assert inputs["pixel_values"].shape == (1, 1, 8, 8) and model(**inputs).logits is not None
+
+
 def test_measured_scale_and_shift_make_latents_standard():
     vae = autoencoder()
     batches = [pixels(4), pixels(4)]

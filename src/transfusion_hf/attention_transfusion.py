@@ -464,6 +464,10 @@ def transfusion_varlen_attention(
             f"`varlen_plan` is for {varlen_plan.num_queries} queries and {varlen_plan.num_keys} keys, but there are "
             f"{num_queries} and {num_keys}; make it from these `input_ids`."
         )
+    if torch.is_autocast_enabled(query.device.type):
+        # Rotary embeddings leave queries and keys in float32, values are in the lower precision.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (states.to(dtype) for states in (query, key, value))
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     output = _VarlenAttention.apply(query, key, value, varlen_plan, dim**-0.5 if scaling is None else scaling)
     return output.unflatten(0, (batch, seq)), None

@@ -27,16 +27,16 @@ _PAPER_UNETS: dict[int, tuple[list[int], int]] = {
 _PAPER_HIDDEN_SIZE = 768  # the smallest of the paper's models
 
 
-def paper_vae_config(scaling_factor: float = 1.0, shift_factor: float | None = None) -> dict[str, Any]:
+def paper_vae_config(scaling_factor: float, shift_factor: float | None = None) -> dict[str, Any]:
     """
     The `vae_config` of the paper's autoencoder (§4.1): 8 times smaller sides, 8 channels.
 
     NOTE: the paper says 86M parameters and no more; Stable Diffusion's layout with 8 channels has 83.7M.
 
     Args:
-        scaling_factor (`float`, defaults to 1.0), shift_factor (`float`, *optional*):
+        scaling_factor (`float`), shift_factor (`float`, *optional*):
             Of the latents, as diffusers defines them: (z − shift) · scale. They are known once the autoencoder is
-            trained; `transfusion_hf.vae.measure_latent_scale` measures them.
+            trained; `transfusion_hf.measure_latent_scale` measures them.
     """
     channels = [128, 256, 512, 512]
     return {
@@ -73,7 +73,8 @@ class TransfusionConfig(PreTrainedConfig):
             The decoder, of any supported family. Defaults to a `LlamaConfig` of the paper's smallest size.
         vae_config (`dict`, *optional*):
             The configuration of a diffusers `AutoencoderKL`, with `scaling_factor` and, for latents of 16 channels,
-            `shift_factor`; [`paper_vae_config`] makes the paper's. `None`: the image itself is the latent.
+            `shift_factor`; [`paper_vae_config`] makes the paper's. A model built from it alone has an untrained
+            autoencoder: `attach_vae` puts in a trained one. `None`: the image itself is the latent.
         latent_channels (`int`, defaults to 8):
             Channels of a latent; of the image itself without a VAE.
         sample_size (`int` or pair of `int`, defaults to 32):
@@ -85,8 +86,8 @@ class TransfusionConfig(PreTrainedConfig):
             `patch_size=1` the paper's "none"). `"unet"`: U-Net down and up blocks (§3, Table 7).
         unet_block_out_channels (`list[int]`, *optional*):
             For `"unet"`: channels at each resolution, log2(`patch_size`) + 1 of them. Defaults to a U-Net of 0.27B
-            parameters for a decoder of the paper's sizes (hidden size of 768 or more) and patches of 1, 2, 4 or 8,
-            otherwise to a quarter of the hidden size, and half of it at the last.
+            parameters (0.262 to 0.271) for a decoder of the paper's sizes (hidden size of 768 or more) and patches of
+            1, 2, 4 or 8, otherwise to a quarter of the hidden size, and half of it at the last.
         unet_layers_per_block (`int`, *optional*):
             For `"unet"`: ResNet blocks at each resolution on the way down; one more on the way up.
         unet_norm_num_groups (`int`, defaults to 32, or at most 8 for a small U-Net):
@@ -162,8 +163,6 @@ class TransfusionConfig(PreTrainedConfig):
                 "`text_config` only."
             )
         self.tie_word_embeddings = tied
-        if self.patch_encoder == "unet":
-            self._complete_unet()
         self.validate_transfusion()
 
     def _complete_unet(self) -> None:
@@ -240,7 +239,7 @@ class TransfusionConfig(PreTrainedConfig):
         if missing:
             raise ValueError(
                 f"`vae_config` lacks {', '.join(missing)}. Without the scale of its own latents a model does not "
-                "learn; `transfusion_hf.vae.measure_latent_scale` measures it."
+                "learn; `transfusion_hf.measure_latent_scale` measures it."
             )
         channels, scale, shift = (vae_config.get(key) for key in ("latent_channels", "scaling_factor", "shift_factor"))
         if channels != self.latent_channels:
@@ -249,6 +248,18 @@ class TransfusionConfig(PreTrainedConfig):
             )
         if not isinstance(scale, (int, float)) or not scale > 0:
             raise ValueError(f"`scaling_factor` of `vae_config` must be a positive number; got {scale!r}.")
+        if scale == 0.18215 and channels != 4:
+            raise ValueError(
+                "`scaling_factor` of `vae_config` is 0.18215, which diffusers writes where none was set: it is that of "
+                f"Stable Diffusion's 4 channels, and these are {channels}. Measure it by "
+                "`transfusion_hf.measure_latent_scale`."
+            )
+        for name in ("latents_mean", "latents_std"):
+            if vae_config.get(name) is not None:
+                raise ValueError(
+                    f"`vae_config` normalises each channel by its own `{name}`, which is not supported; only "
+                    "`scaling_factor` and `shift_factor` are."
+                )
         if shift is None and channels == 16:
             raise ValueError(
                 "`vae_config` has no `shift_factor`, but latents of 16 channels, as those of SD 3 (0.0609) and FLUX "
@@ -279,7 +290,9 @@ class TransfusionConfig(PreTrainedConfig):
             raise ValueError(f"`unet_layers_per_block` must be at least 1; got {self.unet_layers_per_block}.")
 
     def validate_transfusion(self) -> None:
-        """Checks every field; called at construction and before saving."""
+        """Checks every field, once the U-Net's are complete. A model does so too, for fields that were set later."""
+        if self.patch_encoder == "unet":
+            self._complete_unet()
         for name in ("latent_channels", "patch_size", "num_train_timesteps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")

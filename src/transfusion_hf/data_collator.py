@@ -87,12 +87,15 @@ class TransfusionDataCollator:
     truncation: bool = False
     return_varlen_plan: bool = False
     # Tokens, and room for them. Shared, so that what the workers of a data loader count is seen here.
-    _filled: torch.Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.long), init=False, repr=False)
+    _filled: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(2, dtype=torch.long), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         self._filled.share_memory_()
-        if self.return_varlen_plan and self.max_length is None:
-            raise ValueError("`return_varlen_plan` is for packs; pass `max_length` too.")
+        for name in ("return_varlen_plan", "truncation"):
+            if getattr(self, name) and self.max_length is None:
+                raise ValueError(f"`{name}` is for packs; pass `max_length` too.")
         for name in ("caption_first_probability", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in 0 to 1; got {getattr(self, name)}.")
@@ -149,10 +152,12 @@ class TransfusionDataCollator:
     def _images_of(feature: dict[str, Any], kind: str) -> list[Any]:
         # `None` where a data set mixes texts with and without images.
         image, several = feature.get("image"), feature.get(kind)
+        if image is not None and several is not None:
+            raise ValueError(f"A sample holds its images in `image` or in `{kind}`; got both.")
         if kind == "latents" and several is not None:
             # Data sets give nested lists.
             tensors = [torch.as_tensor(x, dtype=torch.float32) for x in several]
-            return [torch.stack(tensors)] if tensors[0].ndim == 2 else tensors
+            return [torch.stack(tensors)] if tensors and tensors[0].ndim == 2 else tensors
         return list(several) if several is not None else [] if image is None else [image]
 
     def _arrange(self, text: str, num_images: int) -> tuple[str, int]:
@@ -211,16 +216,19 @@ class TransfusionDataCollator:
         ids, limit = sample["input_ids"], self.max_length
         if len(ids) <= limit:
             return sample
-        starts = (ids == self.processor.image_start_token_id).nonzero()[:, 0].tolist()
-        ends = (ids == self.processor.image_end_token_id).nonzero()[:, 0].tolist()
-        longest = max((end - start + 1 for start, end in zip(starts, ends, strict=False)), default=0)
+        # An image is a run of placeholders between its two tokens, which a text may also hold by themselves.
+        is_patch = ids == self.processor.image_token_id
+        starts = (is_patch & ~is_patch.roll(1)).nonzero()[:, 0].tolist()
+        ends = (is_patch & ~is_patch.roll(-1)).nonzero()[:, 0].tolist()
+        starts, ends = [start - 1 for start in starts], [end + 1 for end in ends]
+        longest = max((end - start + 1 for start, end in zip(starts, ends, strict=True)), default=0)
         if longest > limit or not self.truncation:
             what = f"an image of {longest}" if longest > limit else f"{len(ids)}"
             raise ValueError(
                 f"`max_length` is {limit}, but sample {index} has {what} tokens; raise it, shrink the image, or for "
                 "text pass `truncation=True`."
             )
-        cut = next((start for start, end in zip(starts, ends, strict=False) if start < limit <= end), limit)
+        cut = next((start for start, end in zip(starts, ends, strict=True) if start < limit <= end), limit)
         return {
             "input_ids": ids[:cut],
             "labels": sample["labels"][:cut],
@@ -231,6 +239,8 @@ class TransfusionDataCollator:
         values = feature.get(name)
         if values is None:
             return [default] * num_images
+        if isinstance(values, (bool, int)):
+            values = [values]
         if len(values) != num_images:
             raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(values)}.")
         return list(values)

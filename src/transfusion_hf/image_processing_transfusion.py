@@ -43,14 +43,22 @@ class TransfusionImageProcessor(TorchvisionBackend):
 
     def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs):
         if isinstance(image, Image.Image):
-            image, do_convert_rgb = self._convert(image), False
+            image, do_convert_rgb = self.convert(image), False
+        elif self.do_rescale and str(getattr(image, "dtype", "uint8")).removeprefix("torch.") != "uint8":
+            raise ValueError(
+                f"`images`: an array must hold 8 bits, 0 to 255; got {image.dtype}. Convert it, or pass PIL images, "
+                "or floats in [0, 1] with `do_rescale=False`."
+            )
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
-    def _convert(self, image: Image.Image) -> Image.Image:
+    def convert(self, image: Image.Image) -> Image.Image:
+        """An image of any mode in 8 bits, gray or in colors as the model takes it, transparency laid over white."""
         if image.mode == "F":
             raise ValueError("`images`: an image of floating-point mode 'F' has no known range; pass 8 or 16 bits.")
         if image.mode.startswith("I"):  # 16 bits, which PIL would clip rather than scale
             image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.mode in ("La", "RGBa"):  # premultiplied
+            image = image.convert(image.mode.upper())
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

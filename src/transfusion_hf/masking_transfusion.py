@@ -128,6 +128,7 @@ def check_varlen_plan(
     shape: torch.Size,
     block_ids: torch.LongTensor | None,
     position_ids: torch.LongTensor | None,
+    is_bidirectional: bool = True,
 ) -> None:
     """
     Refuses a plan, handed in by the caller, that was made for other inputs (one device synchronisation).
@@ -138,14 +139,21 @@ def check_varlen_plan(
         shape (`torch.Size`): `(batch, seq)`.
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
         position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
+        is_bidirectional (`bool`, defaults to `True`): `config.bidirectional_image_attention`.
 
     Raises:
-        ValueError: other images or documents, or an attention implementation that uses no plan.
+        ValueError: other images or documents, a plan with images where attention is causal, or an attention
+            implementation that uses no plan.
     """
     if text_config._attn_implementation != VARLEN_ATTENTION:
         raise ValueError(
             f"`varlen_plan` is for `attn_implementation='{VARLEN_ATTENTION}'`; this model runs on "
             f"{text_config._attn_implementation!r}. Have the collator make none, or set that implementation."
+        )
+    if not is_bidirectional and plan.block_ids is not None and bool((plan.block_ids >= 0).any()):
+        raise ValueError(
+            "`varlen_plan` has attention in both directions inside images, which this model has not "
+            "(`bidirectional_image_attention=False`); pass no plan, and the model makes its own."
         )
     document_ids = None if position_ids is None else find_packed_sequence_indices(position_ids.expand(shape))
     for what, own, other, default in (

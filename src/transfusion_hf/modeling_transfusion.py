@@ -145,6 +145,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
 
     def __init__(self, config: TransfusionConfig):
         super().__init__(config)
+        config.validate_transfusion()
         text_config = config.text_config
         if text_config.model_type not in SUPPORTED_TEXT_MODELS:
             raise ValueError(
@@ -217,10 +218,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
             block_ids = image_block_ids(input_ids, self.config.image_token_id)
         hidden_states: Any = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
-        stacks = None if latents is None else stack_images(latents)
+        stacks = None if latents is None else stack_images(latents) or None
         # Under a mask already prepared, a step of generation, there is nothing left to check.
         if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
-            self._check_images(stacks, block_ids, timesteps)
+            self._check_images(stacks, block_ids, timesteps, prediction_mask)
 
         if stacks is not None:
             num_images = sum(len(stack) for stack in stacks)
@@ -240,8 +241,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
             if attention_mask is not None or past_key_values is not None:
                 raise ValueError("`varlen_plan` excludes `attention_mask` and `past_key_values`; pass one of them.")
             if not torch.compiler.is_compiling():
-                text_config, shape = self.config.text_config, hidden_states.shape[:2]
-                check_varlen_plan(varlen_plan, text_config, shape, block_ids if has_blocks else None, position_ids)
+                blocks = block_ids if has_blocks else None
+                is_bidirectional = self.config.bidirectional_image_attention
+                shape = hidden_states.shape[:2]
+                check_varlen_plan(varlen_plan, self.config.text_config, shape, blocks, position_ids, is_bidirectional)
             attention_mask = varlen_plan.to(hidden_states.device)
         elif not is_prepared(attention_mask):
             attention_mask = create_transfusion_mask(
@@ -297,7 +300,11 @@ class TransfusionModel(TransfusionPreTrainedModel):
         return self.patch_decoder(hidden_states, sizes, skips) if sizes else []
 
     def _check_images(
-        self, stacks: list[torch.Tensor] | None, block_ids: torch.LongTensor | None, timesteps: torch.Tensor | None
+        self,
+        stacks: list[torch.Tensor] | None,
+        block_ids: torch.LongTensor | None,
+        timesteps: torch.Tensor | None,
+        prediction_mask: torch.BoolTensor | None,
     ) -> None:
         """Images and blocks must be the same in number and length: the placeholders would be filled wrongly."""
         if stacks is None:
@@ -329,6 +336,11 @@ class TransfusionModel(TransfusionPreTrainedModel):
             raise ValueError(
                 f"`input_ids` has image blocks of {block_lengths} patches but the images have {num_patches}; an image "
                 "needs one placeholder per patch, in one uninterrupted run."
+            )
+        if prediction_mask is not None and (timesteps is None or len(prediction_mask) != len(num_patches)):
+            raise ValueError(
+                f"`prediction_mask` must hold one value for each of {len(num_patches)} images, together with "
+                f"`timesteps`; got {len(prediction_mask)}."
             )
         if timesteps is not None:
             last = self.config.num_train_timesteps - 1 + self.config.first_timestep
@@ -481,10 +493,12 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             raise ValueError("Pass `pixel_values` or `latents`, not both.")
         stacks: list[torch.Tensor] | None = None
         if pixel_values is not None:
-            stacks = self.encode_images(pixel_values)
+            stacks = self.encode_images(pixel_values) or None
         elif latents is not None:
-            stacks = [_at_least_float32(stack) for stack in stack_images(latents)]
+            stacks = [_at_least_float32(stack) for stack in stack_images(latents)] or None
 
+        if labels is not None and prediction_mask is not None:
+            raise ValueError("`prediction_mask` is for inference; in training pass `image_loss_mask`.")
         if labels is None:
             for name, value in (("max_timesteps", max_timesteps), ("image_loss_mask", image_loss_mask)):
                 if value is not None:

@@ -74,12 +74,12 @@ def sincos_positions(height: int, width: int, hidden_size: int) -> torch.Tensor:
 
 
 class KeepFloat32(nn.Module):
-    """Stays in at least float32, whatever dtype the model around it is cast to."""
+    """Keeps its precision where the model around it is cast to less than float32."""
 
     def _apply(self, fn, recurse=True):
         def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            is_rounded = moved.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize
+            is_rounded = moved.is_floating_point() and moved.dtype.itemsize < min(tensor.dtype.itemsize, 4)
             return tensor.to(moved.device) if is_rounded else moved
 
         return super()._apply(keep_float32, recurse)

@@ -139,7 +139,9 @@ class TransfusionProcessor(ProcessorMixin):
 
         if image_processor is None:
             height, width = (side * config.vae_scale_factor for side in config.latent_size)
-            channels = config.latent_channels if config.vae_config is None else 3
+            channels = config.latent_channels
+            if config.vae_config is not None:
+                channels = config.vae_config.get("in_channels", 3)
             image_processor = TransfusionImageProcessor(
                 size={"shortest_edge": min(height, width)} if height == width else {"height": height, "width": width},
                 crop_size={"height": height, "width": width},
@@ -179,6 +181,9 @@ class TransfusionProcessor(ProcessorMixin):
         if isinstance(text, (list, tuple)) and len(text) == 0:
             raise ValueError("`text` must hold at least one text; got an empty list.")
         kwargs.setdefault("padding", not isinstance(text, str))
+        # Empty where a batch happens to have none.
+        images = None if isinstance(images, (list, tuple)) and not images else images
+        latents = None if latents is not None and not len(latents) else latents
         if images is not None and latents is not None:
             raise ValueError("Pass `images` or `latents`, not both.")
         name = "images" if latents is None else "latents"

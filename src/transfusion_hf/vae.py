@@ -1,5 +1,6 @@
 """Gives a Transfusion model its autoencoder: a public one, or one of your own."""
 
+import inspect
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +9,6 @@ import torch
 from diffusers import AutoencoderKL
 
 from .autoencoder_transfusion import TransfusionVAE
-from .configuration_transfusion import vae_arguments
 from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
 
 
@@ -33,23 +33,29 @@ def attach_vae(
         kwargs: For `AutoencoderKL.from_pretrained`: `subfolder`, `revision`, `token` …
 
     Raises:
-        ValueError: another architecture, other channels than the model's, a scale or shift that is missing.
+        ValueError: another architecture, other channels than the model's, a scale or shift that is missing. The model
+            is then left as it was.
 
     Example:
 
     ```python
     >>> attach_vae(model, "black-forest-labs/FLUX.1-dev", subfolder="vae")  # 16 channels, 0.3611, 0.1159
     ```"""
-    if isinstance(vae, AutoencoderKL):
-        defaults = vae.config.get("_use_default_values", [])
-        vae_config = {name: value for name, value in vae.config.items() if name not in defaults}
-    else:
-        vae_config = AutoencoderKL.load_config(vae, **kwargs)
-        if (name := vae_config.get("_class_name", "AutoencoderKL")) not in ("AutoencoderKL", "TransfusionVAE"):
+    if isinstance(vae, (str, os.PathLike)):
+        stored = AutoencoderKL.load_config(vae, **kwargs)
+        if (name := stored.get("_class_name", "AutoencoderKL")) not in ("AutoencoderKL", "TransfusionVAE"):
             raise ValueError(f"`vae` must be an `AutoencoderKL` of diffusers; {vae} holds a `{name}`.")
-        vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32, **kwargs)
-    vae_config = vae_arguments(vae_config)
-    vae_config |= {name: vae.config[name] for name in ("block_out_channels", "latent_channels")}
+        vae = AutoencoderKL.from_pretrained(vae, **{"torch_dtype": torch.float32, **kwargs})
+        given = set(stored)
+    elif isinstance(vae, AutoencoderKL):
+        given = set(vae.config) - set(vae.config.get("_use_default_values", []))
+    else:
+        raise ValueError(
+            f"`vae` must be an `AutoencoderKL` of diffusers, or where one lies; got {type(vae).__name__}."
+        )
+    given |= {"block_out_channels", "latent_channels"}
+    given &= set(inspect.signature(AutoencoderKL).parameters)
+    vae_config = {name: value for name, value in vae.config.items() if name in given}
     for name, value in (("scaling_factor", scaling_factor), ("shift_factor", shift_factor)):
         if value is not None:
             vae_config[name] = value
@@ -60,11 +66,11 @@ def attach_vae(
     before, config.vae_config = config.vae_config, vae_config
     try:
         config.validate_transfusion()
-    except ValueError:
+        attached = TransfusionVAE(**vae_config)
+        attached.load_state_dict(vae.state_dict())
+    except Exception:
         config.vae_config = before
         raise
-    attached = TransfusionVAE(**vae_config)
-    attached.load_state_dict(vae.state_dict())
     model.vae = attached.to(model.device)
     model.reset_noise_scheduler()
 
