@@ -250,8 +250,8 @@ class TransfusionConfig(PreTrainedConfig):
             raise ValueError(f"`scaling_factor` of `vae_config` must be a positive number; got {scale!r}.")
         if scale == 0.18215 and channels != 4:
             raise ValueError(
-                "`scaling_factor` of `vae_config` is 0.18215, which diffusers writes where none was set: it is that of "
-                f"Stable Diffusion's 4 channels, and these are {channels}. Measure it by "
+                "`scaling_factor` of `vae_config` is 0.18215, which diffusers writes where none was set: it is that "
+                f"of Stable Diffusion's 4 channels, and these are {channels}. Measure it by "
                 "`transfusion_hf.measure_latent_scale`."
             )
         for name in ("latents_mean", "latents_std"):
