@@ -1,5 +1,7 @@
 """Guidance with its branches, and the cache of drawing: against plain passes over whole sequences."""
 
+from itertools import pairwise
+
 import pytest
 import tiny
 import torch
@@ -180,6 +182,36 @@ def test_an_exception_in_a_callback_leaves_everything_usable():
         generate(model, prompts([BOS, 4, BOI]), generation_mode="image", callback_on_step_end=fail)
     again = generate(model, prompts([BOS, 4, BOI]), generation_mode="image", generator=generators(1))
     assert torch.equal(again.images[0][0], expected.images[0][0])
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample", "flow_prediction"])
+def test_models_of_every_prediction_type_draw_alike_in_a_batch_and_alone(prediction_type):
+    model = tiny.model(prediction_type=prediction_type, std=0.1)
+    schedulers = [None, "DPMSolverMultistepScheduler"]
+    schedulers.append("FlowMatchEulerDiscreteScheduler" if prediction_type == "flow_prediction" else "DDIMScheduler")
+    rows = [[BOS, 3, 30, BOI], [4, BOI]]
+    for scheduler in schedulers:
+        kwargs = {"generation_mode": "image", "scheduler": scheduler}
+        together = generate(model, prompts(*rows), generator=generators(2), **kwargs)
+        for i, row in enumerate(rows):
+            alone = generate(model, prompts(row), generator=[generators(2)[i]], **kwargs)
+            assert torch.isfinite(alone.images[0][0]).all()
+            torch.testing.assert_close(together.images[i][0], alone.images[0][0], atol=1e-4, rtol=1e-4)
+
+
+def test_flow_matching_equals_euler_steps_by_hand():
+    model, prompt = tiny.model(prediction_type="flow_prediction", std=0.1), [BOS, 5, 6, BOI]
+    output = generate(
+        model, prompts(prompt), generation_mode="image", image_guidance_scale=1.0, scheduler=None,
+        generator=generators(1),
+    )  # fmt: skip
+    x = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    sigmas = [*torch.linspace(1000, 1, STEPS).div(1000).tolist(), 0.0]
+    with torch.no_grad():
+        for sigma, following in pairwise(sigmas):
+            ids, t = torch.tensor([[*prompt, *IMAGE[1:5]]]), torch.tensor([1000 * sigma])
+            x = x + (following - sigma) * model(ids, latents=x, timesteps=t).image_predictions[0]
+    torch.testing.assert_close(output.images[0][0], x[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

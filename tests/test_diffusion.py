@@ -126,7 +126,7 @@ def test_a_perfect_and_a_slightly_wrong_model_draw_the_right_mean_and_spread(pre
         x_t = scheduler.step(
             best_prediction(noise_scheduler, prediction_type, x_in, float(t), error), t, x_t, **kwargs
         ).prev_sample
-    assert abs(float(x_t.mean()) - MEAN) < 0.05 + 30 * error * (error > 0) * 0.2
+    assert abs(float(x_t.mean()) - MEAN) < (0.1 if error else 0.05)
     assert abs(float(x_t.std()) - STD) < 0.05
 
 

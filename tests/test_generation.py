@@ -405,6 +405,17 @@ def test_no_repeat_ngram_size_reads_each_row_with_its_images(text):
         assert len(pairs) == len(set(pairs))
 
 
+def test_max_images_keeps_a_row_from_drawing_more():
+    model, inputs = tiny.model(), prompts([3, 30], [4, 30], [6, 30])
+    scripts = {3: [BOI, BOI, BOI, 7, EOS], 4: [10, BOI, 11, EOS], 6: [12, EOS]}
+    kwargs = {"logits_processor": LogitsProcessorList([Script(scripts)]), "max_new_tokens": 30}
+    for most in (0, 1, 2):
+        output = generate(model, inputs, max_images=most, **kwargs)
+        assert [len(row) for row in output.images] == [most, min(most, 1), 0]
+    with pytest.raises(ValueError, match="`max_images` must be 0 or more, or None; got -1"):
+        generate(model, inputs, max_images=-1)
+
+
 def test_stopping_criteria_of_the_user_end_a_row_for_good():
     class StopAt9(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):

@@ -13,6 +13,7 @@ from transfusion_hf import (
     TransfusionForCausalLMAndDiffusion,
     TransfusionModel,
 )
+from transfusion_hf.diffusion_transfusion import sample_noise, sample_timesteps
 
 IMAGE = [BOI] + [IMG] * 4 + [EOI]
 # Overrides that make the families' heads differ from a bare matrix, and their sliding layers slide.
@@ -201,6 +202,30 @@ def test_images_of_several_sizes_in_one_batch_equal_each_alone(options):
         for i, row in enumerate(rows):
             alone = model(torch.tensor([row]), latents=latents[i][None], timesteps=timesteps[i : i + 1])
             torch.testing.assert_close(together.image_predictions[i], alone.image_predictions[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+def test_each_prediction_type_trains_on_its_target(prediction_type):
+    """x_t and the target by hand, in float64, from the ε and t that the seeds draw."""
+    model = tiny.model(prediction_type=prediction_type)
+    ids, x_0 = torch.tensor([[5, *IMAGE, 7, *IMAGE]]), images(2)
+    labels, seeds = torch.where(ids >= IMG, -100, ids), [1, 2]
+    output = model(ids, latents=x_0, labels=labels, noise_seeds=seeds, image_loss_mask=torch.tensor([True, True]))
+    (eps,) = sample_noise([x_0], seeds)
+    is_flow = prediction_type == "flow_prediction"
+    t = sample_timesteps(torch.tensor([1000, 1000]), seeds) + is_flow
+    if is_flow:
+        a, b = 1 - t / 1000, t / 1000
+    else:
+        a = model.noise_scheduler.alphas_cumprod[t].sqrt()
+        b = (1 - a**2).sqrt()
+    a, b = a[:, None, None, None], b[:, None, None, None]
+    target = {"epsilon": eps, "v_prediction": a * eps - b * x_0, "sample": x_0, "flow_prediction": eps - x_0}
+    predicted = model(ids, latents=a * x_0 + b * eps, timesteps=t).image_predictions
+    expected = (torch.stack(predicted) - target[prediction_type]).square().mean()
+    torch.testing.assert_close(output.diffusion_loss, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match=f"`timesteps` must lie in 0 to {999 + is_flow}"):
+        model(ids, latents=x_0, labels=labels, timesteps=torch.tensor([0, 1001]))
 
 
 @pytest.mark.parametrize("patch_encoder", ["linear", "unet"])

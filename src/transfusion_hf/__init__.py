@@ -41,6 +41,7 @@ from .modeling_transfusion import (  # noqa: E402
     TransfusionPreTrainedModel,
 )
 from .processing_transfusion import TransfusionProcessor, make_labels  # noqa: E402
+from .streamers import StreamedImage, TransfusionStreamer  # noqa: E402
 from .trainer import TransfusionEMACallback  # noqa: E402
 from .vae import attach_vae, measure_latent_scale  # noqa: E402
 
@@ -64,6 +65,8 @@ __all__ = [
     "TransfusionModel",
     "TransfusionPreTrainedModel",
     "TransfusionProcessor",
+    "TransfusionStreamer",
+    "StreamedImage",
     "attach_vae",
     "make_labels",
     "measure_latent_scale",

@@ -14,8 +14,16 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.utils import logging
 
-from .diffusion_transfusion import first_noise, guide, make_sampling_scheduler, model_input, sampling_step_kwargs
+from .diffusion_transfusion import (
+    first_noise,
+    guide,
+    make_sampling_scheduler,
+    model_input,
+    predicted_x_0,
+    sampling_step_kwargs,
+)
 from .masking_transfusion import create_transfusion_mask, image_block_ids
 
 
@@ -276,7 +284,8 @@ class DenoisingLoop:
         x_t = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
         x_t = first_noise(scheduler, x_t)
         num_steps = len(scheduler.timesteps)
-        for i, t in enumerate(scheduler.timesteps):
+        steps = logging.tqdm(scheduler.timesteps, desc="draw", leave=False, disable=not config.progress_bar)
+        for i, t in enumerate(steps):
             x_in = model_input(scheduler, x_t, t)
             is_guided = config.guidance_start <= i / num_steps < config.guidance_end
             num_contexts = 1 + len(self.branches) if is_guided else 1
@@ -284,11 +293,18 @@ class DenoisingLoop:
             eps = predictions[0]
             if num_contexts > 1:
                 eps = self.branches.combine(predictions, config.guidance_rescale)
+            self._preview(i + 1, num_steps, x_in, eps, t)
             x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
             if config.callback_on_step_end is not None:
                 changed = config.callback_on_step_end(self.model, i, t, {"latents": x_t})
                 x_t = (changed or {}).get("latents", x_t)
         return x_t
+
+    def _preview(self, step: int, num_steps: int, x_in: torch.Tensor, prediction: torch.Tensor, t) -> None:
+        interval = getattr(self.decoder.streamer, "preview_interval", None)
+        if interval is not None and step % interval == 0 and step < num_steps:
+            x_0 = predicted_x_0(self.model.noise_scheduler, x_in[:1], prediction[:1], t)
+            self.decoder.streamer.put_image(self.model.decode_latents(x_0)[0], step, num_steps)
 
     def _predict(self, x_t: torch.Tensor, t: torch.Tensor, num_contexts: int) -> torch.Tensor:
         """One pass: ε of every row in its first contexts, `(rows · num_contexts, channels, height, width)`."""

@@ -192,6 +192,31 @@ def prediction_targets(
     return list(x_0 if prediction_type == "sample" else eps)
 
 
+def predicted_x_0(
+    noise_scheduler: SchedulerMixin, x_t: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """
+    What x_t is on the way to, by the model's prediction.
+
+    Args:
+        noise_scheduler (`SchedulerMixin`): That of the training.
+        x_t (`torch.Tensor` of shape `(num_images, channels, height, width)`), prediction (`torch.Tensor`): At one t.
+        t (`torch.Tensor` of shape `()`)
+    """
+    if is_flow(noise_scheduler):
+        return x_t - t / noise_scheduler.config.num_train_timesteps * prediction
+    alpha_bar = noise_scheduler.alphas_cumprod[int(t)].to(x_t)
+    a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    prediction_type = noise_scheduler.config.prediction_type
+    if prediction_type == "sample":
+        x_0 = prediction
+    elif prediction_type == "v_prediction":
+        x_0 = a * x_t - b * prediction
+    else:
+        x_0 = (x_t - b * prediction) / a
+    return x_0.clamp(-1, 1) if noise_scheduler.config.clip_sample else x_0
+
+
 def image_losses(predictions: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
     """
     The mean squared error of each image (Eq. 3).

@@ -54,6 +54,8 @@ DRAWING_DEFAULTS: dict[str, Any] = {
     "guidance_start": 0.0,
     "guidance_end": 1.0,
     "guidance_rescale": 0.0,
+    "max_images": None,
+    "progress_bar": False,
     "height": None,
     "width": None,
     "scheduler": None,
@@ -113,6 +115,8 @@ class TransfusionGenerationMixin(GenerationMixin):
             guidance_start (`float`, defaults to 0.0), guidance_end (`float`, defaults to 1.0):
                 The fractions of the steps between which there is guidance; the others cost one context.
             guidance_rescale (`float`, defaults to 0.0): φ of arXiv 2305.08891, against overexposure.
+            max_images (`int`, *optional*): Images that a row may draw; then `<BOI>` is suppressed in it.
+            progress_bar (`bool`, defaults to `False`): Whether to show one for the denoising steps.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each denoising step, as diffusers does, with the model, the number of the step, t, and
                 `{"latents": x_t}` of the rows that draw; what it returns under `"latents"` takes its place.
@@ -262,6 +266,9 @@ class TransfusionGenerationMixin(GenerationMixin):
                 "`guidance_start` and `guidance_end` must be fractions of the steps, 0 ≤ start ≤ end ≤ 1; got "
                 f"{start} and {end}."
             )
+        max_images = generation_config.max_images
+        if max_images is not None and max_images < 0:
+            raise ValueError(f"`max_images` must be 0 or more, or None; got {max_images}.")
         if not 0 <= generation_config.guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` must lie in 0 to 1; got {generation_config.guidance_rescale}.")
         scale = generation_config.input_image_guidance_scale
@@ -388,6 +395,21 @@ class _MinNewTokens(LogitsProcessor):
         too_short = self.rows.num_new < self.min_new_tokens
         scores = scores.clone()
         scores[:, self.eos_token_id] = scores[:, self.eos_token_id].masked_fill(too_short[:, None], -torch.inf)
+        return scores
+
+
+class _MaxImages(LogitsProcessor):
+    """Keeps `<BOI>` out of rows that have drawn as many images as they may."""
+
+    def __init__(self, images: list[list[torch.Tensor]], max_images: int, boi: int):
+        self.images = images
+        self.max_images = max_images
+        self.boi = boi
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        has_all = torch.tensor([len(row) >= self.max_images for row in self.images], device=scores.device)
+        scores = scores.clone()
+        scores[:, self.boi] = scores[:, self.boi].masked_fill(has_all, -torch.inf)
         return scores
 
 
@@ -532,6 +554,9 @@ class _InterleavedDecoder:
         eos_token_id = self.generation_config._eos_token_tensor
         if self.min_new_tokens > 0 and eos_token_id is not None:
             processors.append(_MinNewTokens(self.rows, self.min_new_tokens, eos_token_id))
+        if self.generation_config.max_images is not None:
+            boi = self.config.image_start_token_id
+            processors.append(_MaxImages(self.images, self.generation_config.max_images, boi))
         processors = self.model._with_generator(processors, self.generation_config, self.rows)
         criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, MaxLengthCriteria))
         end = _EndOfText(criteria, self.rows, self.config.image_start_token_id, self.max_new_tokens)
@@ -631,6 +656,9 @@ class _InterleavedDecoder:
             [self.config.image_token_id] * self.num_patches + [self.config.image_end_token_id]
         )
         ends_here = self.generation_config.generation_mode == "image"
+        if hasattr(self.streamer, "put_image"):
+            num_steps = self.generation_config.num_inference_steps
+            self.streamer.put_image(images[0], num_steps, num_steps)
         for i, row in enumerate(parked):
             self._append(row, image)
             self.images[row].append(images[i])
