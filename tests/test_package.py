@@ -48,6 +48,7 @@ MAY_IMPORT = {
     },
     "image_processing_transfusion": set(),
     "processing_transfusion": {"image_processing"},
+    "pipelines_transfusion": {"processing"},
 }
 MAY_IMPORT = {
     name: {f"{n.removesuffix('_transfusion')}_transfusion" for n in names} for name, names in MAY_IMPORT.items()
@@ -73,7 +74,7 @@ def test_imports_run_one_way(file):
 
 
 def test_every_travelling_file_is_reached_from_the_model_or_the_processor():
-    reached, todo = set(), ["modeling_transfusion", "processing_transfusion"]
+    reached, todo = set(), ["modeling_transfusion", "processing_transfusion", "pipelines_transfusion"]
     while todo:
         name = todo.pop()
         reached.add(name)

@@ -40,6 +40,11 @@ from .modeling_transfusion import (  # noqa: E402
     TransfusionModel,
     TransfusionPreTrainedModel,
 )
+from .pipelines_transfusion import (  # noqa: E402
+    InterleavedGenerationPipeline,
+    TextToImagePipeline,
+    TransfusionPipeline,
+)
 from .processing_transfusion import TransfusionProcessor, make_labels  # noqa: E402
 from .streamers import StreamedImage, TransfusionStreamer  # noqa: E402
 from .trainer import TransfusionEMACallback  # noqa: E402
@@ -64,6 +69,9 @@ __all__ = [
     "TransfusionImageProcessor",
     "TransfusionModel",
     "TransfusionPreTrainedModel",
+    "InterleavedGenerationPipeline",
+    "TextToImagePipeline",
+    "TransfusionPipeline",
     "TransfusionProcessor",
     "TransfusionStreamer",
     "StreamedImage",

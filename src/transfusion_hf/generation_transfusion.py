@@ -100,7 +100,8 @@ class TransfusionGenerationMixin(GenerationMixin):
                 The images of the prompts, of all rows in order; `latents` likewise.
             generation_mode (`str`, *optional*, defaults to `"interleaved"`):
                 `"interleaved"`: text, and an image wherever the model says `<BOI>`. `"text"`: `<BOI>` is suppressed.
-                `"image"`: one image for each prompt, at once. A prompt that ends at `<BOI>` draws at once, too.
+                `"image"`: one image for each prompt, at once. A prompt that ends at `<BOI>` draws at once, too. With
+                `return_dict_in_generate=False` given, which asks for ids alone, the default is `"text"`.
             num_inference_steps (`int`, *optional*, defaults to 250): Denoising steps per image, 1 to T.
             image_guidance_scale (`float`, *optional*, defaults to 3.0):
                 Classifier-free guidance of images; 1 is off and costs nothing. The unconditional context is `<BOI>`,
@@ -155,6 +156,9 @@ class TransfusionGenerationMixin(GenerationMixin):
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
         names = [*DRAWING_DEFAULTS, "generator", "callback_on_step_end"]
         ours = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
+        if kwargs.get("return_dict_in_generate") is False and "generation_mode" not in ours:
+            # Whoever asks for a bare tensor, as transformers' image-text-to-text pipeline does, wants text.
+            ours["generation_mode"] = "text"
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name in names:
             stored = getattr(generation_config, name, None)

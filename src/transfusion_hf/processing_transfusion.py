@@ -37,6 +37,30 @@ def make_labels(
     return input_ids.masked_fill(~has_loss, -100)
 
 
+# Where the tokenizer has none.
+_PLAIN_CHAT_TEMPLATE = (
+    "{%- for message in messages -%}{{ message['role'] }}: {{ message['content'] }}\n{% endfor -%}"
+    "{%- if add_generation_prompt -%}assistant: {%- endif -%}"
+)
+
+
+def _chat_template(template: str, image_token: str) -> str:
+    """A template for text alone as one for messages whose content is a list of texts and images."""
+    flatten = (
+        "{%- set flat = namespace(messages=[]) -%}"
+        "{%- for message in messages -%}"
+        "{%- if message['content'] is string -%}{%- set flat.messages = flat.messages + [message] -%}"
+        "{%- else -%}{%- set content = namespace(text='') -%}"
+        "{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'image' -%}{%- set content.text = content.text + IMAGE -%}"
+        "{%- else -%}{%- set content.text = content.text + part['text'] -%}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}{%- endif -%}"
+        "{%- endfor -%}{%- set messages = flat.messages -%}"
+    )
+    return flatten.replace("IMAGE", repr(image_token)) + template
+
+
 class TransfusionProcessor(ProcessorMixin):
     r"""
     Wraps a tokenizer and a [`TransfusionImageProcessor`].
@@ -52,7 +76,9 @@ class TransfusionProcessor(ProcessorMixin):
         image_token (`str`, defaults to `"<image>"`)
         image_start_token (`str`, defaults to `"<BOI>"`)
         image_end_token (`str`, defaults to `"<EOI>"`)
-        chat_template (`str`, *optional*)
+        chat_template (`str`, *optional*):
+            Defaults to the tokenizer's, with images, of the user and of the model, where their messages have them; and
+            without one to plain `role: content` lines.
 
     Raises:
         ValueError: the tokenizer lacks one of the three tokens.
@@ -89,6 +115,9 @@ class TransfusionProcessor(ProcessorMixin):
         self.image_token_id = vocabulary[image_token]
         self.image_start_token_id = vocabulary[image_start_token]
         self.image_end_token_id = vocabulary[image_end_token]
+        if chat_template is None:
+            own = getattr(tokenizer, "chat_template", None)
+            chat_template = _chat_template(own if isinstance(own, str) else _PLAIN_CHAT_TEMPLATE, image_token)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod

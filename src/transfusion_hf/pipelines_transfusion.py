@@ -1,0 +1,226 @@
+"""
+Pipelines: transformers' tasks `"text-to-image"` and `"interleaved-generation"`, and one with the manners of diffusers.
+transformers' own `"any-to-any"`, `"image-text-to-text"` and `"text-generation"` work as they are.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from PIL import Image
+from transformers import AutoModelForMultimodalLM, AutoProcessor, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
+
+from .processing_transfusion import TransfusionProcessor
+
+
+class _GeneratingPipeline(Pipeline):
+    """Prompts go through the processor and `generate()` together; what it takes, a call takes."""
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+    _pipeline_calls_generate = True
+    generation_mode: str
+
+    def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
+        return {}, kwargs, {}
+
+    def preprocess(self, inputs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        return dict(self.processor(**inputs))
+
+    def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
+        generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
+        output = self.model.generate(**model_inputs, generation_mode=self.generation_mode, **generate_kwargs)
+        return {"output": output, "prompt_length": model_inputs["input_ids"].shape[1]}
+
+
+class TextToImagePipeline(_GeneratingPipeline):
+    r"""
+    The task `"text-to-image"`: an image for each prompt.
+
+    Example:
+
+    ```python
+    >>> draw = pipeline("text-to-image", model="outputs/quickstart/model")
+    >>> draw("a handwritten seven", num_inference_steps=50)
+    <PIL.Image.Image>
+    ```"""
+
+    generation_mode = "image"
+
+    def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> Image.Image | list[Image.Image]:
+        """
+        Args:
+            text (`str` or `list[str]`): Prompts, drawn together.
+            images (*optional*): Those that the prompts mark, for editing.
+            kwargs: As for `generate()`.
+        """
+        prompts = [text] if isinstance(text, str) else list(text)
+        drawn = super().__call__({"text": prompts, "images": images}, **kwargs)
+        return drawn[0] if isinstance(text, str) and len(drawn) == 1 else drawn
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[Image.Image]:
+        return self.processor.post_process_multimodal_output(model_outputs["output"], generation_mode="image")
+
+
+class InterleavedGenerationPipeline(_GeneratingPipeline):
+    r"""
+    The task `"interleaved-generation"`: for each prompt what the model writes and draws, in order.
+
+    Example:
+
+    ```python
+    >>> tell = pipeline("interleaved-generation", model="outputs/quickstart/model")
+    >>> tell("a handwritten")
+    [' seven', <PIL.Image.Image>]
+    ```"""
+
+    generation_mode = "interleaved"
+
+    def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> list[Any]:
+        """
+        Args:
+            text (`str` or `list[str]`): Prompts, continued together.
+            images (*optional*): Those that the prompts mark, in order.
+            kwargs: As for `generate()`.
+
+        Returns:
+            `list[str | PIL.Image.Image]` for one prompt, a list of those for several.
+        """
+        prompts = [text] if isinstance(text, str) else list(text)
+        documents = super().__call__({"text": prompts, "images": images}, **kwargs)
+        return documents[0] if isinstance(text, str) and len(documents) == 1 else documents
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[list[str | Image.Image]]:
+        output = model_outputs["output"]
+        return self.processor.decode_interleaved(output.sequences[:, model_outputs["prompt_length"] :], output.images)
+
+
+class TransfusionPipeline:
+    r"""
+    Draws as the pipelines of diffusers do.
+
+    Args:
+        model (`TransfusionForCausalLMAndDiffusion`)
+        processor (`TransfusionProcessor`)
+
+    Example:
+
+    ```python
+    >>> pipe = TransfusionPipeline.from_pretrained("outputs/quickstart/model").to("cuda")
+    >>> pipe("a handwritten seven", num_inference_steps=50, guidance_scale=3.0).images[0]
+    ```"""
+
+    def __init__(self, model: Any, processor: TransfusionProcessor):
+        self.model = model
+        self.processor = processor
+        self._progress_bar = True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "TransfusionPipeline":
+        """Loads a checkpoint of transformers; `kwargs` are those of the model's `from_pretrained`."""
+        model = AutoModelForMultimodalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        names = ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only")
+        of_files = {name: kwargs[name] for name in names if name in kwargs}
+        return cls(model, AutoProcessor.from_pretrained(pretrained_model_name_or_path, **of_files))
+
+    def save_pretrained(self, save_directory: str) -> None:
+        self.model.save_pretrained(save_directory)
+        self.processor.save_pretrained(save_directory)
+
+    def to(self, *args: Any, **kwargs: Any) -> "TransfusionPipeline":
+        self.model.to(*args, **kwargs)
+        return self
+
+    def set_progress_bar_config(self, disable: bool = False) -> None:
+        self._progress_bar = not disable
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
+        num_images_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        image: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        **kwargs: Any,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """
+        Args:
+            prompt (`str` or `list[str]`)
+            height (`int`, *optional*), width (`int`, *optional*): Pixels; default the model's size.
+            num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*):
+                Default those of the model's generation config.
+            negative_prompt (`str` or `list[str]`, *optional*): One for all or one for each prompt.
+            num_images_per_prompt (`int`, defaults to 1): Images of a prompt stand together.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all, or one for each image.
+            image (*optional*): The images that the prompts mark, for editing.
+            output_type (`str`, defaults to `"pil"`): `"pt"`: `(num_images, channels, height, width)` in [0, 1].
+            return_dict (`bool`, defaults to `True`): Whether not to return a tuple.
+            callback_on_step_end (`Callable`, *optional*): Called with this pipeline, the step, t and the latents.
+            kwargs: As for `generate()`.
+
+        Raises:
+            ValueError: an unknown `output_type`, and what `generate()` refuses.
+        """
+        if output_type not in ("pil", "pt"):
+            raise ValueError(f"`output_type` must be 'pil' or 'pt'; got {output_type!r}.")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if negative_prompt is not None:
+            negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
+            negatives = [text for text in negatives for _ in range(num_images_per_prompt if len(negatives) > 1 else 1)]
+            negative = self.processor(text=negatives).to(self.model.device)
+            kwargs["negative_prompt_ids"] = negative["input_ids"]
+            kwargs["negative_prompt_attention_mask"] = negative["attention_mask"]
+        if callback_on_step_end is not None:
+            kwargs["callback_on_step_end"] = lambda _, *args: callback_on_step_end(self, *args)
+        if num_images_per_prompt > 1:
+            pictures = None if image is None else self._by_prompt(prompts, image)
+            image = (
+                None
+                if pictures is None
+                else [p for row in pictures for _ in range(num_images_per_prompt) for p in row]
+            )
+            prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        output = self.model.generate(
+            **self.processor(text=prompts, images=image).to(self.model.device),
+            generation_mode="image",
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            image_guidance_scale=guidance_scale,
+            generator=generator,
+            progress_bar=self._progress_bar,
+            **kwargs,
+        )
+        images: Any = [row[0] for row in output.images]
+        if output_type == "pil":
+            images = self.processor.image_processor.postprocess(images)
+        else:
+            images = torch.stack(images).add(1).div(2).clamp(0, 1)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _by_prompt(self, prompts: list[str], images: Any) -> list[list[Any]]:
+        pictures = iter(images if isinstance(images, (list, tuple)) else [images])
+        return [[next(pictures) for _ in range(text.count(self.processor.image_token))] for text in prompts]
+
+
+for _task, _class in (
+    ("text-to-image", TextToImagePipeline),
+    ("interleaved-generation", InterleavedGenerationPipeline),
+):
+    PIPELINE_REGISTRY.register_pipeline(
+        _task, pipeline_class=_class, pt_model=AutoModelForMultimodalLM, type="multimodal"
+    )
+
+
+__all__ = ["InterleavedGenerationPipeline", "TextToImagePipeline", "TransfusionPipeline"]

@@ -1,0 +1,137 @@
+"""transformers' pipelines unchanged, our own tasks, and the one with the manners of diffusers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from make_tiny_transfusion import byte_tokenizer
+from PIL import Image
+from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
+
+from transfusion_hf import TransfusionPipeline, TransfusionProcessor
+
+TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
+RED = Image.new("RGB", (8, 8), "red")
+QUICK = {"num_inference_steps": 3}
+CHAT = [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "what"}]}]
+
+
+@pytest.fixture(scope="module")
+def any_to_any():
+    return pipeline("any-to-any", model=TINY)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForMultimodalLM.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(TINY)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_any_to_any_writes(any_to_any, model, processor):
+    inputs = processor(text=["<image>what"], images=[RED])
+    expected = model.generate(**inputs, max_new_tokens=5, generation_mode="text")[:, inputs["input_ids"].shape[1] :]
+    (result,) = any_to_any(
+        text="<image>what", images=RED, max_new_tokens=5, generation_mode="text", return_full_text=False
+    )
+    assert result["generated_text"] == processor.batch_decode(expected, skip_special_tokens=True)[0]
+
+
+def test_any_to_any_draws_one_image_for_each_prompt(any_to_any, model, processor):
+    results = any_to_any(
+        text=["draw", "red it"], generation_mode="image", generate_kwargs={**QUICK, "generator": seeded()}
+    )
+    inputs = processor(text=["draw", "red it"])
+    expected = model.generate(**inputs, generation_mode="image", generator=seeded(), **QUICK)
+    for result, image in zip(
+        results, processor.post_process_multimodal_output(expected, generation_mode="image"), strict=True
+    ):
+        assert result["generated_image"].tobytes() == image.tobytes()
+
+
+@pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
+def test_chats_with_images_are_answered(task):
+    kwargs = {"generation_mode": "text"} if task == "any-to-any" else {}
+    (result,) = pipeline(task, model=TINY)(text=CHAT, max_new_tokens=5, **kwargs)
+    question, answer = result["generated_text"]
+    assert question == CHAT[0] and answer["role"] == "assistant" and isinstance(answer["content"], str)
+
+
+def test_text_generation_and_image_text_to_text_work(model):
+    (result,) = pipeline("text-generation", model=TINY)("draw", max_new_tokens=5, do_sample=False)
+    assert result["generated_text"].startswith("draw") and len(result["generated_text"]) > 4
+    results = pipeline("image-text-to-text", model=TINY)(
+        text=["<image>what", "<image>this"], images=[RED, RED], max_new_tokens=5
+    )
+    assert len(results) == 2
+
+
+def test_text_to_image_returns_pil_images(model, processor):
+    draw = pipeline("text-to-image", model=TINY)
+    image = draw("draw", generator=seeded(), **QUICK)
+    expected = model.generate(**processor(text=["draw"]), generation_mode="image", generator=seeded(), **QUICK)
+    assert image.tobytes() == processor.image_processor.postprocess(expected.images[0])[0].tobytes()
+    assert [picture.size for picture in draw(["draw", "red"], height=4, width=8, **QUICK)] == [(8, 4)] * 2
+    assert isinstance(draw("make <image> blue", images=[RED], **QUICK), Image.Image)
+
+
+def test_interleaved_generation_returns_what_is_new_in_order(model, processor):
+    tell = pipeline("interleaved-generation", model=TINY)
+    prompt = "draw <BOI>"
+    document = tell(prompt, max_new_tokens=24, **QUICK)
+    assert isinstance(document[0], Image.Image) and all(isinstance(part, str) for part in document[1:])
+    documents = tell([prompt, "a <image> b"], images=[RED], max_new_tokens=24, max_images=1, **QUICK)
+    assert len(documents) == 2 and sum(isinstance(part, Image.Image) for part in documents[0]) == 1
+
+
+def test_the_pipeline_with_the_manners_of_diffusers(model, processor, tmp_path):
+    pipe, seen = TransfusionPipeline.from_pretrained(TINY), []
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(
+        ["draw", "red"], height=8, width=4, guidance_scale=2.0, negative_prompt="blue", num_images_per_prompt=2,
+        generator=[torch.Generator().manual_seed(i) for i in range(4)],
+        callback_on_step_end=lambda pipe_, step, t, kwargs: seen.append((pipe_ is pipe, step)), **QUICK,
+    ).images  # fmt: skip
+    assert [image.size for image in images] == [(4, 8)] * 4 and seen == [(True, 0), (True, 1), (True, 2)]
+    negative = processor(text=["blue"])
+    expected = model.generate(
+        **processor(text=["red"]), generation_mode="image", height=8, width=4, image_guidance_scale=2.0,
+        negative_prompt_ids=negative["input_ids"], generator=torch.Generator().manual_seed(3), **QUICK,
+    )  # fmt: skip
+    (last,) = processor.image_processor.postprocess(expected.images[0])
+    difference = torch.tensor(list(images[3].tobytes())).float() - torch.tensor(list(last.tobytes())).float()
+    assert difference.abs().max() <= 1  # a rounding of 8 bits
+    (tensor,) = pipe("draw", output_type="pt", return_dict=False, **QUICK)
+    assert tensor.shape == (1, 3, 8, 8) and 0 <= tensor.min() and tensor.max() <= 1
+    edited = pipe(["<image>a", "b<image>"], image=[RED, RED], num_images_per_prompt=2, **QUICK).images
+    assert len(edited) == 4
+    pipe.save_pretrained(tmp_path)
+    again = TransfusionPipeline.from_pretrained(tmp_path).to("cpu")
+    again.set_progress_bar_config(disable=True)
+    pair = [p("draw", generator=seeded(), **QUICK).images[0].tobytes() for p in (pipe, again)]
+    assert pair[0] == pair[1]
+    with pytest.raises(ValueError, match="`output_type` must be 'pil' or 'pt'; got 'np'"):
+        pipe("draw", output_type="np")
+
+
+def test_a_chat_template_of_the_tokenizer_gets_images_in_both_directions():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}|{{ m.content }}]{% endfor %}{% if add_generation_prompt %}[bot|{% endif %}"
+    model = AutoModelForMultimodalLM.from_pretrained(TINY)
+    processor = TransfusionProcessor.for_model(model, tokenizer)
+    chat = [
+        *CHAT,
+        {"role": "assistant", "content": [{"type": "text", "text": "this "}, {"type": "image", "image": RED}]},
+        {"role": "user", "content": "thanks"},
+    ]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    assert text == "[user|<image>what][assistant|this <image>][user|thanks][bot|"
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    assert len(inputs["pixel_values"]) == 2
