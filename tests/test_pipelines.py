@@ -123,7 +123,8 @@ def test_the_pipeline_with_the_manners_of_diffusers(model, processor, tmp_path):
 
 def test_a_chat_template_of_the_tokenizer_gets_images_in_both_directions():
     tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}|{{ m.content }}]{% endfor %}{% if add_generation_prompt %}[bot|{% endif %}"
+    messages = "{% for m in messages %}[{{ m.role }}|{{ m.content }}]{% endfor %}"
+    tokenizer.chat_template = messages + "{% if add_generation_prompt %}[bot|{% endif %}"
     model = AutoModelForMultimodalLM.from_pretrained(TINY)
     processor = TransfusionProcessor.for_model(model, tokenizer)
     chat = [

@@ -1,0 +1,66 @@
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from transfusion_hf.cli import main
+
+TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    file = tmp_path / "red.png"
+    Image.new("RGB", (20, 20), "red").save(file)
+    return str(file)
+
+
+def test_draw_writes_a_picture_that_the_seed_decides(tmp_path, capsys):
+    files = [tmp_path / "new" / f"{name}.png" for name in "abc"]
+    for file, seed in zip(files, (0, 0, 1), strict=True):
+        arguments = ["draw", TINY, "a seven", "-o", str(file), "--num_inference_steps", "3", "--seed", str(seed)]
+        assert main([*arguments, "--device", "cpu", "--guidance_scale", "2", "--scheduler", "DDIMScheduler"]) == 0
+    assert capsys.readouterr().out.split() == [str(file) for file in files]
+    first, second, third = (Image.open(file).tobytes() for file in files)
+    assert first == second != third and Image.open(files[0]).size == (8, 8)
+
+
+def test_caption_prints_text(picture, capsys):
+    assert main(["caption", TINY, picture, "--device", "cpu", "--max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out.strip()
+
+
+def test_edit_writes_a_picture(tmp_path, picture):
+    output = tmp_path / "out.png"
+    command = ["edit", TINY, picture, "make it blue", "-o", str(output), "--num_inference_steps", "2"]
+    assert main([*command, "--device", "cpu", "--input_image_guidance_scale", "1.5", "--width", "4"]) == 0
+    assert Image.open(output).size == (4, 8)
+
+
+def test_chat_answers_and_shows_pictures(tmp_path, picture, capsys, monkeypatch):
+    lines = f"hello\n/image {picture}\n/image {tmp_path / 'none.png'}\nwhat is it?\n\n/quit\nnever read\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    command = ["chat", TINY, "--device", "cpu", "--max_new_tokens", "4", "-o", str(tmp_path / "c.png")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "/quit" in printed and "none.png is no picture that can be read" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["draw", TINY, "a", "--num_inference_steps", "0"], "`num_inference_steps` must be 1 to 1000; got 0"),
+        (["draw", TINY, "a", "--scheduler", "None"], "`scheduler` must name a scheduler of diffusers"),
+        (["caption", TINY, "nowhere.png"], "nowhere.png is no picture that can be read"),
+        (["draw", "/nowhere/at/all", "a"], "nowhere"),
+    ],
+)
+def test_errors_are_one_line_and_an_exit_status(arguments, message, capsys):
+    assert main([*arguments, "--device", "cpu"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_command_is_needed():
+    with pytest.raises(SystemExit):
+        main([])
