@@ -147,12 +147,12 @@ def test_drawing_allocates_its_cache_once_and_never_copies_the_prefix(monkeypatc
 
     def spy(self, *args, **kwargs):
         result = update(self, *args, **kwargs)
-        storages.append(result[0].untyped_storage().data_ptr())
+        storages.extend(states.untyped_storage().data_ptr() for states in result)
         return result
 
     monkeypatch.setattr(DrawingLayer, "update", spy)
     generate(model, prompts([BOS, 4, 30, BOI]), generation_mode="image")
-    assert len(set(storages)) == model.config.text_config.num_hidden_layers
+    assert len(set(storages)) == 2 * model.config.text_config.num_hidden_layers
     assert len(storages) >= STEPS * len(set(storages))
 
 

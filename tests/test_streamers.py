@@ -42,7 +42,7 @@ class Says(LogitsProcessor):
 
 def inputs_of(model, processor):
     inputs = dict(processor(text=["draw"]))
-    tokens = processor.tokenizer("ab ", add_special_tokens=False).input_ids
+    tokens = processor.tokenizer("abc", add_special_tokens=False).input_ids
     boi, eos = model.config.image_start_token_id, processor.tokenizer.eos_token_id
     more = processor.tokenizer("cd e", add_special_tokens=False).input_ids
     says = Says([*tokens[:3], boi, *more, eos], inputs["input_ids"].shape[1], 18)
@@ -65,7 +65,7 @@ def test_text_previews_and_images_come_in_order(model, processor):
     assert images[-1].image.tobytes() == final.tobytes() and isinstance(final, Image.Image)
     before = "".join(pieces[: pieces.index(images[0])])
     after = "".join(pieces[pieces.index(images[-1]) + 1 :])
-    assert (before, after) == ("ab ", "cd e")
+    assert (before, after) == ("abc", "cd e")
 
 
 def test_previews_come_nearer_to_the_image(model, processor):
@@ -88,7 +88,7 @@ def test_an_error_of_generate_is_raised_where_one_listens_and_the_next_run_is_wh
     with pytest.raises(ValueError, match="only supports batch size 1"):
         list(streamer.generate(model, **processor(text=["a", "b"])))
     pieces = list(streamer.generate(model, **inputs))
-    assert "".join(p for p in pieces if isinstance(p, str)) == "ab cd e"
+    assert "".join(p for p in pieces if isinstance(p, str)) == "abccd e"
 
 
 def test_who_stops_listening_stops_the_generation(model, processor):
