@@ -194,7 +194,7 @@ def test_images_of_several_sizes_in_one_batch_equal_each_alone(options):
     model = tiny.model(**options)
     sizes, generator = [4, 1, 2, 4, 2], torch.Generator().manual_seed(0)
     latents = [tiny.image_of(n, generator) for n in sizes]
-    rows = [[5, BOI] + [IMG] * n + [EOI, 6] for n in sizes]
+    rows = [[5 + i, BOI] + [IMG] * n + [EOI, 6] for i, n in enumerate(sizes)]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in rows], batch_first=True)
     timesteps = torch.tensor([0, 100, 500, 999, 700])
     with torch.no_grad():
