@@ -214,6 +214,58 @@ def test_flow_matching_equals_euler_steps_by_hand():
     torch.testing.assert_close(output.images[0][0], x[0], atol=1e-4, rtol=1e-4)
 
 
+SCHEDULERS = ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]
+
+
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "FlowMatchEulerDiscreteScheduler"])
+def test_inpainting_keeps_what_is_not_masked_and_draws_the_rest(scheduler):
+    is_flow = scheduler.startswith("Flow")
+    model = tiny.model(std=0.1, prediction_type="flow_prediction" if is_flow else "epsilon")
+    known = torch.rand(2, 2, 4, 4) * 2 - 1
+    mask = torch.zeros(1, 1, 4, 4)
+    mask[:, :, 1:3, 2:] = 1
+    kwargs = {"generation_mode": "image", "scheduler": scheduler, "init_image": known}
+    rows = [[BOS, 4, BOI], [5, BOI]]
+    output = generate(model, prompts(*rows), mask_image=mask, generator=generators(2), **kwargs)
+    drawn = torch.stack([row[0] for row in output.images])
+    is_masked = mask.bool().expand_as(drawn)
+    assert torch.equal(drawn[~is_masked], known[~is_masked])
+    assert not torch.isclose(drawn[is_masked], known[is_masked], atol=1e-3).all() and torch.isfinite(drawn).all()
+    kwargs["init_image"] = known[1:]
+    alone = generate(model, prompts(rows[1]), mask_image=mask, generator=[generators(2)[1]], **kwargs)
+    torch.testing.assert_close(drawn[1], alone.images[0][0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_weak_variation_stays_nearer_to_its_image_than_a_strong_one(scheduler):
+    model, known, distances = tiny.model(std=0.05), torch.rand(1, 2, 4, 4) * 2 - 1, []
+    for strength in (0.1, 0.9):
+        output = generate(
+            model, prompts([BOS, 5, BOI]), generation_mode="image", init_image=known, strength=strength,
+            num_inference_steps=20, scheduler=scheduler, generator=generators(1),
+        )  # fmt: skip
+        distances.append(float((output.images[0][0] - known[0]).norm()))
+    assert distances[0] < 0.5 * distances[1]
+
+
+def test_a_variation_takes_its_share_of_the_steps_from_the_noised_image():
+    model, prompt, known = tiny.model(), [BOS, 5, 6, BOI], torch.rand(1, 2, 4, 4) * 2 - 1
+    output = generate(
+        model, prompts(prompt), generation_mode="image", image_guidance_scale=1.0, init_image=known, strength=0.5,
+        generator=generators(1),
+    )  # fmt: skip
+    scheduler = DDIMScheduler.from_config(model.noise_scheduler.config, steps_offset=230)
+    scheduler.set_timesteps(STEPS)
+    noise = torch.randn(1, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = scheduler.add_noise(known, noise, scheduler.timesteps[2:3])
+    with torch.no_grad():
+        for t in scheduler.timesteps[2:]:
+            ids = torch.tensor([[*prompt, *IMAGE[1:5]]])
+            eps = model(ids, latents=x, timesteps=t[None]).image_predictions[0]
+            x = scheduler.step(eps[None], t, x, use_clipped_model_output=True).prev_sample
+    torch.testing.assert_close(output.images[0][0], x[0], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -225,9 +277,23 @@ def test_flow_matching_equals_euler_steps_by_hand():
         ),
         ({"negative_prompt_ids": torch.tensor([[7]] * 3)}, "`negative_prompt_ids` has 3 rows for 1 prompts"),
         ({"negative_prompt_ids": torch.tensor([[BOI, IMG]])}, "a negative prompt is text"),
+        ({"strength": 0.5}, "need an `init_image` to begin with"),
+        (
+            {"init_image": torch.zeros(1, 2, 4, 4), "strength": 0.0},
+            r"`strength` must lie above 0 and up to 1; got 0\.0",
+        ),
+        ({"init_image": torch.zeros(1, 2, 4, 8)}, r"`init_image` must have shape \(1, channels, 4, 4\)"),
+        (
+            {"init_image": torch.zeros(1, 2, 4, 4), "mask_image": torch.zeros(1, 2, 4, 4)},
+            r"`mask_image` must have shape \(1, 1, 4, 4\)",
+        ),
+        (
+            {"init_image": torch.zeros(1, 2, 4, 4), "generation_mode": "interleaved"},
+            "`init_image` belongs to one drawing of each row",
+        ),
         ({"input_image_guidance_scale": 1.5}, "guides by the images of the prompt, and a prompt has none"),
     ],
 )
 def test_guidance_that_makes_no_sense_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        generate(tiny.model(), prompts([BOS, 5, BOI]), generation_mode="image", **change)
+        generate(tiny.model(), prompts([BOS, 5, BOI]), **{"generation_mode": "image", **change})

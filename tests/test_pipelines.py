@@ -112,6 +112,14 @@ def test_the_pipeline_with_the_manners_of_diffusers(model, processor, tmp_path):
     assert tensor.shape == (1, 3, 8, 8) and 0 <= tensor.min() and tensor.max() <= 1
     edited = pipe(["<image>a", "b<image>"], image=[RED, RED], num_images_per_prompt=2, **QUICK).images
     assert len(edited) == 4
+    mask = Image.new("L", (16, 16))
+    mask.paste(255, (8, 0, 16, 16))
+    (inpainted,) = pipe("draw", init_image=RED, mask_image=mask, **QUICK).images
+    pixels = torch.tensor(list(inpainted.tobytes())).view(8, 8, 3)
+    assert (pixels[:, :4] == torch.tensor([255, 0, 0])).all() and not (pixels[:, 4:] == pixels[0, 0]).all()
+    assert len(pipe(["a", "b"], init_image=[RED, RED], strength=0.4, num_images_per_prompt=2, **QUICK).images) == 4
+    with pytest.raises(ValueError, match="`mask_image` needs an `init_image`"):
+        pipe("draw", mask_image=mask)
     pipe.save_pretrained(tmp_path)
     again = TransfusionPipeline.from_pretrained(tmp_path).to("cpu")
     again.set_progress_bar_config(disable=True)

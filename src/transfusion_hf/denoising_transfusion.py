@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.utils import logging
 
 from .diffusion_transfusion import (
+    at_timestep,
     first_noise,
     guide,
     make_sampling_scheduler,
@@ -281,10 +282,19 @@ class DenoisingLoop:
         )
         step_kwargs = sampling_step_kwargs(scheduler, generators)
         shape = (len(self.rows), self.model.config.latent_channels, *self.decoder.latent_size)
-        x_t = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
-        x_t = first_noise(scheduler, x_t)
-        num_steps = len(scheduler.timesteps)
-        steps = logging.tqdm(scheduler.timesteps, desc="draw", leave=False, disable=not config.progress_bar)
+        noise = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
+        x_t, timesteps = first_noise(scheduler, noise), scheduler.timesteps
+        known, mask = self.decoder.known_latents, self.decoder.known_mask
+        if known is not None:
+            known = known[self.rows]
+            start = len(timesteps) - max(1, round(config.strength * len(timesteps)))
+            if start:
+                if hasattr(scheduler, "set_begin_index"):  # those that count their steps
+                    scheduler.set_begin_index(start)
+                timesteps = timesteps[start:]
+                x_t = at_timestep(scheduler, known, noise, timesteps[0])
+        num_steps = len(timesteps)
+        steps = logging.tqdm(timesteps, desc="draw", leave=False, disable=not config.progress_bar)
         for i, t in enumerate(steps):
             x_in = model_input(scheduler, x_t, t)
             is_guided = config.guidance_start <= i / num_steps < config.guidance_end
@@ -295,6 +305,10 @@ class DenoisingLoop:
                 eps = self.branches.combine(predictions, config.guidance_rescale)
             self._preview(i + 1, num_steps, x_in, eps, t)
             x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
+            if mask is not None:
+                is_last = i + 1 == num_steps
+                kept = known if is_last else at_timestep(scheduler, known, noise, timesteps[i + 1])
+                x_t = torch.where(mask[self.rows], x_t, kept)
             if config.callback_on_step_end is not None:
                 changed = config.callback_on_step_end(self.model, i, t, {"latents": x_t})
                 x_t = (changed or {}).get("latents", x_t)

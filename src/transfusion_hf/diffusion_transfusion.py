@@ -242,6 +242,14 @@ def model_input(scheduler: SchedulerMixin, x_t: torch.Tensor, t: torch.Tensor) -
     return scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
 
 
+def at_timestep(scheduler: SchedulerMixin, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """A known x_0 as a sampling scheduler keeps it at its timestep `t` of shape `()`."""
+    timesteps = t.expand(len(x_0))
+    if hasattr(scheduler, "add_noise"):
+        return scheduler.add_noise(x_0, eps, timesteps)
+    return scheduler.scale_noise(x_0, timesteps, eps)
+
+
 def sampling_step_kwargs(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
     """
     What to pass to `scheduler.step` beside ε, t and x_t, as far as it takes it.

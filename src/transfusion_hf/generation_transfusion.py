@@ -54,6 +54,7 @@ DRAWING_DEFAULTS: dict[str, Any] = {
     "guidance_start": 0.0,
     "guidance_end": 1.0,
     "guidance_rescale": 0.0,
+    "strength": 1.0,
     "max_images": None,
     "progress_bar": False,
     "height": None,
@@ -116,6 +117,12 @@ class TransfusionGenerationMixin(GenerationMixin):
             guidance_start (`float`, defaults to 0.0), guidance_end (`float`, defaults to 1.0):
                 The fractions of the steps between which there is guidance; the others cost one context.
             guidance_rescale (`float`, defaults to 0.0): φ of arXiv 2305.08891, against overexposure.
+            init_image (`torch.FloatTensor` of shape `(batch, channels, height, width)`, *optional*):
+                In `"image"` mode: what to begin with, in [−1, 1], of the size of the drawing. With `strength`: a
+                variation of it. With `mask_image`: inpainting.
+            mask_image (`torch.Tensor` of shape `(batch, 1, height, width)` or `(1, 1, height, width)`, *optional*):
+                Not 0 where to draw; elsewhere `init_image` stays as it is, latent pixel by latent pixel.
+            strength (`float`, defaults to 1.0): Share of the steps to take, from `init_image` under noise; above 0.
             max_images (`int`, *optional*): Images that a row may draw; then `<BOI>` is suppressed in it.
             progress_bar (`bool`, defaults to `False`): Whether to show one for the denoising steps.
             callback_on_step_end (`Callable`, *optional*):
@@ -154,7 +161,7 @@ class TransfusionGenerationMixin(GenerationMixin):
     # What follows overrides the library's preparation, in the order in which `generate()` calls it.
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs: Any):
-        names = [*DRAWING_DEFAULTS, "generator", "callback_on_step_end"]
+        names = [*DRAWING_DEFAULTS, "generator", "callback_on_step_end", "init_image", "mask_image"]
         ours = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
         if kwargs.get("return_dict_in_generate") is False and "generation_mode" not in ours:
             # Whoever asks for a bare tensor, as transformers' image-text-to-text pipeline does, wants text.
@@ -270,6 +277,15 @@ class TransfusionGenerationMixin(GenerationMixin):
                 "`guidance_start` and `guidance_end` must be fractions of the steps, 0 ≤ start ≤ end ≤ 1; got "
                 f"{start} and {end}."
             )
+        is_drawing = generation_config.generation_mode == "image"
+        for name in ("init_image", "mask_image"):
+            if getattr(generation_config, name) is not None and not is_drawing:
+                raise ValueError(f"`{name}` belongs to one drawing of each row; pass `generation_mode='image'`.")
+        if generation_config.init_image is None:
+            if generation_config.mask_image is not None or generation_config.strength != 1:
+                raise ValueError("`mask_image` and `strength` need an `init_image` to begin with.")
+        if not 0 < generation_config.strength <= 1:
+            raise ValueError(f"`strength` must lie above 0 and up to 1; got {generation_config.strength}.")
         max_images = generation_config.max_images
         if max_images is not None and max_images < 0:
             raise ValueError(f"`max_images` must be 0 or more, or None; got {max_images}.")
@@ -500,8 +516,32 @@ class _InterleavedDecoder:
 
         self.latent_size = model._drawn_size(generation_config)
         self.num_patches = self.config.num_patches(*self.latent_size)
+        self.known_latents, self.known_mask = self._known(generation_config.init_image, generation_config.mask_image)
         self.max_new_tokens = generation_config.max_length - self.prompt_length
         self.min_new_tokens = (generation_config.min_length or 0) - self.prompt_length
+
+    def _known(self, image, mask) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What a drawing begins with, in latents, and where it is to be drawn anew."""
+        if image is None:
+            return None, None
+        factor, batch_size = self.config.vae_scale_factor, len(self.ids)
+        size = tuple(side * factor for side in self.latent_size)
+        if image.ndim != 4 or image.shape[0] != batch_size or tuple(image.shape[2:]) != size:
+            raise ValueError(
+                f"`init_image` must have shape ({batch_size}, channels, {size[0]}, {size[1]}), one image for each row "
+                f"in the size of the drawing; got {tuple(image.shape)}."
+            )
+        (known,) = self.model.encode_images(image.to(self.device))
+        if mask is None:
+            return known, None
+        if mask.ndim != 4 or mask.shape[0] not in (1, batch_size) or tuple(mask.shape[1:]) != (1, *size):
+            raise ValueError(
+                f"`mask_image` must have shape ({batch_size}, 1, {size[0]}, {size[1]}), that of `init_image` with one "
+                f"channel; got {tuple(mask.shape)}."
+            )
+        # A latent pixel is drawn anew if one of its pixels is.
+        mask = torch.nn.functional.max_pool2d((mask != 0).float().to(self.device), factor) > 0
+        return known, mask.expand(batch_size, -1, -1, -1)
 
     def _check_cache(self) -> None:
         if self.cache is None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -149,6 +150,8 @@ class TransfusionPipeline:
         num_images_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         image: Any = None,
+        init_image: Any = None,
+        mask_image: Any = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
@@ -164,6 +167,10 @@ class TransfusionPipeline:
             num_images_per_prompt (`int`, defaults to 1): Images of a prompt stand together.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all, or one for each image.
             image (*optional*): The images that the prompts mark, for editing.
+            init_image (PIL image or list of them, *optional*):
+                What to begin with, one for each prompt, resized to the drawing: a variation of it with `strength`
+                below 1, inpainting with `mask_image`.
+            mask_image (PIL image or list of them, *optional*): White where to draw, black where `init_image` stays.
             output_type (`str`, defaults to `"pil"`): `"pt"`: `(num_images, channels, height, width)` in [0, 1].
             return_dict (`bool`, defaults to `True`): Whether not to return a tuple.
             callback_on_step_end (`Callable`, *optional*): Called with this pipeline, the step, t and the latents.
@@ -181,6 +188,18 @@ class TransfusionPipeline:
             negative = self.processor(text=negatives).to(self.model.device)
             kwargs["negative_prompt_ids"] = negative["input_ids"]
             kwargs["negative_prompt_attention_mask"] = negative["attention_mask"]
+        if init_image is not None:
+            config = self.model.config
+            sides = [side * config.vae_scale_factor for side in config.latent_size]
+            size = (width or sides[1], height or sides[0])
+            kwargs["init_image"] = self._pixels(init_image, size, num_images_per_prompt)
+            if mask_image is not None:
+                masks = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
+                masks = [F.pil_to_tensor(mask.convert("L").resize(size, Image.Resampling.NEAREST)) for mask in masks]
+                repeats = num_images_per_prompt if len(masks) > 1 else 1
+                kwargs["mask_image"] = (torch.stack(masks) > 127).repeat_interleave(repeats, dim=0)
+        elif mask_image is not None:
+            raise ValueError("`mask_image` needs an `init_image`, of which it says what to keep.")
         if callback_on_step_end is not None:
             kwargs["callback_on_step_end"] = lambda _, *args: callback_on_step_end(self, *args)
         if num_images_per_prompt > 1:
@@ -208,6 +227,12 @@ class TransfusionPipeline:
         else:
             images = torch.stack(images).add(1).div(2).clamp(0, 1)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _pixels(self, images: Any, size: tuple[int, int], repeats: int) -> torch.Tensor:
+        pictures = images if isinstance(images, (list, tuple)) else [images]
+        pictures = [picture.resize(size, Image.Resampling.BICUBIC) for picture in pictures]
+        features = self.processor.image_processor(pictures, do_resize=False, do_center_crop=False, return_tensors="pt")
+        return features["pixel_values"].repeat_interleave(repeats, dim=0)
 
     def _by_prompt(self, prompts: list[str], images: Any) -> list[list[Any]]:
         pictures = iter(images if isinstance(images, (list, tuple)) else [images])
