@@ -284,9 +284,9 @@ class DenoisingLoop:
         shape = (len(self.rows), self.model.config.latent_channels, *self.decoder.latent_size)
         noise = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
         x_t, timesteps = first_noise(scheduler, noise), scheduler.timesteps
+        # In "image" mode only, where all rows draw at once.
         known, mask = self.decoder.known_latents, self.decoder.known_mask
         if known is not None:
-            known = known[self.rows]
             start = len(timesteps) - max(1, round(config.strength * len(timesteps)))
             if start:
                 if hasattr(scheduler, "set_begin_index"):  # those that count their steps
@@ -308,7 +308,7 @@ class DenoisingLoop:
             if mask is not None:
                 is_last = i + 1 == num_steps
                 kept = known if is_last else at_timestep(scheduler, known, noise, timesteps[i + 1])
-                x_t = torch.where(mask[self.rows], x_t, kept)
+                x_t = torch.where(mask, x_t, kept)
             if config.callback_on_step_end is not None:
                 changed = config.callback_on_step_end(self.model, i, t, {"latents": x_t})
                 x_t = (changed or {}).get("latents", x_t)

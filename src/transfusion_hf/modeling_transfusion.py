@@ -70,8 +70,8 @@ class TransfusionModelOutputWithPast(BaseModelOutputWithPast):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, seq, hidden)`)
         image_predictions (`list[torch.FloatTensor]`, *optional*):
-            The predicted ε in stacks, `(num_images, channels, height, width)` each, where `timesteps` was given; of
-            the images in `prediction_mask` only.
+            What is predicted, ε or as `config.prediction_type` says, where `timesteps` was given: in stacks, of shape
+            `(num_images, channels, height, width)` each, of the images in `prediction_mask` only.
     """
 
     image_predictions: list[torch.Tensor] | None = None
@@ -86,8 +86,9 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
         lm_loss (`torch.FloatTensor` of shape `()`, *optional*): L_LM, as it enters `loss`.
         diffusion_loss (`torch.FloatTensor` of shape `()`, *optional*): L_DDPM, as it enters `loss`.
         image_predictions (`list[torch.FloatTensor]`, *optional*):
-            The predicted ε of each image, `(channels, height, width)`, float32; with `labels` or `timesteps`. Of the
-            images in `prediction_mask` only, or, with `labels`, in `image_loss_mask`.
+            What is predicted of each image, ε or as `config.prediction_type` says, `(channels, height, width)`,
+            float32; with `labels` or `timesteps`. Of the images in `prediction_mask` only, or, with `labels`, in
+            `image_loss_mask`.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -191,8 +192,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 The images of all rows in order, as the transformer shall see them; or a list of them,
                 `(channels, height, width)` each, where sizes differ.
             timesteps (`torch.Tensor` of shape `(num_images,)`, *optional*):
-                t of each image, 0 to T − 1. Given, the noise of images is predicted; `None`: all images are clean
-                (t = 0) and only read.
+                t of each image, 0 to T − 1 (with flow matching to T). Given, the noise of images is predicted; `None`:
+                all images are clean (t = 0) and only read.
             prediction_mask (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
                 The images to predict the noise of; the others are only encoded. With `timesteps`; all where `None`.
             attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*):
@@ -289,7 +290,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         skips: list[tuple[torch.Tensor, ...]] | None,
         mask: torch.BoolTensor | None,
     ) -> list[torch.Tensor]:
-        """ε of the images chosen, in stacks; stacks of which none is chosen are left out."""
+        """The predictions of the images chosen, in stacks; stacks of which none is chosen are left out."""
         sizes = [tuple(stack.shape[2:]) for stack in stacks]
         if mask is not None:
             rows = _chosen_rows(stacks, mask)
