@@ -1,11 +1,12 @@
 # `make demo` and `make test` set everything up themselves, in .venv, from pyproject.toml and constraints.txt.
 PYTHON ?= python3
 BIN := .venv/bin
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 # One thread per test process: two of them share the work.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo demo-vae test test-slow test-lowest lint clean
+.PHONY: demo demo-vae test test-slow test-lowest browser lint clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -20,6 +21,10 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# Chromium of Debian, for the tests of the page; without it they are skipped.
+browser:
+	command -v chromium || { $(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends chromium; }
 
 # The same tests on the lowest supported transformers, laid over the environment.
 test-lowest: .venv-lowest/installed

@@ -18,7 +18,7 @@ from test_generation import (
     prompts,
 )
 from tiny import BOI, BOS, EOS, IMG
-from transformers import LogitsProcessorList
+from transformers import CompileConfig, LogitsProcessorList
 
 from transfusion_hf.denoising_transfusion import DrawingLayer
 
@@ -154,6 +154,53 @@ def test_drawing_allocates_its_cache_once_and_never_copies_the_prefix(monkeypatc
     generate(model, prompts([BOS, 4, 30, BOI]), generation_mode="image")
     assert len(set(storages)) == 2 * model.config.text_config.num_hidden_layers
     assert len(storages) >= STEPS * len(set(storages))
+
+
+def test_compiled_steps_of_text_and_drawing_are_equal_and_compile_no_more_for_further_images(backend="eager"):
+    """Prefixes, rows and images of the prompt differ; what was compiled in the first round serves in the second."""
+    model, num_graphs, breaks = tiny.model(), [], torch._dynamo.utils.counters["graph_break"]
+    torch.compiler.reset()
+    breaks.clear()
+    rounds = [
+        [[[BOS, 4, 30]], [[BOS, 3, 30], [4, 30]], [[5, 30], [BOS, 6, 30], [3, 30]]],
+        [[[4, 31]], [[BOS, 6, *IMAGE]], [[5, 30], [3, 30]], [[4, 30], [BOS, 3, 30], [3, 30], [6, 30]]],
+    ]
+    for batches in rounds:
+        for rows in batches:
+            inputs = prompts(*rows)
+            if any(IMG in row for row in rows):
+                inputs["latents"] = torch.ones(1, 2, 4, 4)
+            outputs = [
+                generate(
+                    model, inputs, generator=generators(len(rows)), compile_config=compile_config,
+                    logits_processor=LogitsProcessorList([Script(SCRIPTS)]),
+                )
+                for compile_config in (None, CompileConfig(backend=backend, mode="default", dynamic=True))
+            ]  # fmt: skip
+            for i in range(len(rows)):
+                assert_rows_equal(outputs[1], i, outputs[0], inputs, inputs, i)
+        num_graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < num_graphs[0] == num_graphs[1] and not breaks
+
+
+@pytest.mark.slow
+def test_steps_compiled_by_inductor_are_equal():
+    test_compiled_steps_of_text_and_drawing_are_equal_and_compile_no_more_for_further_images("inductor")
+
+
+def test_text_of_a_static_cache_is_compiled_by_the_library():
+    model, config = tiny.model(), CompileConfig(backend="eager", mode="default")
+    config._compile_all_devices = True
+    torch.compiler.reset()
+    torch._dynamo.utils.counters["graph_break"].clear()
+    kwargs = {"generation_mode": "text", "suppress_tokens": [0, EOS], "max_new_tokens": 20}
+    for rows in ([[BOS, *IMAGE, 6]], [[BOS, *IMAGE, 6], [4, 30]]):
+        inputs = {**prompts(*rows), "latents": torch.ones(1, 2, 4, 4)}
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        compiled = generate(model, inputs, cache_implementation="static", compile_config=config, **kwargs)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1
+        assert torch.equal(compiled, generate(model, inputs, **kwargs))
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_the_callback_sees_every_step_and_may_change_the_latents():

@@ -57,6 +57,21 @@ def test_pixels_are_clipped_while_sampling_and_latents_are_not():
     assert not make_noise_scheduler(tiny.config(vae_config=vae_config)).config.clip_sample
 
 
+@pytest.mark.parametrize(
+    "name", ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+)
+def test_schedulers_by_name_clip_pixels_and_not_latents(name):
+    """Whatever the model says; without clipping an ε of 0 leads to values of about 40."""
+    vae_config = {"block_out_channels": [32, 64], "latent_channels": 2, "scaling_factor": 1.0}
+    for config, is_clipped in ((tiny.config(), True), (tiny.config(vae_config=vae_config), False)):
+        scheduler = make_sampling_scheduler(make_noise_scheduler(config), name, 20, torch.device("cpu"))
+        x_t = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+        kwargs = sampling_step_kwargs(scheduler, torch.Generator().manual_seed(0))
+        for t in scheduler.timesteps:
+            x_t = scheduler.step(torch.zeros_like(x_t), t, x_t, **kwargs).prev_sample
+        assert (x_t.abs().max() <= 1.001) == is_clipped
+
+
 def test_sampling_leaves_out_the_last_steps_of_the_schedule():
     """At t = 999 an error of ε is magnified 20,000 times in x_0, at 980 30 times."""
     noise_scheduler = make_noise_scheduler(tiny.config())

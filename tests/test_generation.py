@@ -356,7 +356,7 @@ def test_a_budget_too_small_for_an_image_ends_the_row_with_a_warning(caplog):
     output = generate(model, inputs, logits_processor=LogitsProcessorList([Script({4: [BOI]})]), max_new_tokens=5)
     transformers.utils.logging.disable_propagation()
     assert new_ids(output, inputs, 0) == [BOI]
-    assert "its image needs 5 tokens more, and `max_new_tokens` leaves 4" in caplog.text
+    assert "`max_new_tokens` leaves 4 tokens, and an image needs 5, 4 patches and <EOI>" in caplog.text
 
 
 def test_without_a_limit_a_row_has_room_for_20_tokens_and_an_image():
@@ -458,6 +458,48 @@ def test_streamer_gets_every_new_id_and_one_end():
 
 
 # --- Sizes, schedulers, caches, dtypes -------------------------------------------------------------------------------
+
+
+SIZES = {"height": [4, 4, 8, 2], "width": [4, 8, 4, 4]}
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_rows_may_draw_in_sizes_of_their_own(use_cache, guidance):
+    model = tiny.model(tiny.gemma3())
+    scripts = {**SCRIPTS, 5: [12, BOI, 13, BOI]}
+    kwargs = {"logits_processor": LogitsProcessorList([Script(scripts)]), "image_guidance_scale": guidance}
+    kwargs |= {"use_cache": use_cache, "max_new_tokens": 30, **ENDLESS}
+    inputs = prompts(*MIXED)
+    batch = generate(model, inputs, generator=generators(4), **SIZES, **kwargs)
+    assert [[tuple(image.shape[1:]) for image in row] for row in batch.images] == [
+        [(4, 4)], [(4, 8)] * 2, [(8, 4)] * 2, [(2, 4)]
+    ]  # fmt: skip
+    for row, prompt in enumerate(MIXED):
+        size = {name: values[row] for name, values in SIZES.items()}
+        alone = generate(model, prompts(prompt), generator=[generators(4)[row]], **size, **kwargs)
+        assert_rows_equal(batch, row, alone, inputs, prompts(prompt))
+
+
+@pytest.mark.parametrize("rows", [[[BOI]] * 2, [[BOS, 5, 6], [7, BOI]], [[BOS, *IMAGE, 5, BOI], [BOI]]])
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+def test_prompts_that_draw_at_once_may_draw_in_sizes_of_their_own(rows, mode):
+    """Nothing is in the cache yet when the images of the first size are drawn."""
+    model, latents = tiny.model(), torch.randn(1, 2, 4, 4)
+    kwargs = {"generation_mode": mode, "max_new_tokens": 25, "return_dict_in_generate": True, **ENDLESS}
+    extra = [{"latents": latents} if IMG in row else {} for row in rows]
+    heights = [8, 4] if mode == "image" or all(row[-1] == BOI for row in rows) else [4, 4]
+    batch = generate(model, {**prompts(*rows), **extra[0]}, generator=generators(2), height=heights, **kwargs)
+    for i, row in enumerate(rows):
+        alone = generate(
+            model, {**prompts(row), **extra[i]}, generator=[generators(2)[i]], height=heights[i], **kwargs
+        )
+        assert_rows_equal(batch, i, alone, prompts(*rows), prompts(row))
+        # What was handed over for the next turn is that of the row alone.
+        length = alone.past_key_values.get_seq_length()
+        for ours, others in zip(batch.past_key_values.layers, alone.past_key_values.layers, strict=True):
+            torch.testing.assert_close(ours.keys[i : i + 1, :, -length:], others.keys, atol=1e-4, rtol=0)
+            torch.testing.assert_close(ours.values[i : i + 1, :, -length:], others.values, atol=1e-4, rtol=0)
 
 
 def test_height_and_width_are_pixels_of_the_drawing():
@@ -563,11 +605,20 @@ def test_bfloat16_stays_within_its_error_through_a_whole_drawing():
         ([4, 30], {"generation_mode": "video"}, "must be one of interleaved, text, image; got 'video'"),
         ([4, BOI, IMG, IMG], {}, "`input_ids` ends among the patches of an image; end a prompt with"),
         ([4, BOI, IMG, IMG], {"generation_mode": "text"}, "`input_ids` ends among the patches of an image"),
-        ([4, BOI], {"max_new_tokens": 4}, "`max_new_tokens` is 4, but a prompt ends at <BOI> and its image needs 5"),
+        ([4, BOI], {"max_new_tokens": 4}, "leaves 4 tokens, and an image needs 5, 4 patches and <EOI>; prompt 0"),
         ([4, BOI], {"num_inference_steps": 0, "max_new_tokens": 9}, "`num_inference_steps` must be 1 to 1000; got 0"),
         ([4, BOI], {"num_inference_steps": 1001}, "`num_inference_steps` must be 1 to 1000; got 1001"),
         ([4, BOI], {"scheduler": "NoScheduler"}, "`scheduler` must name a scheduler of diffusers.*got 'NoScheduler'"),
         ([4, BOI], {"height": 5}, "`height` must be a positive multiple of 2 pixels.*got 5"),
+        ([4, BOI], {"width": 4.0}, r"`width` must be a positive multiple of 2 pixels.*got 4\.0"),
+        ([4, BOI], {"num_inference_steps": 2.5}, r"`num_inference_steps` must be 1 to 1000; got 2\.5"),
+        ([4, BOI], {"height": [4, 4]}, "`height` or `width` holds 2 for 1 rows; pass one each"),
+        ([4, BOI], {"height": [4, 4], "width": [4, 4, 4]}, "lists with one for each row; got 2 and 3"),
+        (
+            [4, BOI],
+            {"height": 512, "width": 64, "generation_mode": "image"},
+            "`max_position_embeddings` leaves 2046 positions, and an image needs 8193, 8192 patches",
+        ),
         ([4, BOI], {"generator": [torch.Generator()] * 3}, "`generator` holds 3 generators for 1 rows; pass one each"),
         ([4, 30], {"guidance_scale": 3.0}, "guides text.*to guide images pass `image_guidance_scale`"),
         ([4, 30], {"output_scores": True, "return_dict_in_generate": True}, "`output_scores` records columns"),

@@ -93,7 +93,7 @@ def test_an_error_of_generate_is_raised_where_one_listens_and_the_next_run_is_wh
 
 def test_who_stops_listening_stops_the_generation(model, processor):
     inputs, steps = inputs_of(model, processor), []
-    stream = TransfusionStreamer(processor, preview_interval=1).generate(
+    stream = TransfusionStreamer(processor, preview_interval=50).generate(
         model, **inputs | {"num_inference_steps": 100}, callback_on_step_end=lambda *args: steps.append(args[1])
     )
     for piece in stream:

@@ -1,12 +1,22 @@
-"""The stock `Trainer`: gradient accumulation, reproducible evaluation, the average of the weights."""
+"""The stock `Trainer` and the exact one: micro-batches, reproducible evaluation, the average of the weights."""
+
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
-from transfusion_hf import TransfusionEMACallback, make_labels
+from transfusion_hf import (
+    TransfusionEMACallback,
+    TransfusionForCausalLMAndDiffusion,
+    TransfusionSamplesCallback,
+    TransfusionTrainer,
+    make_labels,
+)
 
 IMAGE = [tiny.BOI] + [tiny.IMG] * 4 + [tiny.EOI]
 
@@ -266,3 +276,194 @@ def test_a_micro_batch_without_images_counts_as_zero_and_a_batch_without_labels_
     with pytest.raises(ValueError, match="`num_items_in_batch` is 0: the Trainer counts labels"):
         model(**part, num_items_in_batch=torch.tensor(0))
     assert model(**part).diffusion_loss > 0  # without a Trainer there is nothing to weigh
+
+
+def uneven_samples() -> list[dict]:
+    """Rows of 0 to 2 images and 1 to 8 words; one image is clean context."""
+    generator, rows = torch.Generator().manual_seed(1), []
+    for i, num_images in enumerate([0, 0, 2, 1, 0, 1, 2, 0]):
+        ids = [tiny.BOS, *range(5, 6 + i), *IMAGE * num_images, tiny.EOS]
+        rows.append(
+            {
+                "input_ids": ids,
+                "latents": torch.randn(num_images, 2, 4, 4, generator=generator),
+                "noise_seeds": [10 * i + j for j in range(num_images)],
+                "image_loss_mask": [not (i == 2 and j == 0) for j in range(num_images)],
+            }
+        )
+    return rows
+
+
+def collate_uneven(rows: list[dict]) -> dict:
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
+    mask = (ids != tiny.PAD).long()
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "labels": make_labels(ids, mask, tiny.BOI, tiny.IMG, tiny.EOI),
+    }
+    if any(len(row["latents"]) for row in rows):
+        batch["latents"] = torch.cat([row["latents"] for row in rows])
+        for name in ("noise_seeds", "image_loss_mask"):
+            batch[name] = torch.tensor([value for row in rows for value in row[name]])
+    return batch
+
+
+def exact_trainer(model, folder, dataset, **kwargs) -> TransfusionTrainer:
+    stock = trainer(model, folder, dataset, data_collator=collate_uneven, **kwargs)
+    return TransfusionTrainer(
+        model,
+        stock.args,
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=collate_uneven,
+        num_timestep_bands=5,
+        peak_flops_per_second=1e12,
+    )
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_exact_trainer_does_not_mind_how_a_batch_is_cut(tmp_path, size):
+    """Micro-batches with different numbers of labels and images, some without any."""
+    moved, logged = [], []
+    for per_device in (8, size):
+        model = tiny.model(std=0.1)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        run = exact_trainer(
+            model, tmp_path, uneven_samples(), logging_steps=1, per_device_train_batch_size=per_device,
+            gradient_accumulation_steps=8 // per_device,
+        )  # fmt: skip
+        run.train()
+        moved.append({name: parameter.detach() - before[name] for name, parameter in model.named_parameters()})
+        logged.append(next(entry for entry in run.state.log_history if "loss" in entry))
+    whole, parts = moved
+    largest = max(float(change.abs().max()) for change in whole.values())
+    for name, change in whole.items():
+        assert (parts[name] - change).abs().max() <= 1e-6 * largest, name
+    for name in ("loss", "lm_loss", "diffusion_loss"):
+        assert logged[1][name] == pytest.approx(logged[0][name], rel=1e-5)
+
+
+def test_the_exact_trainer_logs_both_losses_their_bands_and_the_speed(tmp_path):
+    model, dataset = tiny.model(std=0.1), uneven_samples()
+    batch = collate_uneven(dataset)
+    with torch.no_grad():
+        expected = model.train()(**batch, num_images_in_batch=5)
+    run = exact_trainer(model, tmp_path, dataset, logging_steps=1)
+    run.train()
+    logs = next(entry for entry in run.state.log_history if "loss" in entry)
+    assert logs["lm_loss"] == pytest.approx(float(expected.lm_loss), rel=1e-5)
+    assert logs["diffusion_loss"] == pytest.approx(float(expected.image_losses.mean()), rel=1e-5)
+    assert logs["loss"] == pytest.approx(logs["lm_loss"] + 5 * logs["diffusion_loss"], rel=1e-5)
+    of_band: dict[int, list[float]] = {}
+    for t, loss in zip(expected.image_timesteps.tolist(), expected.image_losses.tolist(), strict=True):
+        of_band.setdefault(int(t) // 200, []).append(loss)
+    bands = {name: value for name, value in logs.items() if name.startswith("diffusion_loss/")}
+    assert bands == {
+        f"diffusion_loss/t_{200 * band}_{200 * band + 200}": pytest.approx(sum(losses) / len(losses), rel=1e-5)
+        for band, losses in of_band.items()
+    }
+    seconds = batch["attention_mask"].sum().item() / logs["tokens_per_second"]
+    assert logs["images_per_second"] * seconds == pytest.approx(6)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = 6 * num_parameters * logs["tokens_per_second"]
+    assert logs["model_tflops_per_second"] == pytest.approx(flops / 1e12)
+    assert logs["mfu"] == pytest.approx(flops / 1e12)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_an_exact_evaluation_does_not_depend_on_the_size_of_its_batches(tmp_path, batch_size):
+    model, dataset = tiny.model(std=0.1), uneven_samples()
+    with torch.no_grad():
+        expected = model(**collate_uneven(dataset))
+    metrics = exact_trainer(model, tmp_path, dataset, per_device_eval_batch_size=batch_size).evaluate()
+    assert metrics["eval_lm_loss"] == pytest.approx(float(expected.lm_loss), rel=1e-5)
+    assert metrics["eval_diffusion_loss"] == pytest.approx(float(expected.diffusion_loss), rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(float(expected.loss), rel=1e-5)
+    assert any(name.startswith("eval_diffusion_loss/t_") for name in metrics)
+
+
+def test_without_logits_the_losses_and_gradients_are_the_same():
+    for text in (tiny.text_config(), tiny.text_config("granite", logits_scaling=3.0), tiny.text_config("phi")):
+        model, gradients, losses = tiny.model(text), [], []
+        for skip_logits in (True, False):
+            model.zero_grad()
+            output = model.train()(**collate_uneven(uneven_samples()), skip_logits=skip_logits)
+            assert (output.logits is None) == skip_logits
+            output.loss.backward()
+            losses.append(output.lm_loss)
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        torch.testing.assert_close(*losses)
+        for one, other in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_skip_logits_needs_labels():
+    ids = torch.tensor([[tiny.BOS, 5, 6]])
+    with pytest.raises(ValueError, match="`skip_logits` needs `labels`, and excludes `logits_to_keep`"):
+        tiny.model()(ids, skip_logits=True)
+
+
+def test_the_exact_trainer_refuses_what_makes_it_wrong(tmp_path):
+    for kwargs, message in (
+        ({"accelerator_config": {"dispatch_batches": True}}, "parts images from their texts"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor` takes the labels away"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            exact_trainer(tiny.model(), tmp_path, uneven_samples(), **kwargs)
+
+
+def test_samples_are_drawn_and_read_and_change_nothing(tmp_path):
+    fixture = Path(__file__).parent / "fixtures" / "tiny-transfusion"
+    processor, weights = AutoProcessor.from_pretrained(fixture), []
+    dataset = [
+        {**processor(text=["a<image>"], images=[Image.new("RGB", (8, 8), color)], return_labels=True)}
+        for color in ("red", "green", "blue", "white")
+    ]
+
+    def collate_pictures(rows):
+        return {name: torch.cat([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+    for with_samples in (True, False):
+        model = TransfusionForCausalLMAndDiffusion.from_pretrained(fixture)
+        run = trainer(
+            model, tmp_path / str(with_samples), dataset, data_collator=collate_pictures, max_steps=4,
+            per_device_train_batch_size=2, report_to="tensorboard",
+        )  # fmt: skip
+        if with_samples:
+            callback = TransfusionSamplesCallback(
+                run, processor, ["a seven", "b"], images=[Image.new("RGB", (8, 8), "red")], interval=2,
+                num_inference_steps=2, max_new_tokens=4,
+            )  # fmt: skip
+            run.add_callback(callback)
+        run.train()
+        weights.append(model.state_dict())
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    folder = tmp_path / "True" / "samples"
+    assert sorted(file.name for file in folder.iterdir()) == [
+        f"step-{n}.{kind}" for n in (2, 4) for kind in ("png", "txt")
+    ]
+    assert Image.open(folder / "step-2.png").size == (16, 8)
+    (events,) = (tmp_path / "True" / "runs").glob("*/events*")
+    seen = EventAccumulator(str(events)).Reload()
+    assert set(seen.Tags()["images"]) == {"samples/a seven", "samples/b"}
+    assert [event.step for event in seen.Images("samples/b")] == [2, 4]
+
+
+def test_samples_need_an_interval(tmp_path):
+    run = trainer(tiny.model(), tmp_path, samples(2))
+    with pytest.raises(ValueError, match="`interval` must be at least 1 step; got 0"):
+        TransfusionSamplesCallback(run, None, [], interval=0)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path):
+    model = tiny.model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    run = exact_trainer(model, tmp_path, uneven_samples())
+    with pytest.raises(ValueError, match=r"The loss is nan after step 0 \(`lm_loss` nan"):
+        run.train()
+    (file,) = tmp_path.glob("not-finite-0-0.pt")
+    assert sorted(map(tuple, torch.load(file)["input_ids"].tolist())) == sorted(
+        map(tuple, collate_uneven(uneven_samples())["input_ids"].tolist())
+    )

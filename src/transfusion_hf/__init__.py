@@ -47,7 +47,7 @@ from .pipelines_transfusion import (  # noqa: E402
 )
 from .processing_transfusion import TransfusionProcessor, make_labels  # noqa: E402
 from .streamers import StreamedImage, TransfusionStreamer  # noqa: E402
-from .trainer import TransfusionEMACallback  # noqa: E402
+from .trainer import TransfusionEMACallback, TransfusionSamplesCallback, TransfusionTrainer  # noqa: E402
 from .vae import attach_vae, measure_latent_scale  # noqa: E402
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig)
@@ -73,7 +73,9 @@ __all__ = [
     "TextToImagePipeline",
     "TransfusionPipeline",
     "TransfusionProcessor",
+    "TransfusionSamplesCallback",
     "TransfusionStreamer",
+    "TransfusionTrainer",
     "StreamedImage",
     "attach_vae",
     "make_labels",

@@ -5,6 +5,7 @@ The command line:
     transfusion caption MODEL picture.png
     transfusion edit MODEL picture.png "make it red" -o out.png
     transfusion chat MODEL
+    transfusion app MODEL
 """
 
 import argparse
@@ -33,7 +34,6 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         sub.add_argument("model", help="a folder or a repository of the Hub")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         sub.add_argument("--dtype", default="auto", help="as 'bfloat16'; default that of the checkpoint")
-        sub.add_argument("--seed", type=int)
         return sub
 
     def drawing(sub: argparse.ArgumentParser, output: str) -> None:
@@ -59,12 +59,20 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     chat = command("chat", f"Talks, in text and pictures. {_CHAT_HELP}")
     chat.add_argument("--max_new_tokens", type=int, default=1024)
     drawing(chat, "chat.png")
+    for sub in (draw, caption, edit, chat):
+        sub.add_argument("--seed", type=int)
+    app = command("app", "Opens a page to draw, caption and chat in a browser.")
+    app.add_argument("--host", default="127.0.0.1", help="'0.0.0.0' for other machines")
+    app.add_argument("--port", type=int, help="default the first free one from 7860 on")
+    app.add_argument("--share", action="store_true", help="a public address, by Gradio's servers")
     return parser.parse_args(argv)
 
 
 def _open(file: Path) -> Image.Image:
     try:
-        return Image.open(file)
+        picture = Image.open(file)
+        picture.load()  # a file that was cut off shows only then
+        return picture
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"{file} is no picture that can be read: {error}") from error
 
@@ -136,11 +144,16 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, generator: torch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status, 1 with a line on stderr for what `ValueError` says."""
+    """Runs a command; returns the exit status, 1 with a line on stderr for what an error says."""
     args = _parse_args(argv)
     try:
+        if args.command == "app":
+            from .app import launch_app  # needs Gradio, which the others do not
         model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
         processor = AutoProcessor.from_pretrained(args.model)
+        if args.command == "app":
+            launch_app(model, processor, args.host, args.port, args.share)
+            return 0
         generator = None if args.seed is None else torch.Generator(args.device).manual_seed(args.seed)
         if args.command == "caption":
             _caption(args, model, processor)
@@ -148,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _chat(args, model, processor, generator)
         else:
             _draw(args, model, processor, generator)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"transfusion: {error}", file=sys.stderr)
         return 1
     return 0

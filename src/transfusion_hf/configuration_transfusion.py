@@ -128,7 +128,9 @@ class TransfusionConfig(PreTrainedConfig):
     model_type = "transfusion"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
     # What `forward` returns beside the logits is nothing that an evaluation loop should gather.
-    keys_to_ignore_at_inference = ["past_key_values", "lm_loss", "diffusion_loss", "image_predictions"]
+    keys_to_ignore_at_inference = [
+        "past_key_values", "lm_loss", "diffusion_loss", "image_predictions", "image_losses", "image_timesteps",
+    ]  # fmt: skip
 
     text_config: Any = None  # a `PreTrainedConfig` once constructed
     vae_config: dict | None = None

@@ -215,7 +215,7 @@ class DenoisingLoop:
 
     Args:
         decoder: The call of `generate()`.
-        rows (`list[int]`): Those to draw for.
+        rows (`list[int]`): Those to draw for, images of one size.
     """
 
     def __init__(self, decoder: Any, rows: list[int]):
@@ -224,6 +224,7 @@ class DenoisingLoop:
         self.device = decoder.device
         self.branches: GuidanceBranches = decoder.branches
         self.rows = torch.tensor(rows, device=self.device)
+        self.size = decoder.sizes[rows[0]]
         contexts = [decoder.ids[row] for row in rows]
         self.latents = [decoder.latents[row] for row in rows]
         for branch in range(len(self.branches)):
@@ -235,17 +236,23 @@ class DenoisingLoop:
         ids, mask = align(contexts, decoder.pad_token_id)
         self.columns = ids.shape[1]
         self.num_cached = self.columns - 1 if is_cached else 0
-        block = ids.new_full((len(ids), decoder.num_patches), self.model.config.image_token_id)
+        num_patches = self.model.config.num_patches(*self.size)
+        block = ids.new_full((len(ids), num_patches), self.model.config.image_token_id)
         self.ids = torch.cat([ids, block], dim=-1)
         self.mask = torch.cat([mask, torch.ones_like(block)], dim=-1)
         self.positions = positions_of(self.mask)
         self.cache: Any = None
         if decoder.cache is not None:
-            capacity = self.columns + decoder.num_patches
+            capacity = self.columns + num_patches
             self.cache = Cache(layer_class_to_replicate=partial(DrawingLayer, capacity))
         if is_cached:
             self._copy_prefixes()
         self.block_masks: dict[int, Any] = {}
+        # The steps alone: what else there is, is called once for an image and with other arguments.
+        options = decoder.generation_config.compile_config
+        self.step_model = self.model.model
+        if options is not None and not decoder.generation_config.disable_compile:
+            self.step_model = torch.compile(self.step_model, **options.to_dict())
 
     def _copy_prefixes(self) -> None:
         lengths = torch.tensor([len(row) for row in self.decoder.ids], device=self.device)[self.rows]
@@ -281,7 +288,7 @@ class DenoisingLoop:
             self.model.noise_scheduler, config.scheduler, config.num_inference_steps, self.device
         )
         step_kwargs = sampling_step_kwargs(scheduler, generators)
-        shape = (len(self.rows), self.model.config.latent_channels, *self.decoder.latent_size)
+        shape = (len(self.rows), self.model.config.latent_channels, *self.size)
         noise = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
         x_t, timesteps = first_noise(scheduler, noise), scheduler.timesteps
         # In "image" mode only, where all rows draw at once.
@@ -315,6 +322,8 @@ class DenoisingLoop:
         return x_t
 
     def _preview(self, step: int, num_steps: int, x_in: torch.Tensor, prediction: torch.Tensor, t) -> None:
+        if hasattr(self.decoder.streamer, "check"):
+            self.decoder.streamer.check()
         interval = getattr(self.decoder.streamer, "preview_interval", None)
         if interval is not None and step % interval == 0 and step < num_steps:
             x_0 = predicted_x_0(self.model.noise_scheduler, x_in[:1], prediction[:1], t)
@@ -324,7 +333,8 @@ class DenoisingLoop:
         """One pass: ε of every row in its first contexts, `(rows · num_contexts, channels, height, width)`."""
         if self.cache is not None and self.cache.get_seq_length() == self.columns:
             x_in = x_t.repeat(num_contexts, 1, 1, 1)
-            return self._block_pass(x_in, t.expand(len(x_in)), self._block_mask(len(x_in)))[0]
+            (prediction,) = self._block_pass(self.step_model, x_in, t.expand(len(x_in)))
+            return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         # The first pass reads all contexts, whether the step is guided or not: later ones may be.
         num_rows = len(self.ids) if self.cache is not None else len(x_t) * num_contexts
         x_in = x_t.repeat(num_rows // len(x_t), 1, 1, 1)
@@ -363,31 +373,33 @@ class DenoisingLoop:
             )
         return self.block_masks[num_rows]
 
-    def _block_pass(self, x: torch.Tensor, timesteps: torch.Tensor | None, mask: Any) -> list[torch.Tensor]:
-        output = self.model.model(
+    def _block_pass(self, model: Any, x: torch.Tensor, timesteps: torch.Tensor | None) -> list[torch.Tensor]:
+        output = model(
             self.ids[: len(x), self.columns :],
             latents=x,
             timesteps=timesteps,
-            attention_mask=mask,
+            attention_mask=self._block_mask(len(x)),
             position_ids=self.positions[: len(x), self.columns :],
             past_key_values=self.cache,
             use_cache=True,
         )
-        stacks = output.image_predictions or ()
-        return [stack.to(torch.promote_types(stack.dtype, torch.float32)) for stack in stacks]
+        return output.image_predictions
 
     def commit(self, x_0: torch.Tensor) -> None:
         """Reads the finished images at t = 0 and hands the keys and values of these rows to the decoder."""
-        self._block_pass(x_0, None, self._block_mask(len(x_0)))
+        self._block_pass(self.model.model, x_0, None)
         main, length = self.decoder.cache, max(len(row) for row in self.decoder.ids) - 1
         drawn_ends = torch.full((len(self.rows),), self.ids.shape[1], device=self.device)
         all_rows, num_cached = len(self.decoder.ids), self.decoder.cache.get_seq_length()
         for index, layer in enumerate(self.cache.layers):
             drawn = [move_columns(states[: len(x_0)], drawn_ends, length) for states in (layer.keys, layer.values)]
             if len(self.rows) < all_rows:
-                old = main.layers[index]
-                ends = torch.full((all_rows,), num_cached, device=self.device)
-                merged = [move_columns(states, ends, length) for states in (old.keys, old.values)]
+                if num_cached:
+                    old = main.layers[index]
+                    ends = torch.full((all_rows,), num_cached, device=self.device)
+                    merged = [move_columns(states, ends, length) for states in (old.keys, old.values)]
+                else:  # prefixes of no token but <BOI>
+                    merged = [s.new_zeros(all_rows, *s.shape[1:]) for s in drawn]
                 for target, source in zip(merged, drawn, strict=True):
                     target[self.rows] = source
                 drawn = merged

@@ -59,22 +59,24 @@ def make_sampling_scheduler(
         noise_scheduler (`SchedulerMixin`): That of the training.
         scheduler (`SchedulerMixin` or `str`, *optional*):
             A diffusers scheduler, or the name of its class, then made from the model's own schedule to begin at 0.98·T
-            or above, however few the steps. Defaults to the DDPM sampler of the paper; for flow matching to Euler's.
+            or above, however few the steps, and to clip x_0 if the training's does and it can (Euler's cannot).
+            Defaults to the DDPM sampler of the paper; for flow matching to Euler's.
         num_inference_steps (`int`): 1 to T.
 
     Raises:
         ValueError: an unknown name, a schedule or prediction type other than the model's, steps out of range.
     """
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    if not 1 <= num_inference_steps <= num_train_timesteps:
+    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train_timesteps:
         raise ValueError(f"`num_inference_steps` must be 1 to {num_train_timesteps}; got {num_inference_steps}.")
     sampler: Any = scheduler
     own = noise_scheduler.config
     if scheduler is None or isinstance(scheduler, str):
         scheduler_class = _scheduler_class(scheduler or type(noise_scheduler).__name__)
+        accepted = inspect.signature(scheduler_class).parameters
         changes: dict[str, Any] = {}
         if is_flow(noise_scheduler):
-            if "use_flow_sigmas" in inspect.signature(scheduler_class).parameters:
+            if "use_flow_sigmas" in accepted:
                 changes = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
         else:
             sampler = scheduler_class.from_config(own)
@@ -82,6 +84,8 @@ def make_sampling_scheduler(
             # "leading" steps begin at noise only if they are many; few are moved up.
             offset = int(0.98 * num_train_timesteps) - int(sampler.timesteps[0])
             changes = {"steps_offset": offset} if offset > 0 else {}
+            if own.clip_sample and "clip_sample" not in accepted and "thresholding" in accepted:
+                changes["thresholding"] = True  # at the `sample_max_value` of 1, its default, it clips to [−1, 1]
         sampler = scheduler_class.from_config(own, **changes)
     remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
     wanted = "flow_prediction" if is_flow(noise_scheduler) else own.prediction_type

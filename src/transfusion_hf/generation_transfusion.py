@@ -22,7 +22,6 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteria,
     StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
 )
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import (
@@ -128,18 +127,24 @@ class TransfusionGenerationMixin(GenerationMixin):
             callback_on_step_end (`Callable`, *optional*):
                 Called after each denoising step, as diffusers does, with the model, the number of the step, t, and
                 `{"latents": x_t}` of the rows that draw; what it returns under `"latents"` takes its place.
-            height (`int`, *optional*), width (`int`, *optional*):
-                Pixels of the drawn images, multiples of `config.pixels_per_patch`; default `config.sample_size`.
+            height (`int` or `list[int]`, *optional*), width (`int` or `list[int]`, *optional*):
+                Pixels of the drawn images, multiples of `config.pixels_per_patch`; default `config.sample_size`. A
+                list has one for each row; rows of one size are drawn together.
             scheduler (`SchedulerMixin` or `str`, *optional*):
                 A diffusers scheduler, or the name of one, as `"DDIMScheduler"`; default the paper's DDPM sampler.
+            compile_config (`CompileConfig`, *optional*):
+                Compiles the single steps of text and of denoising, on any device; prompts are read uncompiled. With
+                `dynamic=True` further prompts and images compile nothing anew, and `mode="default"` records no CUDA
+                graph for each new length.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 One for all, or one per row: then each row comes out as it does alone. Draws noise, and text if
                 `do_sample=True`.
 
         Every id that a row gains is a new token: text, `<BOI>`, patches and `<EOI>`. `max_new_tokens` and
         `min_new_tokens` count them row by row, whatever the other rows do. An image is drawn whole or not at all: a
-        row whose remaining budget is too small for one ends at its `<BOI>`, with a warning. Without any limit given, a
-        row may gain the library's 20 tokens and one image; `"image"` mode knows no limit. Rules that look at the
+        row whose remaining budget is too small for one ends at its `<BOI>`, with a warning, and so does one without
+        positions left for it (`max_position_embeddings`). Without any limit given, a row may gain the library's 20
+        tokens and one image, the largest of those asked for; `"image"` mode knows no limit. Rules that look at the
         history, as `no_repeat_ngram_size`, see all ids of a row. Beam search, assisted decoding and all others but
         greedy search and sampling run in `"text"` mode.
 
@@ -148,7 +153,8 @@ class TransfusionGenerationMixin(GenerationMixin):
 
         Raises:
             ValueError: an unknown mode or scheduler, steps or size out of range, a prompt that ends among patches, a
-                budget that cannot hold an image asked for, or an option that has no meaning beside images.
+                budget or a range of positions that cannot hold an image asked for, or an option that has no meaning
+                beside images.
         """
         return super().generate(*args, **kwargs)
 
@@ -229,7 +235,8 @@ class TransfusionGenerationMixin(GenerationMixin):
 
     def _prepare_generated_length(self, generation_config, has_default_max_length, input_ids_length, **kwargs):
         mode = generation_config.generation_mode
-        image_length = 0 if mode == "text" else self.config.num_patches(*self._drawn_size(generation_config)) + 2
+        sizes = [] if mode == "text" else self._drawn_sizes(generation_config)
+        image_length = max((self.config.num_patches(*size) + 2 for size in sizes), default=0)
         if mode == "image":
             generation_config.max_new_tokens, has_default_max_length = image_length, True
         has_default = has_default_max_length and generation_config.max_new_tokens is None
@@ -266,7 +273,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         never = [self.config.image_token_id, self.config.image_end_token_id]
         if generation_config.generation_mode == "text":
             never.append(self.config.image_start_token_id)
-        processors.insert(0, SuppressTokensLogitsProcessor(never, device=kwargs.get("device") or "cpu"))
+        processors.insert(0, _Never(never, kwargs.get("device") or "cpu"))
         return processors
 
     @staticmethod
@@ -295,6 +302,12 @@ class TransfusionGenerationMixin(GenerationMixin):
         scale = generation_config.image_guidance_scale if scale is None else scale
         if generation_config._negative_prompt[0] is not None and scale == 1:
             raise ValueError("`negative_prompt_ids` does nothing at a guidance scale of 1; raise it or drop them.")
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config):
+        if generation_config.generation_mode == "text":
+            return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+        # The library compiles for static caches only, by itself; here it is done where it was asked for.
+        return generation_config.compile_config is not None and not generation_config.disable_compile
 
     @staticmethod
     def create_masks_for_generate(config, attention_mask, is_first_iteration=False, **kwargs):
@@ -354,22 +367,29 @@ class TransfusionGenerationMixin(GenerationMixin):
             raise ValueError("`output_scores` would show the token that `generator` drew; pass only one of them.")
         return LogitsProcessorList([*logits_processor, _SampleWithGenerator(generation_config.generator, rows)])
 
-    def _drawn_size(self, generation_config: GenerationConfig) -> tuple[int, int]:
-        """Height and width of the drawn latents."""
-        factor = self.config.vae_scale_factor
-        sides = []
+    def _drawn_sizes(self, generation_config) -> list[tuple[int, int]]:
+        """Height and width of the drawn latents: of each row, or one for all."""
+        factor, num_sizes = self.config.vae_scale_factor, 1
+        sides: list[list[int]] = []
         for name, default in zip(("height", "width"), self.config.latent_size, strict=True):
-            side = getattr(generation_config, name)
-            if side is None:
-                sides.append(default)
-            elif side < 1 or side % self.config.pixels_per_patch:
-                raise ValueError(
-                    f"`{name}` must be a positive multiple of {self.config.pixels_per_patch} pixels (VAE factor × "
-                    f"patch size); got {side}."
-                )
-            else:
-                sides.append(side // factor)
-        return sides[0], sides[1]
+            given = getattr(generation_config, name)
+            given = list(given) if isinstance(given, (list, tuple)) else [given]
+            for side in given:
+                is_whole = isinstance(side, int) and side > 0 and side % self.config.pixels_per_patch == 0
+                if side is not None and not is_whole:
+                    raise ValueError(
+                        f"`{name}` must be a positive multiple of {self.config.pixels_per_patch} pixels (VAE factor × "
+                        f"patch size); got {side!r}."
+                    )
+            sides.append([default if side is None else side // factor for side in given])
+            num_sizes = max(num_sizes, len(given))
+        heights, widths = (own * num_sizes if len(own) == 1 else own for own in sides)
+        if not len(heights) == len(widths) == num_sizes:
+            raise ValueError(
+                f"`height` and `width` must be numbers, or lists with one for each row; got {len(sides[0])} and "
+                f"{len(sides[1])}."
+            )
+        return list(zip(heights, widths, strict=True))
 
 
 class _Rows:
@@ -401,6 +421,16 @@ class _EndOfText(StoppingCriteria):
         self.rows.finished |= running & ended
         self.rows.parked |= running & ~ended & (input_ids[:, -1] == self.eos_token_id)
         return ~self.rows.running
+
+
+class _Never(LogitsProcessor):
+    """Keeps ids out; the library's `SuppressTokensLogitsProcessor` searches the vocabulary for them at each token."""
+
+    def __init__(self, ids: list[int], device: torch.device | str):
+        self.ids = torch.tensor(ids, device=device)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        return scores.index_fill(-1, self.ids.to(scores.device), -torch.inf)
 
 
 class _MinNewTokens(LogitsProcessor):
@@ -514,8 +544,12 @@ class _InterleavedDecoder:
         self.images: list[list[torch.Tensor]] = [[] for _ in self.ids]
         self.model_kwargs = model_kwargs
 
-        self.latent_size = model._drawn_size(generation_config)
-        self.num_patches = self.config.num_patches(*self.latent_size)
+        self.sizes = model._drawn_sizes(generation_config)
+        if len(self.sizes) == 1:
+            self.sizes *= batch_size
+        if len(self.sizes) != batch_size:
+            raise ValueError(f"`height` or `width` holds {len(self.sizes)} for {batch_size} rows; pass one each.")
+        self.image_lengths = [self.config.num_patches(*size) + 1 for size in self.sizes]  # with <EOI>
         self.known_latents, self.known_mask = self._known(generation_config.init_image, generation_config.mask_image)
         self.max_new_tokens = generation_config.max_length - self.prompt_length
         self.min_new_tokens = (generation_config.min_length or 0) - self.prompt_length
@@ -525,7 +559,9 @@ class _InterleavedDecoder:
         if image is None:
             return None, None
         factor, batch_size = self.config.vae_scale_factor, len(self.ids)
-        size = tuple(side * factor for side in self.latent_size)
+        if len(set(self.sizes)) > 1:
+            raise ValueError("`init_image` is of one size for all rows; pass one `height` and `width`.")
+        size = tuple(side * factor for side in self.sizes[0])
         if image.ndim != 4 or image.shape[0] != batch_size or tuple(image.shape[2:]) != size:
             raise ValueError(
                 f"`init_image` must have shape ({batch_size}, channels, {size[0]}, {size[1]}), one image for each row "
@@ -562,15 +598,15 @@ class _InterleavedDecoder:
             for row in (~ends_at_boi).nonzero()[:, 0].tolist():
                 self._append(row, self.prompts.new_tensor([boi]))
             self.rows.parked[:] = True
-        elif ends_at_boi.any():
-            needed = self.num_patches + 1
-            if self.max_new_tokens < needed:
-                raise ValueError(
-                    f"`max_new_tokens` is {self.max_new_tokens}, but a prompt ends at <BOI> and its image needs "
-                    f"{needed}: {self.num_patches} patches and <EOI>."
-                )
+        else:
             self.rows.parked |= ends_at_boi
-        if self.cache is not None and self.cache.get_seq_length():
+        for row in self.rows.parked.nonzero()[:, 0].tolist():
+            if (shortage := self._shortage(row)) is not None:
+                raise ValueError(f"{shortage}; prompt {row} asks for one.")
+        num_cached = 0 if self.cache is None else self.cache.get_seq_length()
+        # Images of several sizes are drawn in turn, behind prefixes that are all read by then.
+        reads_ahead = self.cache is not None and len(set(self.sizes)) > 1 and bool(self.rows.parked.all())
+        if num_cached or reads_ahead:
             self._adopt_cache(num_uncached)
         logits_processor, criteria = self._per_row(logits_processor, criteria)
         self.branches = GuidanceBranches(self)
@@ -652,12 +688,21 @@ class _InterleavedDecoder:
             ends = columns + self.rows.num_new - before - 1  # the last token of a row counts as not yet cached
             self._align_cache(ends)
         for row in self.rows.parked.nonzero()[:, 0].tolist():
-            if self.rows.num_new[row] + self.num_patches + 1 > self.max_new_tokens:
+            if (shortage := self._shortage(row)) is not None:
                 self.rows.parked[row], self.rows.finished[row] = False, True
-                logger.warning(
-                    f"Row {row} ends at <BOI>: its image needs {self.num_patches + 1} tokens more, and "
-                    f"`max_new_tokens` leaves {self.max_new_tokens - int(self.rows.num_new[row])}."
-                )
+                logger.warning(f"Row {row} ends at <BOI>: {shortage}.")
+
+    def _shortage(self, row: int) -> str | None:
+        """What is too small for the next image of a row."""
+        needed = self.image_lengths[row]
+        image = f"an image needs {needed}, {needed - 1} patches and <EOI>"
+        left = self.max_new_tokens - int(self.rows.num_new[row])
+        if needed > left:
+            return f"`max_new_tokens` leaves {left} tokens, and {image}"
+        num_positions = getattr(self.config.text_config, "max_position_embeddings", None)
+        if num_positions is not None and len(self.ids[row]) + needed > num_positions:
+            return f"`max_position_embeddings` leaves {num_positions - len(self.ids[row])} positions, and {image}"
+        return None
 
     def _align_cache(self, ends: torch.LongTensor) -> None:
         length = max(len(row) for row in self.ids) - 1
@@ -673,7 +718,7 @@ class _InterleavedDecoder:
                 f"`past_key_values` holds {num_cached} tokens and `input_ids` only {self.prompt_length}; pass all "
                 "ids so far, those in the cache included, and at least one new one."
             )
-        if not self.mask[:, 0].any():
+        if num_cached and not self.mask[:, 0].any():
             raise ValueError(
                 "`input_ids` begins with columns that are padding in every row, which `past_key_values` may or may "
                 "not hold; drop those columns."
@@ -691,30 +736,35 @@ class _InterleavedDecoder:
         self._align_cache(self.prompt_length - num_uncached)
 
     def _draw(self, parked: list[int]) -> None:
-        """All parked rows: one denoising loop, the images read back in, `<EOI>`."""
-        generators = [self.generators[row] for row in parked] if isinstance(self.generators, list) else self.generators
-        loop = DenoisingLoop(self, parked)
+        """All parked rows, those of one size together."""
+        for size in dict.fromkeys(self.sizes[row] for row in parked):
+            self._draw_alike([row for row in parked if self.sizes[row] == size])
+
+    def _draw_alike(self, rows: list[int]) -> None:
+        """One denoising loop, the images read back in, `<EOI>`."""
+        generators = [self.generators[row] for row in rows] if isinstance(self.generators, list) else self.generators
+        loop = DenoisingLoop(self, rows)
         x_0 = loop.run(generators)
         images = self.model.decode_latents(x_0)
         image = self.ids[0].new_tensor(
-            [self.config.image_token_id] * self.num_patches + [self.config.image_end_token_id]
+            [self.config.image_token_id] * (self.image_lengths[rows[0]] - 1) + [self.config.image_end_token_id]
         )
         ends_here = self.generation_config.generation_mode == "image"
         if hasattr(self.streamer, "put_image"):
             num_steps = self.generation_config.num_inference_steps
             self.streamer.put_image(images[0], num_steps, num_steps)
-        for i, row in enumerate(parked):
+        for i, row in enumerate(rows):
             self._append(row, image)
             self.images[row].append(images[i])
             if self.cache is None:
                 self.latents[row].append(x_0[i])
-        self.rows.parked[:] = False
-        self.rows.finished |= ends_here | (self.rows.num_new >= self.max_new_tokens)
+        self.rows.parked[rows] = False
+        self.rows.finished[rows] |= ends_here | (self.rows.num_new[rows] >= self.max_new_tokens)
         if self.cache is None:
             return
         self.latents = [[] for _ in self.ids]
         is_wanted = self.generation_config.return_dict_in_generate or getattr(self.cache, "_is_user_defined", False)
-        if is_wanted or not self.rows.finished.all():
+        if is_wanted or not (ends_here or self.rows.finished.all()):
             loop.commit(x_0)
 
     def _output(self) -> TransfusionGenerateOutput:

@@ -82,18 +82,23 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
         loss (`torch.FloatTensor` of shape `()`, *optional*): `lm_loss + λ · diffusion_loss` (Eq. 4).
-        logits (`torch.FloatTensor` of shape `(batch, seq, vocab)`)
+        logits (`torch.FloatTensor` of shape `(batch, seq, vocab)`, *optional*): `None` with `skip_logits`.
         lm_loss (`torch.FloatTensor` of shape `()`, *optional*): L_LM, as it enters `loss`.
         diffusion_loss (`torch.FloatTensor` of shape `()`, *optional*): L_DDPM, as it enters `loss`.
         image_predictions (`list[torch.FloatTensor]`, *optional*):
             What is predicted of each image, ε or as `config.prediction_type` says, `(channels, height, width)`,
             float32; with `labels` or `timesteps`. Of the images in `prediction_mask` only, or, with `labels`, in
             `image_loss_mask`.
+        image_losses (`torch.FloatTensor` of shape `(num_noised_images,)`, *optional*):
+            With `labels`: the mean squared error of each image that was noised.
+        image_timesteps (`torch.Tensor` of shape `(num_noised_images,)`, *optional*): t of those.
     """
 
     lm_loss: torch.Tensor | None = None
     diffusion_loss: torch.Tensor | None = None
     image_predictions: list[torch.Tensor] | None = None
+    image_losses: torch.Tensor | None = None
+    image_timesteps: torch.Tensor | None = None
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
@@ -231,8 +236,13 @@ class TransfusionModel(TransfusionPreTrainedModel):
             if self.config.pos_embed_type == "sincos":
                 patches = [p + self._positions(stack).to(p) for p, stack in zip(patches, stacks, strict=True)]
             is_patch = block_ids >= 0
-            flat = torch.cat([p.flatten(0, 1) for p in patches])  # (total patches, hidden)
-            hidden_states = hidden_states.masked_scatter(is_patch[..., None], flat.to(hidden_states.dtype))
+            flat = torch.cat([p.flatten(0, 1) for p in patches]).to(hidden_states.dtype)  # (total patches, hidden)
+            # A denoising step is all patches: known by its shape, with nothing to look for.
+            is_all_patches = len(flat) == is_patch.numel()
+            if is_all_patches:
+                hidden_states = flat.view_as(hidden_states)
+            else:
+                hidden_states = hidden_states.masked_scatter(is_patch[..., None], flat)
 
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
@@ -268,8 +278,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
         )
         image_predictions = None
         if stacks is not None and timesteps is not None:
-            flat = outputs.last_hidden_state[is_patch].split([p.shape[0] * p.shape[1] for p in patches])
-            states = [f.unflatten(0, p.shape[:2]) for f, p in zip(flat, patches, strict=True)]
+            states = outputs.last_hidden_state
+            states = states.flatten(0, 1) if is_all_patches else states[is_patch]  # (total patches, hidden)
+            states = states.split([p.shape[0] * p.shape[1] for p in patches])
+            states = [s.view_as(p) for s, p in zip(states, patches, strict=True)]
             image_predictions = self._predict(stacks, states, skips, prediction_mask)
         return TransfusionModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -445,6 +457,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        num_images_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool | None = None,
         **kwargs: Any,
     ) -> TransfusionCausalLMOutputWithPast:
         r"""
@@ -485,6 +499,11 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 `lm_loss` is then exact; `diffusion_loss` is weighted by this micro-batch's share of the labels. Summed
                 over micro-batches that is exact where each holds the same numbers of labels and images, and otherwise
                 an average over micro-batches in which one without images counts as 0: mix images into each.
+            num_images_in_batch (`torch.Tensor` or `int`, *optional*):
+                Number of noised images in the whole batch, as [`TransfusionTrainer`] counts it. `diffusion_loss` is
+                then exact, too, whatever each micro-batch holds.
+            skip_logits (`bool`, *optional*, defaults to `True` in training with `labels`):
+                Whether to run the LM head only where there is a label, and to return no logits.
             kwargs: `varlen_plan`, as in [`TransfusionModel.forward`], and what the decoder takes.
 
         Raises:
@@ -508,10 +527,15 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                         "is computed. (The Trainer takes them away with `label_smoothing_factor`.)"
                     )
         targets: list[torch.Tensor] = []
+        blank = None
         if labels is not None and stacks is not None:
             stacks, targets, timesteps, prediction_mask = self._noise_images(
                 stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds
             )
+            if not targets:  # clean context alone: one is predicted all the same, see below
+                prediction_mask = torch.arange(len(timesteps), device=timesteps.device) == 0
+        elif labels is not None:
+            blank = self._encode_blank()
 
         outputs = self.model(
             input_ids=input_ids,
@@ -525,40 +549,65 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = _scale_logits(self.lm_head(outputs.last_hidden_state[:, kept]), self.config.text_config)
+        hidden_states, targets_of_text = outputs.last_hidden_state, None
+        if skip_logits if skip_logits is not None else self.training and labels is not None:
+            if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
+                raise ValueError("`skip_logits` needs `labels`, and excludes `logits_to_keep`.")
+            # Patches and what else has no label cost no logits.
+            is_target = labels[:, 1:] != -100
+            targets_of_text = labels[:, 1:][is_target]
+            hidden_states = hidden_states[:, :-1][is_target]  # (num_labels, hidden)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_states = hidden_states[:, kept]
+        logits = _scale_logits(self.lm_head(hidden_states), self.config.text_config)
         predictions = outputs.image_predictions
         if predictions is not None:
             predictions = [_at_least_float32(stack) for stack in predictions]
 
         loss, lm_loss, diffusion_loss = None, None, None
+        losses_of_images, timesteps_of_images = None, None
         if labels is not None:
             num_labels = (labels[:, 1:] != -100).sum()
             num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
             num_items = num_items.to(logits.device).clamp(min=1)
-            lm_loss = self.loss_function(logits, labels, self.config.text_config.vocab_size, num_items)
-            if not predictions:
-                diffusion_loss = self._touch_image_parts()
+            lm_loss = self.loss_function(
+                logits, labels, self.config.text_config.vocab_size, num_items, shift_labels=targets_of_text
+            )
+            # Without images to learn from, each image part still gets a gradient, of 0, and in its turn: without it,
+            # or in another order than in other processes, DDP, FSDP2 and ZeRO-3 would wait for it.
+            if blank is not None:
+                diffusion_loss = 0.0 * _at_least_float32(self.model.patch_decoder(*blank)[0]).sum()
+            elif not targets:
+                diffusion_loss, predictions = 0.0 * predictions[0].sum(), None
             else:
-                diffusion_loss = image_losses(predictions, targets).mean()
-                if num_items_in_batch is not None:
-                    if not num_items_in_batch:
-                        raise ValueError(
-                            "`num_items_in_batch` is 0: the Trainer counts labels, and a batch of images without any "
-                            "cannot be weighted. Give each row a text token, as an end of sequence."
-                        )
-                    diffusion_loss = diffusion_loss * (num_labels / num_items)
+                losses_of_images = image_losses(predictions, targets)
+                assert timesteps is not None
+                timesteps_of_images = timesteps if prediction_mask is None else timesteps[prediction_mask]
+                if num_images_in_batch is not None:
+                    diffusion_loss = losses_of_images.sum() / num_images_in_batch
+                else:
+                    diffusion_loss = losses_of_images.mean()
+                    if num_items_in_batch is not None:
+                        if not num_items_in_batch:
+                            raise ValueError(
+                                "`num_items_in_batch` is 0: the Trainer counts labels, and a batch of images without "
+                                "any cannot be weighted. Give each row a text token, as an end of sequence."
+                            )
+                        diffusion_loss = diffusion_loss * (num_labels / num_items)
             loss = lm_loss + self.config.diffusion_loss_weight * diffusion_loss
 
         return TransfusionCausalLMOutputWithPast(
             loss=loss,
-            logits=logits,
+            logits=logits if targets_of_text is None else None,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
             diffusion_loss=diffusion_loss,
             image_predictions=None if predictions is None else [image for stack in predictions for image in stack],
+            image_losses=None if losses_of_images is None else losses_of_images.detach(),
+            image_timesteps=timesteps_of_images,
         )
 
     def _noise_images(self, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds):
@@ -605,13 +654,12 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         targets = [target[row] for target, row in zip(targets, _chosen_rows(stacks, is_noised), strict=True) if row]
         return noised, targets, timesteps, is_noised
 
-    def _touch_image_parts(self) -> torch.Tensor:
-        """0, with a gradient of 0 for each image part: without one, DDP, FSDP2 and ZeRO-3 would wait for it."""
+    def _encode_blank(self) -> tuple:
+        """What the patch decoder takes, of an image of one patch without anything on it."""
         side = self.config.patch_size
         stack = torch.zeros(1, self.config.latent_channels, side, side, device=self.device)
         hidden_states, skips = self.model.patch_encoder([stack], stack.new_zeros(1))
-        (prediction,) = self.model.patch_decoder(hidden_states, [(side, side)], skips)
-        return 0.0 * _at_least_float32(prediction).sum()
+        return hidden_states, [(side, side)], skips
 
 
 def _chosen_rows(stacks: list[torch.Tensor], mask: torch.BoolTensor) -> list[list[int]]:

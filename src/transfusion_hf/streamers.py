@@ -79,9 +79,13 @@ class TransfusionStreamer(TextIteratorStreamer):
         self._is_abandoned = False
 
     def put(self, value: torch.Tensor) -> None:
+        self.check()
+        super().put(value)
+
+    def check(self) -> None:
+        """Called by `generate()` at each denoising step, too: ends it where nobody listens any more."""
         if self._is_abandoned:
             raise _AbandonedError
-        super().put(value)
 
     def put_image(self, image: torch.Tensor, step: int, num_inference_steps: int) -> None:
         """
@@ -92,8 +96,7 @@ class TransfusionStreamer(TextIteratorStreamer):
             step (`int`): Denoising steps done.
             num_inference_steps (`int`): Denoising steps in all.
         """
-        if self._is_abandoned:
-            raise _AbandonedError
+        self.check()
         if self.token_cache:  # what was held back for the next space
             text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[self.print_len :]
             self.token_cache, self.print_len = [], 0
@@ -110,7 +113,7 @@ class TransfusionStreamer(TextIteratorStreamer):
     def generate(self, model: Any, **kwargs: Any) -> Iterator[str | StreamedImage]:
         """
         Runs `model.generate(**kwargs)` in a thread and yields what comes. An error of it is raised here; whoever stops
-        listening ends it with the next piece.
+        listening ends it with the next token or denoising step.
         """
         self.text_queue, self.token_cache, self.print_len = Queue(), [], 0
         self.next_tokens_are_prompt, self._is_abandoned = True, False

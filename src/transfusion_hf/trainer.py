@@ -1,11 +1,229 @@
-"""What the stock `Trainer` needs beside it."""
+"""The exact `Trainer`, and what the stock one needs beside it."""
 
+import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
+from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+
+class _Sums:
+    """Sums over batches since the last log: of both losses and what they are means over, by band of t too."""
+
+    NAMES = ("nll", "labels", "tokens", "images")
+
+    def __init__(self, num_bands: int, device: torch.device):
+        self.by_name = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
+        self.bands = torch.zeros(2, num_bands, dtype=torch.float64, device=device)  # errors, and images
+        self.start_time = time.perf_counter()
+
+
+class TransfusionTrainer(Trainer):
+    r"""
+    The `Trainer` with both losses exact (Eq. 4, arXiv 2408.11039): `lm_loss` is the mean over all labels and
+    `diffusion_loss` the mean over all noised images of the whole batch, however it is cut into micro-batches and
+    processes. Beside `loss` it logs, in training and evaluation, `lm_loss`, `diffusion_loss`, and the latter by band
+    of t (`diffusion_loss/t_0_250` …); and of the training `tokens_per_second`, `images_per_second` and, as 6·N·D
+    counts it, `model_tflops_per_second` of all processes.
+
+    A checkpoint is written aside, in `incomplete/`, and then renamed: one that bears its name is whole, and a run that
+    was killed at any moment goes on with `resume_from_checkpoint=True`.
+
+    Args:
+        args, kwargs: As for `Trainer`, with `remove_unused_columns=False`.
+        num_timestep_bands (`int`, defaults to 4): Bands of t.
+        peak_flops_per_second (`float`, *optional*):
+            Of one device in the precision of the training, as 989e12 of an H100 in bfloat16: logs the model FLOP
+            utilisation `mfu`.
+
+    Raises:
+        ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`, or
+            `dispatch_batches`, which would part images from their texts; in training, a loss that is not finite, whose
+            batch is then in the output folder.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        num_timestep_bands: int = 4,
+        peak_flops_per_second: float | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        if not self.args.average_tokens_across_devices and self.args.world_size > 1:
+            raise ValueError("`average_tokens_across_devices=False` weighs processes unequally; leave it on.")
+        if self.args.label_smoothing_factor:
+            raise ValueError("`label_smoothing_factor` takes the labels away from the model; leave it at 0.")
+        if self.accelerator.dataloader_config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches=True` cuts batches along their first dimension, which parts images from their "
+                "texts; leave it out of `accelerator_config`."
+            )
+        self.accelerator.dataloader_config.dispatch_batches = False  # what accelerate would choose for streams
+        self.num_timestep_bands = num_timestep_bands
+        self.peak_flops_per_second = peak_flops_per_second
+        self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
+        self._num_images: Any = None
+        self._is_saving = False
+
+    def _new_sums(self) -> _Sums:
+        return _Sums(self.num_timestep_bands, self.args.device)
+
+    def train(self, *args: Any, **kwargs: Any):
+        self._train_sums = self._new_sums()  # speeds count from now on
+        return super().train(*args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        num_images = torch.tensor(sum(_count_noised(batch) for batch in batch_samples), device=device)
+        if self.args.world_size > 1:
+            num_images = self.accelerator.gather(num_images).sum()
+        # Ranks of tensor, context and sequence parallelism hold the same batch, and each counted it.
+        num_replicas = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        self._num_images = (num_images / num_replicas).clamp(min=1)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {**inputs, "num_images_in_batch": self._num_images}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and not torch.isfinite(loss):
+            file = Path(self.args.output_dir, f"not-finite-{self.state.global_step}-{self.args.process_index}.pt")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(inputs, file)
+            lm_loss, diffusion_loss = outputs["lm_loss"].item(), outputs["diffusion_loss"].item()
+            raise ValueError(
+                f"The loss is {loss.item()} after step {self.state.global_step} (`lm_loss` {lm_loss}, "
+                f"`diffusion_loss` {diffusion_loss}). The batch is saved in {file}; look at it, lower the learning "
+                "rate, and go on from the last checkpoint."
+            )
+        sums = self._train_sums if model.training else self._eval_sums
+        mask = inputs.get("attention_mask")
+        images = outputs.get("image_losses")  # absent where there are none
+        num_items = 0 if num_items_in_batch is None else num_items_in_batch
+        num_images = sum(len(stack) if stack.ndim == 4 else 1 for stack in _images_of(inputs))
+        sums.by_name += torch.stack(
+            [
+                torch.as_tensor(number, dtype=torch.float64, device=sums.by_name.device)
+                for number in (
+                    outputs["lm_loss"].detach() * num_items,
+                    (inputs["labels"][:, 1:] != -100).sum(),
+                    inputs["input_ids"].numel() if mask is None else mask.sum(),
+                    num_images,
+                )
+            ]
+        )
+        if images is not None:
+            num_timesteps = self._config().num_train_timesteps
+            bands = (outputs["image_timesteps"] * self.num_timestep_bands / num_timesteps).long()
+            bands = bands.clamp(max=self.num_timestep_bands - 1)
+            sums.bands[0].index_add_(0, bands, images.double())
+            sums.bands[1].index_add_(0, bands, torch.ones_like(images, dtype=torch.float64))
+        return (loss, outputs) if return_outputs else loss
+
+    def _config(self) -> Any:
+        return self.accelerator.unwrap_model(self.model).config
+
+    def _metrics(self, sums: _Sums, prefix: str = "") -> dict[str, float]:
+        """Means over all that was summed, of all processes."""
+        totals = self.accelerator.reduce(torch.cat([sums.by_name, sums.bands.flatten()]), "sum")
+        nll, labels, tokens, images = totals[: len(sums.NAMES)].tolist()
+        errors, counts = totals[len(sums.NAMES) :].view(2, -1)
+        metrics = {}
+        if labels:
+            metrics[f"{prefix}lm_loss"] = nll / labels
+        if counts.sum():
+            metrics[f"{prefix}diffusion_loss"] = float(errors.sum() / counts.sum())
+        num_timesteps = self._config().num_train_timesteps
+        edges = [round(i * num_timesteps / self.num_timestep_bands) for i in range(self.num_timestep_bands + 1)]
+        for i, (error, count) in enumerate(zip(errors.tolist(), counts.tolist(), strict=True)):
+            if count:
+                metrics[f"{prefix}diffusion_loss/t_{edges[i]}_{edges[i + 1]}"] = error / count
+        if not prefix:
+            seconds = time.perf_counter() - sums.start_time
+            metrics["tokens_per_second"] = tokens / seconds
+            metrics["images_per_second"] = images / seconds
+            flops_per_second = 6 * self._num_trained * tokens / seconds
+            metrics["model_tflops_per_second"] = flops_per_second / 1e12
+            if self.peak_flops_per_second is not None:
+                metrics["mfu"] = flops_per_second / (self.peak_flops_per_second * self.args.world_size)
+        return metrics
+
+    @property
+    def _num_trained(self) -> int:
+        """N: the parameters of the transformer and its image parts, without the VAE."""
+        model = self.accelerator.unwrap_model(self.model)
+        return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = {**logs, **self._metrics(self._train_sums)}
+            self._train_sums = self._new_sums()
+        super().log(logs, start_time)
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, "incomplete")) if self._is_saving else folder
+
+    def _save_checkpoint(self, model, trial):
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        aside = folder / "incomplete"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder / name)
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TransfusionEMACallback) and self.args.should_save:
+                callback.save(aside / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if (folder / name).exists():  # of an earlier run
+                (folder / name).rename(aside / "replaced")
+            (aside / name).rename(folder / name)
+            shutil.rmtree(aside)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        self._eval_sums, start = self._new_sums(), time.perf_counter()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._metrics(self._eval_sums, f"{metric_key_prefix}_")
+        output.metrics.update(metrics)
+        # The library's is a mean over batches, whatever they hold.
+        loss = metrics.get(f"{metric_key_prefix}_lm_loss", 0.0)
+        loss += self._config().diffusion_loss_weight * metrics.get(f"{metric_key_prefix}_diffusion_loss", 0.0)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        self._train_sums.start_time += time.perf_counter() - start  # what an evaluation takes is no time of training
+        return output
+
+
+def _images_of(batch: dict[str, Any]) -> list[torch.Tensor]:
+    images = batch.get("pixel_values")
+    images = batch.get("latents") if images is None else images
+    return [] if images is None else [images] if isinstance(images, torch.Tensor) else list(images)
+
+
+def _count_noised(batch: dict[str, Any]) -> int:
+    mask = batch.get("image_loss_mask")
+    if mask is not None:
+        return int(torch.as_tensor(mask).sum())
+    return sum(len(stack) if stack.ndim == 4 else 1 for stack in _images_of(batch))
 
 
 class TransfusionEMACallback(TrainerCallback):
@@ -83,10 +301,15 @@ class TransfusionEMACallback(TrainerCallback):
         # Now, for a checkpoint may be saved next.
         self._ema.restore(self._parameters)
 
+    def save(self, folder: Path) -> None:
+        """Writes the average into a checkpoint's folder."""
+        average = {str(i): parameter.contiguous() for i, parameter in enumerate(self._ema.shadow_params)}
+        save_file(average, folder / self.FILE_NAME)
+
     def on_save(self, args, state, control, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            average = {str(i): parameter.contiguous() for i, parameter in enumerate(self._ema.shadow_params)}
-            save_file(average, self._file(args, state))
+        # `TransfusionTrainer` has written it with the rest.
+        if state.is_world_process_zero and not (file := self._file(args, state)).exists():
+            self.save(file.parent)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         self._is_training = False
@@ -96,4 +319,102 @@ class TransfusionEMACallback(TrainerCallback):
         return Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE_NAME)
 
 
-__all__ = ["TransfusionEMACallback"]
+class TransfusionSamplesCallback(TrainerCallback):
+    r"""
+    Shows every so many steps what the model draws and reads: prompts as pictures, the same noise each time, and images
+    with their captions. Into `samples/step-N.png` of the output folder, and to TensorBoard and Weights & Biases where
+    the `Trainer` reports there. The training itself goes on as if nothing had been drawn.
+
+    Args:
+        trainer (`Trainer`): The one it is added to.
+        processor (`TransfusionProcessor`)
+        prompts (`list[str]`): To draw.
+        images (`list[PIL.Image.Image]`, *optional*): To caption.
+        interval (`int`, defaults to 1000): Steps between samples.
+        seed (`int`, defaults to 0): Of the noise.
+        max_new_tokens (`int`, defaults to 32): Of a caption.
+        generate_kwargs: For drawing, as `num_inference_steps`.
+
+    Example:
+
+    ```python
+    >>> trainer.add_callback(TransfusionSamplesCallback(trainer, processor, ["a handwritten seven"], interval=500))
+    ```"""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        processor: Any,
+        prompts: list[str],
+        images: list[Image.Image] | None = None,
+        interval: int = 1000,
+        seed: int = 0,
+        max_new_tokens: int = 32,
+        **generate_kwargs: Any,
+    ):
+        if interval < 1:
+            raise ValueError(f"`interval` must be at least 1 step; got {interval}.")
+        self.trainer = trainer
+        self.processor = processor
+        self.prompts = list(prompts)
+        self.images = list(images or [])
+        self.interval = interval
+        self.seed = seed
+        self.max_new_tokens = max_new_tokens
+        self.generate_kwargs = generate_kwargs
+
+    def on_step_end(self, args, state, control, **kwargs: Any) -> None:
+        if state.global_step % self.interval:
+            return
+        # In every process: the parameters may be sharded.
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        was_training = model.training
+        model.eval()
+        try:
+            drawn, captions = self._draw(model), self._caption(model)
+        finally:
+            model.train(was_training)
+        if state.is_world_process_zero:
+            self._report(Path(args.output_dir, "samples"), state.global_step, drawn, captions)
+
+    def _draw(self, model: Any) -> list[Image.Image]:
+        if not self.prompts:
+            return []
+        generators = [torch.Generator(model.device).manual_seed(self.seed + i) for i in range(len(self.prompts))]
+        inputs = self.processor(text=self.prompts).to(model.device)
+        output = model.generate(**inputs, generation_mode="image", generator=generators, **self.generate_kwargs)
+        return self.processor.post_process_multimodal_output(output, generation_mode="image")
+
+    def _caption(self, model: Any) -> list[str]:
+        if not self.images:
+            return []
+        inputs = self.processor(text=[self.processor.image_token] * len(self.images), images=self.images)
+        ids = model.generate(
+            **inputs.to(model.device), generation_mode="text", do_sample=False, max_new_tokens=self.max_new_tokens
+        )
+        texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _report(self, folder: Path, step: int, drawn: list[Image.Image], captions: list[str]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if drawn:
+            sides = [max(getattr(image, side) for image in drawn) for side in ("width", "height")]
+            grid = Image.new("RGB", (sides[0] * len(drawn), sides[1]))
+            for i, image in enumerate(drawn):
+                grid.paste(image, (i * sides[0], 0))
+            grid.save(folder / f"step-{step}.png")
+        if captions:
+            (folder / f"step-{step}.txt").write_text("\n".join(captions) + "\n")
+        for callback in self.trainer.callback_handler.callbacks:
+            if (writer := getattr(callback, "tb_writer", None)) is not None:
+                for prompt, image in zip(self.prompts, drawn, strict=True):
+                    writer.add_image(f"samples/{prompt}", pil_to_tensor(image), step)
+                if captions:
+                    writer.add_text("samples/captions", "\n\n".join(captions), step)
+            if (wandb := getattr(callback, "_wandb", None)) is not None and wandb.run is not None:
+                pictures = [wandb.Image(image, caption=text) for text, image in zip(self.prompts, drawn, strict=True)]
+                read = [wandb.Image(image, caption=text) for text, image in zip(captions, self.images, strict=False)]
+                wandb.log({"samples/drawn": pictures, "samples/read": read, "train/global_step": step})
+
+
+__all__ = ["TransfusionEMACallback", "TransfusionSamplesCallback", "TransfusionTrainer"]

@@ -1,0 +1,301 @@
+"""
+What `generate()` costs, in ratios of two things timed in turn: text decoding against transformers' own Llama, a
+denoising step behind a cached prefix against reading everything again, a batch of prompts against one after the other,
+and drawing against transfusion-pytorch (`pip install -e '.[benchmark]'`; left out where it is not installed). Then the
+share of a denoising step that is spent outside of the model, and on what.
+
+    python benchmarks/generate.py [--parts text cache batch peer overhead] [--output_dir benchmarks/results]
+
+Prints Markdown tables and writes them. `benchmarks/schedulers.py` says what the drawings are worth.
+"""
+
+import argparse
+import contextlib
+import cProfile
+import datetime
+import importlib.util
+import io
+import os
+import platform
+import pstats
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import LlamaForCausalLM
+
+from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import quickstart
+
+Row = tuple[str, list[float], float, str]  # what, the ratio of each round, the bound, a remark
+
+
+def clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def compare(what: str, runs: dict[str, Callable], bound: float, remark: str, rounds: int, device) -> list[Row]:
+    """Each run but the last over the last, after a round to warm up. A run may return its own seconds, a float."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in tqdm(range(rounds + 1), desc=what, leave=False):
+        # Every other round backwards: whatever the first suffers, the last does, too.
+        for name, run in list(runs.items())[:: -1 if number % 2 else 1]:
+            start = clock(device)
+            result = run()
+            if number:
+                seconds[name].append(result if isinstance(result, float) else clock(device) - start)
+    *own, (last, base) = seconds.items()
+    rows = []
+    for name, times in own:
+        medians = " / ".join(f"{1e3 * statistics.median(t):.1f}" for t in (times, base))
+        ratios = [a / b for a, b in zip(times, base, strict=True)]
+        rows.append((f"{what}: {name} / {last}", ratios, bound, f"{medians} ms; {remark}"))
+    return rows
+
+
+def preset_model(device: torch.device, **kwargs) -> TransfusionForCausalLMAndDiffusion:
+    """The paper's smallest, with random weights and nothing that ends a text."""
+    torch.manual_seed(0)
+    model = TransfusionForCausalLMAndDiffusion(TransfusionConfig.from_preset("0.16B", **kwargs)).to(device).eval()
+    model.generation_config.update(eos_token_id=None, pad_token_id=0, num_inference_steps=4, image_guidance_scale=1.0)
+    return model
+
+
+def small_model(device: torch.device, **kwargs):
+    """The quickstart's model, with random weights, and its processor."""
+    torch.manual_seed(0)
+    model, processor = quickstart.build_model(quickstart.train_tokenizer(), **kwargs)
+    return model.to(device).eval(), processor
+
+
+def text_rows(device: torch.device, rounds: int) -> list[Row]:
+    model = preset_model(device)
+    llama = LlamaForCausalLM(model.config.text_config).to(device).eval()
+    llama.model.load_state_dict(model.model.language_model.state_dict())
+    llama.lm_head.load_state_dict(model.lm_head.state_dict())
+    llama.generation_config.update(eos_token_id=None, pad_token_id=0)
+    prompt = torch.randint(5, 32000, (1, 64), device=device)
+    kwargs = {"max_new_tokens": 64, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    runs: dict[str, Callable] = {
+        "text mode": lambda: model.generate(prompt, generation_mode="text", **kwargs),
+        "interleaved mode": lambda: model.generate(prompt, max_images=0, **kwargs).sequences,
+        "LlamaForCausalLM.generate": lambda: llama.generate(prompt, **kwargs),
+    }
+    # The same greedy ids from all, if the Llama may not say either what the others may not.
+    never = [model.config.image_start_token_id, model.config.image_token_id, model.config.image_end_token_id]
+    expected = llama.generate(prompt, suppress_tokens=never, **kwargs)
+    is_equal = all(torch.equal(runs[name](), expected) for name in ("text mode", "interleaved mode"))
+    remark = f"1 prompt of 64 tokens, 64 new ones, greedy, {'equal' if is_equal else 'DIFFERENT'} ids"
+    return compare("text, 0.16B", runs, 1.05, remark, rounds, device)
+
+
+def step_seconds(model, prompt: torch.Tensor, device: torch.device, **kwargs) -> float:
+    """The median of the denoising steps but the first, which reads the prompt, too."""
+    stamps: list[float] = []
+    model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_mode="image",
+        callback_on_step_end=lambda *_: stamps.append(clock(device)),
+        **kwargs,
+    )
+    return statistics.median(end - start for start, end in pairwise(stamps))
+
+
+def cache_rows(device: torch.device, rounds: int) -> list[Row]:
+    model = preset_model(device)
+    prompt = torch.randint(5, 32000, (1, 1000), device=device)
+    runs = {
+        "cached": lambda: step_seconds(model, prompt, device),
+        "use_cache=False": lambda: step_seconds(model, prompt, device, use_cache=False, num_inference_steps=2),
+    }
+    return compare("denoising step, 0.16B", runs, 0.35, "1,000 tokens before 256 patches, no guidance", rounds, device)
+
+
+def batch_rows(device: torch.device, rounds: int) -> list[Row]:
+    model, processor = small_model(device)
+    prompts = [processor(text=[quickstart.caption(label)]).to(device) for label in range(8)]
+    batch = processor(text=[quickstart.caption(label) for label in range(8)]).to(device)
+    kwargs = {"generation_mode": "image", "num_inference_steps": 25, "image_guidance_scale": 3.0}
+    runs = {
+        "8 prompts at once": lambda: model.generate(**batch, **kwargs),
+        "one by one": lambda: [model.generate(**prompt, **kwargs) for prompt in prompts],
+    }
+    return compare("drawing, 1M", runs, 0.35, "25 steps, guidance 3, 16 patches", rounds, device)
+
+
+def peer_rows(device: torch.device, rounds: int) -> list[Row]:
+    """Flow matching by Euler's method in both, a pass a step (the midpoint method has two); equal parameters."""
+    if importlib.util.find_spec("transfusion_pytorch") is None:
+        print("transfusion-pytorch is not installed, its rows are left out: pip install -e '.[benchmark]'")
+        return []
+    flow = {"prediction_type": "flow_prediction"}
+    small, sizes = small_model(device, **flow)[0], {"dim": 76, "depth": 4, "dim_head": 20, "heads": 4}
+    large, large_sizes = preset_model(device, **flow), {"dim": 464, "depth": 16, "dim_head": 64, "heads": 8}
+    return [
+        *against_peer("1M", small, sizes, 8, 20, 1.0, device, rounds),
+        *against_peer("1M, guidance", small, sizes, 8, 20, 3.0, device, rounds),
+        *against_peer("0.16B", large, large_sizes, 1, 5, 1.0, device, rounds),
+    ]
+
+
+def against_peer(label, model, sizes, batch_size: int, num_steps: int, scale: float, device, rounds) -> list[Row]:
+    from loguru import logger
+    from transfusion_pytorch import Transfusion
+
+    logger.disable("transfusion_pytorch")
+    config = model.config
+    side = config.latent_size[0] // config.patch_size
+    peer = Transfusion(
+        num_text_tokens=config.text_config.vocab_size - 134,  # it adds as many of its own
+        transformer=sizes,
+        dim_latent=config.latent_channels * config.patch_size**2,
+        modality_default_shape=(side, side),
+        odeint_kwargs={"method": "euler"},
+    )
+    peer.to(device).eval()
+    prompt = torch.randint(3, 180, (batch_size, 8), device=device)
+    kwargs = {"generation_mode": "image", "num_inference_steps": num_steps, "image_guidance_scale": scale}
+
+    def ours():
+        model.generate(prompt, attention_mask=torch.ones_like(prompt), bos_token_id=None, **kwargs)
+
+    def theirs():
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            # It puts a start token before each prompt, takes steps between `modality_steps` times, and ends when
+            # there are more tokens than `max_length`: behind the image.
+            kwargs = {"force_modality_at_start": 0, "modality_steps": num_steps + 1, "max_length": side * side - 1}
+            peer.sample_many(list(prompt[:, 1:]), cfg_scale=scale, **kwargs)
+
+    counts = [num_passes(model.model.language_model, ours), num_passes(peer.transformer, theirs)]
+    passes, tokens = zip(*counts, strict=True)
+    numbers = [sum(p.numel() for p in m.parameters()) for m in (model, peer)]
+    remark = (
+        f"batch of {batch_size}, prompts of 8 tokens, {side * side} patches, {num_steps} Euler steps, guidance "
+        f"{scale:g}; parameters {numbers[0]:,} / {numbers[1]:,}, passes {passes[0]} / {passes[1]}, tokens in all "
+        f"passes {tokens[0]:,} / {tokens[1]:,}"
+    )
+    runs = {"generate": ours, "transfusion-pytorch's sample_many": theirs}
+    return compare(f"drawing, {label}", runs, 1.0, remark, rounds, device)
+
+
+def num_passes(transformer: torch.nn.Module, run: Callable) -> tuple[int, int]:
+    """How often a run goes through the transformer, and with how many tokens in all."""
+    tokens: list[int] = []
+
+    def count(_, args, kwargs, __):
+        inputs = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
+        tokens.append(inputs.shape[0] * inputs.shape[1])
+
+    with transformer.register_forward_hook(count, with_kwargs=True):
+        run()
+    return len(tokens), sum(tokens)
+
+
+def overhead_rows(device: torch.device, rounds: int) -> tuple[list[Row], str]:
+    """The share of all steps but the first outside of `TransfusionModel.forward`, and a profile of that share."""
+    model, processor = small_model(device)
+    inner, forward = model.model, model.model.forward
+    batch = processor(text=[quickstart.caption(label % 10) for label in range(16)]).to(device)
+    inside, num_steps = [], 50
+
+    def timed(*args, **kwargs):
+        start = clock(device)
+        output = forward(*args, **kwargs)
+        inside.append(clock(device) - start)
+        return output
+
+    rows: list[Row] = []
+    for scale in (1.0, 3.0):
+        shares, milliseconds = [], []
+        kwargs = {"generation_mode": "image", "num_inference_steps": num_steps, "image_guidance_scale": scale}
+        inner.forward = timed
+        for number in range(rounds + 1):
+            stamps: list[float] = []
+            inside.clear()
+            model.generate(**batch, **kwargs, callback_on_step_end=lambda *_, s=stamps: s.append(clock(device)))
+            if number:  # the first warms up
+                whole = stamps[-1] - stamps[0]
+                shares.append(1 - sum(inside[1:]) / whole)
+                milliseconds.append(1e3 * whole / (num_steps - 1))
+        own = statistics.median(share * step for share, step in zip(shares, milliseconds, strict=True))
+        remark = f"{own:.2f} of {statistics.median(milliseconds):.2f} ms; 16 prompts, DDPM"
+        rows.append((f"outside the model, 1M, guidance {scale:g}", shares, 0.1, remark))
+    profile = profile_outside(model, {**batch, **kwargs}, forward, num_steps)
+    del inner.forward  # the instance's, behind which stands the class's
+    return rows, f"## Outside of the model, with guidance\n\n{profile}\n"
+
+
+def profile_outside(model, arguments: dict, forward: Callable, num_steps: int, length: int = 12) -> str:
+    """A `generate()` whose passes but for the first two only repeat what the second said: the rest is ours."""
+    outputs: list = []
+    profile = cProfile.Profile()
+
+    def repeat(*args, **kwargs):
+        if len(outputs) < 2:
+            outputs.append(forward(*args, **kwargs))
+        return outputs[-1]
+
+    def start(_, step, *__):  # behind the passes that are not repetitions
+        if step == 1:
+            profile.enable()
+
+    model.model.forward = repeat
+    model.generate(**arguments, callback_on_step_end=start)
+    profile.disable()
+    lines = ["| function | calls per step | µs per step with what it calls, under cProfile |", "|---|---|---|"]
+    functions = pstats.Stats(profile).stats.items()
+    for (file, _, name), (_, calls, _, seconds, _) in sorted(functions, key=lambda item: -item[1][3])[:length]:
+        place = name if file == "~" else f"{Path(file).name}: {name}"
+        lines.append(f"| `{place}` | {calls / (num_steps - 2):.1f} | {1e6 * seconds / (num_steps - 2):.0f} |")
+    return "\n".join(lines)
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| ratio | median | min–max | bound | | medians, and what was compared |", "|---|---|---|---|---|---|"]
+    for what, ratios, bound, remark in rows:
+        median, spread = statistics.median(ratios), f"{min(ratios):.3f}–{max(ratios):.3f}"
+        verdict = "holds" if median <= bound else "FAILS"
+        lines.append(f"| {what} | {median:.3f} | {spread} | {bound:g} | {verdict} | {remark} |")
+    return "\n".join(lines)
+
+
+PARTS = {"text": text_rows, "cache": cache_rows, "batch": batch_rows, "peer": peer_rows, "overhead": overhead_rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rows, profile = [], ""
+    for part in args.parts:
+        result = PARTS[part](device, args.rounds)
+        more, profile = result if part == "overhead" else (result, profile)
+        rows += more
+    cores = f"{os.cpu_count()} shared {platform.machine().replace('_', '-')} cores, {torch.get_num_threads()} threads"
+    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cores
+    text = (
+        f"# generate()\n\n{datetime.date.today()}, {hardware}, torch {torch.__version__}, float32, `python benchmarks/"
+        f"generate.py`: random weights, {args.rounds} rounds. A ratio is the first's time over the second's.\n\n"
+        f"{table(rows)}\n\n{profile}"
+    )
+    (args.output_dir / "generate.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""
+Trains a Transfusion from scratch by the paper's recipe (§4.1, arXiv 2408.11039): AdamW (0.9, 0.95, 1e-8), 3e-4 after
+4,000 steps of warm-up and then down to 1.5e-5 by a cosine, weight decay 0.1 but on norms and biases, gradients clipped
+at 1, rows of 4,096 tokens, λ = 5, as many tokens of text as of captioned images.
+
+    torchrun --nproc_per_node 8 examples/train.py --preset 0.76B --tokenizer_name TOKENIZER --vae_name_or_path VAE \
+        --text_dataset web/*.parquet --caption_dataset pictures/*.parquet --caption_column caption \
+        --output_dir outputs/train --bf16 --per_device_train_batch_size 64 --dataloader_num_workers 4
+
+Without `--text_dataset`, on captioned images alone. `--config_overrides hidden_size=256,num_hidden_layers=4` makes
+small models. All arguments of transformers' `TrainingArguments` are taken; `--resume_from_checkpoint true` goes on.
+"""
+
+import glob
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import load_dataset
+from diffusers import AutoencoderKL
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from transfusion_hf import (
+    TransfusionConfig,
+    TransfusionDataCollator,
+    TransfusionEMACallback,
+    TransfusionForCausalLMAndDiffusion,
+    TransfusionProcessor,
+    TransfusionSamplesCallback,
+    TransfusionTrainer,
+    attach_vae,
+)
+from transfusion_hf.data import TransfusionDataset
+from transfusion_hf.mixing import mix_by_tokens
+
+
+@dataclass
+class ModelArguments:
+    tokenizer_name: str = field(metadata={"help": "A folder or a repository of the Hub."})
+    preset: str = field(default="0.16B", metadata={"help": "One of the paper's sizes: 0.16B, 0.37B, 0.76B, 1.4B, 7B."})
+    config_overrides: str = field(default="", metadata={"help": "Of the decoder's configuration, as 'a=1,b=2'."})
+    vae_name_or_path: str | None = field(default=None, metadata={"help": "An AutoencoderKL; none: pixels."})
+    sample_size: int = field(default=256, metadata={"help": "Pixels of a side; images are cropped and resized."})
+    patch_size: int = field(default=2, metadata={"help": "Latent pixels of a side of a patch: 1, 2, 4 or 8."})
+    patch_encoder: str = field(default="linear", metadata={"help": "'linear' or 'unet'."})
+    prediction_type: str = field(default="epsilon", metadata={"help": "'v_prediction', 'sample', 'flow_prediction'."})
+    diffusion_loss_weight: float = field(default=5.0, metadata={"help": "λ of Eq. 4."})
+    attn_implementation: str = field(default="transfusion_varlen", metadata={"help": "Or 'sdpa', 'flex_attention'."})
+
+
+@dataclass
+class DataArguments:
+    caption_dataset: str = field(metadata={"help": "Parquet files (a pattern), or a repository of the Hub."})
+    text_dataset: str | None = field(default=None, metadata={"help": "Likewise."})
+    image_column: str = "image"
+    caption_column: str = "text"
+    text_column: str = "text"
+    streaming: bool = False
+    image_share: float = field(default=0.5, metadata={"help": "Of the tokens."})
+    max_length: int = field(default=4096, metadata={"help": "Tokens of a packed row."})
+    caption_dropout: float = 0.1
+
+
+@dataclass
+class PaperTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the defaults of §4.1."""
+
+    learning_rate: float = 3e-4
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr": 1.5e-5})
+    warmup_steps: float = 4000
+    max_steps: int = 250_000
+    adam_beta2: float = 0.95
+    adam_epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    save_steps: float = 5000
+    logging_steps: float = 50
+    remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False
+    ema_decay: float | None = field(default=None, metadata={"help": "Average the weights, as with 0.9999."})
+    sample_prompts: str = field(default="", metadata={"help": "To draw while training, separated by '|'."})
+    sample_steps: int = field(default=5000, metadata={"help": "Training steps between samples."})
+
+
+def parse_overrides(text: str) -> dict[str, Any]:
+    """`"a=1,b=x"` as a dict; whole and real numbers as such."""
+    overrides: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, separator, value = part.partition("=")
+        if not separator:
+            raise ValueError(f"`config_overrides` must be 'name=value' pairs between commas; got {part!r}.")
+        for kind in (int, float, str):
+            try:
+                overrides[name.strip()] = kind(value)
+                break
+            except ValueError:
+                continue
+    return overrides
+
+
+def build_model(args: ModelArguments, tokenizer: Any) -> tuple[Any, TransfusionProcessor]:
+    vae = None if args.vae_name_or_path is None else AutoencoderKL.from_pretrained(args.vae_name_or_path)
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    text_config = TransfusionConfig.from_preset(args.preset).text_config
+    overrides = parse_overrides(args.config_overrides)
+    unknown = [name for name in overrides if not hasattr(text_config, name)]
+    if unknown:
+        raise ValueError(f"`config_overrides` names what the decoder's configuration has not: {', '.join(unknown)}.")
+    # Room for the image tokens, and for padding.
+    vocab_size = len(tokenizer) + 4
+    text_config.update({"vocab_size": vocab_size, **overrides})
+    config = TransfusionConfig(
+        text_config=text_config,
+        latent_channels=3 if vae is None else vae.config.latent_channels,
+        sample_size=args.sample_size // factor,
+        patch_size=args.patch_size,
+        patch_encoder=args.patch_encoder,
+        prediction_type=args.prediction_type,
+        diffusion_loss_weight=args.diffusion_loss_weight,
+        image_start_token_id=vocab_size - 3,
+        image_token_id=vocab_size - 2,
+        image_end_token_id=vocab_size - 1,
+    )
+    model = TransfusionForCausalLMAndDiffusion(config)
+    model.set_attn_implementation(args.attn_implementation)
+    if vae is not None:
+        attach_vae(model, vae)
+    return model, TransfusionProcessor.for_model(model, tokenizer)
+
+
+def load(name: str, streaming: bool) -> Any:
+    files = sorted(glob.glob(name))
+    if files:
+        return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
+    return load_dataset(name, split="train", streaming=streaming)
+
+
+def build_dataset(args: DataArguments, processor: TransfusionProcessor, seed: int) -> Any:
+    kwargs = {"shuffle": True, "seed": seed, "image_token": processor.image_token}
+    captions = TransfusionDataset.from_captions(
+        load(args.caption_dataset, args.streaming),
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        **kwargs,
+    )
+    sources, ratios = [captions], [1.0]
+    if args.text_dataset is not None:
+        text = TransfusionDataset.from_text(
+            load(args.text_dataset, args.streaming), text_column=args.text_column, **kwargs
+        )
+        sources, ratios = [text, captions], [1 - args.image_share, args.image_share]
+    return mix_by_tokens(sources, processor, ratios=ratios, stopping_strategy="all_exhausted")
+
+
+def main(argv: list[str] | None = None) -> TransfusionTrainer:
+    parser = HfArgumentParser((ModelArguments, DataArguments, PaperTrainingArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=argv)
+    set_seed(training_args.seed)
+    model, processor = build_model(model_args, AutoTokenizer.from_pretrained(model_args.tokenizer_name))
+    callbacks = [] if training_args.ema_decay is None else [TransfusionEMACallback(decay=training_args.ema_decay)]
+    trainer = TransfusionTrainer(
+        model,
+        training_args,
+        train_dataset=build_dataset(data_args, processor, training_args.seed),
+        data_collator=TransfusionDataCollator(
+            processor,
+            caption_dropout=data_args.caption_dropout,
+            num_train_timesteps=model.config.num_train_timesteps,
+            max_length=data_args.max_length,
+            truncation=True,
+        ),
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    if training_args.sample_prompts:
+        prompts = training_args.sample_prompts.split("|")
+        trainer.add_callback(
+            TransfusionSamplesCallback(trainer, processor, prompts, interval=training_args.sample_steps)
+        )
+    resume = training_args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        resume = resume.lower() == "true" and get_last_checkpoint(training_args.output_dir) is not None
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

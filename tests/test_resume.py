@@ -1,0 +1,109 @@
+"""Runs that are killed, in the middle of a step or of a checkpoint, and go on as if nothing had happened."""
+
+import itertools
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from test_trainer import collate_uneven, uneven_samples
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from transfusion_hf import TransfusionEMACallback, TransfusionTrainer
+
+STEPS = 30
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    """Without end: the Trainer counts no epochs of a stream and would skip beyond its end."""
+
+    def __iter__(self):
+        return itertools.cycle(uneven_samples())
+
+
+def collate_unseeded(rows: list[dict]) -> dict:
+    """t and ε are drawn by torch's global generator, whose state a checkpoint holds."""
+    batch = collate_uneven(rows)
+    batch.pop("noise_seeds", None)
+    return batch
+
+
+def train(folder: Path, data: str) -> None:
+    """In a process of its own: begins, or goes on where a checkpoint is."""
+    torch.set_num_threads(1)
+    args = TrainingArguments(
+        str(folder), max_steps=STEPS, save_steps=2, save_total_limit=3, logging_steps=1, learning_rate=1e-2,
+        per_device_train_batch_size=2, remove_unused_columns=False, report_to="none", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    dataset = Streamed() if data == "streaming" else uneven_samples()
+    trainer = TransfusionTrainer(
+        tiny.model(std=0.1), args, train_dataset=dataset, data_collator=collate_unseeded,
+        callbacks=[TransfusionEMACallback(decay=0.9)],
+    )  # fmt: skip
+    has_checkpoint = folder.exists() and get_last_checkpoint(folder) is not None
+    trainer.train(resume_from_checkpoint=has_checkpoint)
+    trainer.save_model(folder / "final")
+
+
+def is_inside_a_save(folder: Path) -> bool:
+    try:
+        return any((folder / "incomplete").glob("checkpoint-*/*"))
+    except FileNotFoundError:  # renamed meanwhile
+        return False
+
+
+def kill_and_resume(folder: Path, data: str, num_kills: int) -> int:
+    """Number of kills that hit a save."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "transfusion_hf"])
+    rng, num_inside = random.Random(0), 0
+    for i in range(num_kills):
+        process = context.Process(target=train, args=(folder, data))
+        process.start()
+        before = get_last_checkpoint(folder) if folder.exists() else None
+        while (get_last_checkpoint(folder) if folder.exists() else None) == before:  # let it come a step further
+            assert process.is_alive()
+            time.sleep(0.001)
+        if i % 2:
+            time.sleep(rng.uniform(0, 0.1))
+        else:
+            while process.is_alive() and not is_inside_a_save(folder):
+                pass
+        process.kill()
+        process.join()
+        num_inside += is_inside_a_save(folder)
+    process = context.Process(target=train, args=(folder, data))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return num_inside
+
+
+def losses(folder: Path) -> list[tuple]:
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    return [tuple(entry.get(name) for name in ("step", "lm_loss", "diffusion_loss")) for entry in state["log_history"]]
+
+
+@pytest.mark.parametrize(
+    ("data", "num_kills"),
+    [
+        ("map", 2),
+        pytest.param("map", 10, marks=pytest.mark.slow),
+        pytest.param("streaming", 10, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path, data, num_kills):
+    kill_and_resume(tmp_path / "whole", data, 0)
+    assert kill_and_resume(tmp_path / "killed", data, num_kills) >= 1
+    assert len(losses(tmp_path / "whole")) == STEPS
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    for name in ("final/model.safetensors", f"checkpoint-{STEPS}/ema.safetensors"):
+        whole, killed = (load_file(tmp_path / run / name) for run in ("whole", "killed"))
+        assert all(torch.equal(killed[key], value) for key, value in whole.items())
+    assert not (tmp_path / "killed" / "incomplete").exists()

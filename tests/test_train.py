@@ -1,0 +1,107 @@
+"""`examples/train.py`: the paper's recipe, on small things."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from datasets import Dataset
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+from transfusion_hf.shapes import ShapesDataset
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import train
+
+TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
+SMALL = "hidden_size=32,intermediate_size=48,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=4"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = {"image": [], "caption": []}
+    for sample in (ShapesDataset(16)[i] for i in range(16)):
+        buffer = io.BytesIO()
+        sample["image"].save(buffer, "png")
+        rows["image"].append({"bytes": buffer.getvalue(), "path": None})
+        rows["caption"].append(sample["text"])
+    Dataset.from_dict(rows).to_parquet(folder / "pictures-0.parquet")
+    Dataset.from_dict({"text": [f"some words of text {i}" * (1 + i % 3) for i in range(30)]}).to_parquet(
+        folder / "text-0.parquet"
+    )
+    return folder
+
+
+def arguments(folder: Path, data: Path, *extra: str) -> list[str]:
+    return [
+        "--tokenizer_name", TINY, "--config_overrides", SMALL, "--sample_size", "16", "--max_length", "192",
+        "--caption_dataset", str(data / "pictures-*.parquet"), "--caption_column", "caption",
+        "--text_dataset", str(data / "text-*.parquet"), "--output_dir", str(folder), "--max_steps", "4",
+        "--per_device_train_batch_size", "4", "--save_steps", "2", "--logging_steps", "1", "--report_to", "none",
+        "--disable_tqdm", "true", "--use_cpu", *extra,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_model_trains_from_scratch_and_loads_again(tmp_path, data, streaming):
+    trainer = train.main(arguments(tmp_path, data, "--streaming", streaming, "--ema_decay", "0.9"))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 4 and all({"lm_loss", "diffusion_loss"} <= set(entry) for entry in logs)
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    output = model.generate(**processor(text=["a circle"]), generation_mode="image", num_inference_steps=2)
+    assert output.images[0][0].shape == (3, 16, 16)
+
+
+def test_the_recipe_is_that_of_the_paper(tmp_path, data):
+    trainer = train.main(arguments(tmp_path, data, "--warmup_steps", "2"))
+    args, optimizer = trainer.args, trainer.optimizer
+    assert (args.learning_rate, args.adam_beta1, args.adam_beta2, args.adam_epsilon) == (3e-4, 0.9, 0.95, 1e-8)
+    assert (args.weight_decay, args.max_grad_norm) == (0.1, 1.0)
+    assert train.PaperTrainingArguments(str(tmp_path)).warmup_steps == 4000
+    assert train.DataArguments("x").max_length == 4096 and trainer.model.config.diffusion_loss_weight == 5
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "loss" in entry]
+    assert max(rates) == pytest.approx(3e-4) and optimizer.param_groups[0]["lr"] == pytest.approx(1.5e-5)
+    decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert all((id(parameter) in decayed) == (parameter.ndim > 1) for parameter in trained.values())
+
+
+def test_a_run_goes_on_where_it_was(tmp_path, data):
+    # In a worker the collator draws by a generator of its own, in which no denoising comes between.
+    data_arguments = ("--dataloader_num_workers", "1", "--resume_from_checkpoint", "true")
+    whole = train.main(arguments(tmp_path / "whole", data, *data_arguments))
+    train.main(arguments(tmp_path / "parts", data, *data_arguments))
+    for file in (tmp_path / "parts" / "checkpoint-4").iterdir():
+        file.unlink()
+    (tmp_path / "parts" / "checkpoint-4").rmdir()
+    parts = train.main(arguments(tmp_path / "parts", data, *data_arguments))
+    expected = whole.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in parts.model.state_dict().items())
+
+
+@pytest.mark.parametrize("overrides", ["hidden_size", "hidden_sizes=3"])
+def test_overrides_that_mean_nothing_are_refused(tmp_path, data, overrides):
+    with pytest.raises(ValueError, match="`config_overrides`"):
+        train.main([*arguments(tmp_path, data), "--config_overrides", overrides])
+
+
+def test_accelerate_takes_its_configurations():
+    folder = Path(train.__file__).parent / "accelerate"
+    kinds = {}
+    for file in sorted(folder.iterdir()):
+        parsed = launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+        args, _, _ = _validate_launch_command(parsed)
+        kinds[file.stem] = (args.multi_gpu, args.use_fsdp, args.use_deepspeed)
+        assert args.num_processes == 8 and args.mixed_precision == "bf16"
+        assert not args.use_fsdp or args.fsdp_version == 2
+        assert not args.use_deepspeed or args.zero_stage == int(file.stem[-1])
+    assert kinds == {
+        "ddp": (True, False, False),
+        "fsdp2": (False, True, False),
+        "deepspeed_zero2": (False, False, True),
+        "deepspeed_zero3": (False, False, True),
+    }
