@@ -275,6 +275,12 @@ def test_an_image_that_was_opened_but_not_read_may_be_broken_too():
         assert list(dataset) == [] and dataset.num_skipped == 1
 
 
+def test_an_image_of_unknown_range_is_broken():
+    rows = Dataset.from_dict({"image": [PILImage.new("F", (8, 8))], "text": ["a"]})
+    with pytest.warns(UserWarning, match="`image` is of floating-point mode 'F', which has no known range"):
+        assert list(TransfusionDataset.from_captions(rows)) == []
+
+
 def test_a_column_of_another_type_is_an_error_and_not_a_broken_row():
     with pytest.raises(ValueError, match="`text` must hold strings; got int"):
         list(TransfusionDataset.from_text(Dataset.from_dict({"text": [1, 2]})))

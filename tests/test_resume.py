@@ -12,12 +12,19 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from test_trainer import collate_uneven, uneven_samples
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import TransfusionEMACallback, TransfusionTrainer
 
-STEPS = 30
+STEPS = 58  # no whole number of epochs
+
+
+class Unhurried(TrainerCallback):
+    """However fast the machine, ten kills come before the end."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        time.sleep(0.05)
 
 
 class Streamed(torch.utils.data.IterableDataset):
@@ -34,8 +41,8 @@ def collate_unseeded(rows: list[dict]) -> dict:
     return batch
 
 
-def train(folder: Path, data: str) -> None:
-    """In a process of its own: begins, or goes on where a checkpoint is."""
+def train(folder: Path, data: str) -> TransfusionTrainer:
+    """Begins, or goes on where a checkpoint is."""
     torch.set_num_threads(1)
     args = TrainingArguments(
         str(folder), max_steps=STEPS, save_steps=2, save_total_limit=3, logging_steps=1, learning_rate=1e-2,
@@ -44,11 +51,12 @@ def train(folder: Path, data: str) -> None:
     dataset = Streamed() if data == "streaming" else uneven_samples()
     trainer = TransfusionTrainer(
         tiny.model(std=0.1), args, train_dataset=dataset, data_collator=collate_unseeded,
-        callbacks=[TransfusionEMACallback(decay=0.9)],
+        callbacks=[TransfusionEMACallback(decay=0.9), Unhurried()],
     )  # fmt: skip
     has_checkpoint = folder.exists() and get_last_checkpoint(folder) is not None
     trainer.train(resume_from_checkpoint=has_checkpoint)
     trainer.save_model(folder / "final")
+    return trainer
 
 
 def is_inside_a_save(folder: Path) -> bool:
@@ -107,3 +115,11 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path, data, num_kil
         whole, killed = (load_file(tmp_path / run / name) for run in ("whole", "killed"))
         assert all(torch.equal(killed[key], value) for key, value in whole.items())
     assert not (tmp_path / "killed" / "incomplete").exists()
+
+
+@pytest.mark.parametrize("data", ["map", "streaming"])
+def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path, data):
+    finished, resumed = (train(tmp_path, data) for _ in range(2))
+    assert resumed.state.global_step == STEPS == len(losses(tmp_path))
+    expected = finished.model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())

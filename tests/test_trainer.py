@@ -467,3 +467,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path):
     assert sorted(map(tuple, torch.load(file)["input_ids"].tolist())) == sorted(
         map(tuple, collate_uneven(uneven_samples())["input_ids"].tolist())
     )
+
+
+def test_a_checkpoint_of_another_model_is_refused_and_that_of_the_same_is_not(tmp_path):
+    def run(model):
+        return exact_trainer(model, tmp_path, uneven_samples(), max_steps=2, save_strategy="steps", save_steps=1)
+
+    run(tiny.model()).train()
+    for other, message in (
+        (tiny.model(prediction_type="sample"), "`prediction_type` is 'epsilon' there and 'sample' here"),
+        (tiny.model(tiny.text_config(rms_norm_eps=1e-5)), "`text_config.rms_norm_eps` is 1e-06 there and 1e-05 here"),
+    ):
+        before = [parameter.clone() for parameter in other.parameters()]
+        for folder in (True, str(tmp_path / "checkpoint-1")):
+            with pytest.raises(ValueError, match=f"checkpoint-. is of another model: .*{message}"):
+                run(other).train(resume_from_checkpoint=folder)
+        assert all(torch.equal(*pair) for pair in zip(before, other.parameters(), strict=True))
+    resumed = run(tiny.model(diffusion_loss_weight=1.0))  # the run's to choose
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert resumed.state.global_step == 2

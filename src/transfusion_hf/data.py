@@ -53,11 +53,14 @@ def _read_image(value: Any, column: str) -> Any:
     try:
         if isinstance(value, Image.Image):
             value.load()
-        if value is not None:
-            return hf_datasets.Image().decode_example(value)
+        image = None if value is None else hf_datasets.Image().decode_example(value)
     except Exception as error:  # what PIL raises depends on the format: OSError, SyntaxError, struct.error …
         raise _BrokenRowError(f"`{column}` cannot be read: {type(error).__name__}: {error}") from error
-    raise _BrokenRowError(f"`{column}` is empty")
+    if image is None:
+        raise _BrokenRowError(f"`{column}` is empty")
+    if image.mode == "F":
+        raise _BrokenRowError(f"`{column}` is of floating-point mode 'F', which has no known range")
+    return image
 
 
 def _text_sample(row: dict[str, Any], text_column: str, image_token: str) -> dict[str, Any]:

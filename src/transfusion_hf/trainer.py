@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import AutoConfig, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.utils import CONFIG_NAME
 
 
 class _Sums:
@@ -45,8 +47,8 @@ class TransfusionTrainer(Trainer):
 
     Raises:
         ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`, or
-            `dispatch_batches`, which would part images from their texts; in training, a loss that is not finite, whose
-            batch is then in the output folder.
+            `dispatch_batches`, which would part images from their texts; a checkpoint of another model to resume from;
+            in training, a loss that is not finite, whose batch is then in the output folder.
     """
 
     def __init__(
@@ -76,9 +78,20 @@ class TransfusionTrainer(Trainer):
     def _new_sums(self) -> _Sums:
         return _Sums(self.num_timestep_bands, self.args.device)
 
-    def train(self, *args: Any, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
+            _check_same_model(self._config(), folder)
         self._train_sums = self._new_sums()  # speeds count from now on
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any):
+        # The library would take a finished run that is resumed one step further.
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
 
     def _get_num_items_in_batch(self, batch_samples, device):
         num_images = torch.tensor(sum(_count_noised(batch) for batch in batch_samples), device=device)
@@ -211,6 +224,34 @@ class TransfusionTrainer(Trainer):
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         self._train_sums.start_time += time.perf_counter() - start  # what an evaluation takes is no time of training
         return output
+
+
+# What a run may change of its model's configuration when it goes on, or what says nothing of the weights.
+_MAY_DIFFER = {
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "diffusion_loss_weight", "dtype",
+    "eos_token_id", "initializer_range", "pad_token_id", "transformers_version", "use_cache",
+}  # fmt: skip
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in sorted({*saved, *current} - _MAY_DIFFER):
+        there, here = saved.get(name), current.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from _differences(there, here, f"{prefix}{name}.")
+        elif there != here:
+            yield f"`{prefix}{name}` is {there!r} there and {here!r} here"
+
+
+def _check_same_model(config: Any, folder: str | Path) -> None:
+    """The library would load what fits of another model's weights, and pass over the rest with a warning."""
+    if not Path(folder, CONFIG_NAME).exists():  # of an adapter, or no checkpoint, which the library says
+        return
+    differences = list(_differences(AutoConfig.from_pretrained(folder).to_dict(), config.to_dict()))
+    if differences:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {folder} is of another model: {'; '.join(differences[:5])}. Resume with the "
+            "model that was trained there, or begin a new run in another `output_dir`."
+        )
 
 
 def _images_of(batch: dict[str, Any]) -> list[torch.Tensor]:
