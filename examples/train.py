@@ -12,6 +12,7 @@ small models. All arguments of transformers' `TrainingArguments` are taken; `--r
 """
 
 import glob
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,8 +108,20 @@ def build_model(args: ModelArguments, tokenizer: Any) -> tuple[Any, TransfusionP
     unknown = [name for name in overrides if not hasattr(text_config, name)]
     if unknown:
         raise ValueError(f"`config_overrides` names what the decoder's configuration has not: {', '.join(unknown)}.")
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"`tokenizer_name`: {args.tokenizer_name} has no end-of-sequence token, without which no text would end. "
+            "Give it one (`tokenizer.add_special_tokens({'eos_token': ...})`, `save_pretrained`), or choose another."
+        )
     # Room for the image tokens, and for padding.
     vocab_size = len(tokenizer) + 4
+    if not overrides and abs(vocab_size / text_config.vocab_size - 1) > 0.05:
+        difference = 2 * (vocab_size - text_config.vocab_size) * text_config.hidden_size / 1e9
+        warnings.warn(
+            f"`preset` {args.preset} is meant for a vocabulary of {text_config.vocab_size:,}; that of "
+            f"{args.tokenizer_name}, {len(tokenizer):,}, makes it {difference:+.3f}B parameters larger.",
+            stacklevel=2,
+        )
     text_config.update({"vocab_size": vocab_size, **overrides})
     config = TransfusionConfig(
         text_config=text_config,

@@ -2,13 +2,14 @@
 
 import io
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from datasets import Dataset
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 from transfusion_hf.shapes import ShapesDataset
 
@@ -87,6 +88,18 @@ def test_a_run_goes_on_where_it_was(tmp_path, data):
 def test_overrides_that_mean_nothing_are_refused(tmp_path, data, overrides):
     with pytest.raises(ValueError, match="`config_overrides`"):
         train.main([*arguments(tmp_path, data), "--config_overrides", overrides])
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_or_said(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    arguments = train.ModelArguments(TINY, preset="0.16B", config_overrides="num_hidden_layers=1")
+    with torch.device("meta"), pytest.warns(UserWarning, match="vocabulary of 32,003; .* makes it -0.0..B parameters"):
+        train.build_model(replace(arguments, config_overrides=""), tokenizer)
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has no end-of-sequence token, without which no text would end"):
+        train.build_model(arguments, tokenizer)
+    with pytest.raises(ValueError, match="'9B'"):
+        train.build_model(replace(arguments, preset="9B"), tokenizer)
 
 
 def test_accelerate_takes_its_configurations():
