@@ -78,7 +78,7 @@ def assert_named(findings, check: str, *words: str) -> None:
         {"family": "cohere", "tied": True},
         {"family": "gemma2", "prediction_type": "sample"},
         {"family": "qwen3", "prediction_type": "flow_prediction", "pos_embed_type": "sincos"},
-        {"latent_channels": 16, "beta_schedule": "scaled_linear"},  # no pictures: latents are made up
+        {"latent_channels": 5, "beta_schedule": "scaled_linear"},  # no pictures: latents are made up
         {"latent_channels": 1, "sample_size": (4, 12), "num_train_timesteps": 20},
     ],
     ids=str,
@@ -378,6 +378,17 @@ def test_8_an_adapter_needs_the_patch_parts_saved(modules_to_save, tmp_path, cap
         assert status == 1 and "patch decoder" in capsys.readouterr().out
 
 
+def test_8_an_adapter_that_learns_less_than_a_whole_model_is_a_warning():
+    model, processor = healthy()
+    small = get_peft_model(model, LoraConfig(**LORA, modules_to_save=PATCH_PARTS))
+    findings = diagnose(small, processor, steps=30)
+    (warning,) = complaints(findings)
+    assert "where parameters are frozen (" in warning and "LM head" in warning and "lm_loss from 5." in warning
+    model, processor = healthy()
+    everything = [*PATCH_PARTS, "lm_head", "embed_tokens"]
+    assert not complaints(diagnose(get_peft_model(model, LoraConfig(**LORA, modules_to_save=everything)), processor))
+
+
 # 9: pixels
 
 
@@ -421,6 +432,9 @@ def test_10_a_loss_weight_of_zero_is_named():
 def test_too_few_steps_are_no_success_and_the_losses_are_told():
     findings = diagnose(*healthy(), steps=2)
     assert_named(findings, "overfit", "lm_loss from 5.", "diffusion_loss from 1.", "in 2 steps", "more `steps`")
+    assert "hidden size of" not in errors(findings, "overfit")
+    findings = diagnose(*healthy(latent_channels=16), steps=2)
+    assert_named(findings, "overfit", "a patch of 64 values does not fit through a hidden size of 32")
 
 
 def test_batches_that_cannot_be_learned_from_are_named():

@@ -113,16 +113,19 @@ def diagnose(
     def run(check: str, function: Any, *args: Any) -> None:
         try:
             found = function(*args)
+        except NotImplementedError as error:  # as the backward pass of FlexAttention on a CPU
+            found = [_warning(f"not tried: {error}", "try on another device or with another `attn_implementation`")]
         except (ValueError, RuntimeError, IndexError, KeyError, TypeError) as error:
-            found = [Finding(check, "error", f"{type(error).__name__}: {error}")]
+            found = [_error(f"{type(error).__name__}: {' '.join(str(error).split())}")]
         for finding in found:
             finding.check = check
         findings.extend(found)
 
     def make_batch() -> list[Finding]:
         nonlocal batch
+        limit = base.config.num_train_timesteps
         collate = collator or TransfusionDataCollator(
-            processor, caption_dropout=0.0, num_train_timesteps=base.config.num_train_timesteps
+            processor, caption_dropout=0.0, num_train_timesteps=limit, image_first_max_timesteps=-(-limit // 2)
         )
         if batch is None:
             samples = _made_up_samples(base, processor, batch_size) if dataset is None else dataset
@@ -195,22 +198,14 @@ def check_loading(loading_info: dict[str, Any] | None) -> list[Finding]:
         return []
     found = []
     if missing := sorted(loading_info.get("missing_keys") or []):
-        head = "the LM head is lost (the file ties it, the configuration does not): " if _has_head(missing) else ""
-        found.append(
-            _error(
-                f"{head}the file lacks {_some(missing)}, which are random now",
-                "set `tie_word_embeddings=True` in `text_config`" if head else "save the whole model again",
-            )
-        )
-    if mismatched := sorted(str(key) for key in loading_info.get("mismatched_keys") or []):
-        found.append(_error(f"weights of another shape than the model's: {_some(mismatched)}", "use its own config"))
+        message, remedy = f"the file lacks {_some(missing)}, random now", "save the whole model again"
+        if "lm_head.weight" in missing:
+            message = f"the LM head is lost, tied in the file but not in the configuration: {message}"
+            remedy = "set `tie_word_embeddings=True` in `text_config`"
+        found.append(_error(message, remedy))
     if unexpected := sorted(loading_info.get("unexpected_keys") or []):
         found.append(_warning(f"the file has weights that the model has no place for: {_some(unexpected)}"))
     return found or _ok("every weight is in its place")
-
-
-def _has_head(names: list[str]) -> bool:
-    return any(name.startswith("lm_head.") for name in names)
 
 
 def _some(names: Sequence[str], count: int = 4) -> str:
@@ -239,7 +234,7 @@ def check_special_tokens(base: Any, processor: Any) -> list[Finding]:
             own, other = getattr(tokenizer, name), getattr(other_config, name, None)
             several = other if isinstance(other, (list, tuple)) else [other]
             if own is not None and other is not None and own not in several:
-                judge = _error if name == "eos_token_id" else _warning
+                judge = _error if name == "eos_token_id" and where == "generation config" else _warning
                 found.append(judge(f"`{name}` is {own} in the tokenizer but {other} in the {where}", remedy))
             if clash := [token for token, i in ids.items() if i is not None and i in several]:
                 found.append(_error(f"`{name}` of the {where} is the id of {clash[0]}", remedy))
@@ -354,7 +349,7 @@ def check_noise_schedule(base: Any) -> list[Finding]:
         handle.remove()
     (plus, told), (minus, _) = seen
     shares = ((plus - minus) * x_0).sum((1, 2, 3)) / (2 * x_0.square().sum((1, 2, 3)))
-    clean, noisy = float(shares[0]), float(shares[-1])
+    clean, noisy = (round(float(share), 2) + 0.0 for share in (shares[0], shares[-1]))
     what = f"at t = {first} {clean:.2f} of the clean image is left, at t = {last} {noisy:.2f}"
     remedy = "t = 0 is clean here; take `beta_schedule` of a published schedule and `model.reset_noise_scheduler()`"
     if config.num_train_timesteps > 1 and clean < noisy:
@@ -439,7 +434,7 @@ def check_pixels(base: Any, processor: Any, batch: dict[str, Any]) -> list[Findi
     if _takes_pictures(base):
         width, height = (side * base.config.vae_scale_factor for side in base.config.latent_size[::-1])
         for color, value in (("black", -1.0), ("white", 1.0)):
-            pixels = processor.image_processor([Image.new("RGB", (width, height), color)])["pixel_values"][0]
+            pixels = processor.image_processor([Image.new("RGB", (width, height), color)])["pixel_values"][0].float()
             if (pixels - value).abs().max() > 0.02:
                 message = f"the processor makes {color} {float(pixels.mean()):.4g}, the model expects {value:g}"
                 found.append(_error(message, remedy))
@@ -471,7 +466,7 @@ def check_vae(base: Any, batch: dict[str, Any], is_data: bool) -> list[Finding]:
             found.append(_error(message, "use `attach_vae`, which sets both"))
     stacks = base.encode_images(batch["pixel_values"]) if "pixel_values" in batch else stack_images(batch["latents"])
     values = torch.cat([stack.flatten() for stack in stacks]).double()
-    mean, std = float(values.mean()), float(values.std())
+    mean, std = float(values.mean()), float(values.std(correction=0))
     fits = f"these images suggest a scale of {scale / std:.4g} and a shift of {mean / scale + shift:.4g}"
     seen = f"latents have mean {mean:.2f} and deviation {std:.2f} under scale {scale:g} and shift {shift:g}"
     remedy = "measure both by `measure_latent_scale`, on many images" + ("" if is_data else "; or pass DATA")
@@ -590,11 +585,19 @@ def check_overfit(
     needed = [
         name for name, group in groups.items() if name in _IMAGE_PARTS or any(p.requires_grad for p in group.values())
     ]
-    if step and (dead := [name for name in needed if name not in alive]):
+    dead = [name for name in needed if name not in alive] if step else []
+    if dead:
         stuck.append(f"no gradient reaches: {', '.join(dead)}")
     if not stuck:
         return _ok(f"{', '.join(falls)} in {step} steps")
     message = f"one batch cannot be learned by heart in {step} steps: {'; '.join(stuck)}"
+    width, hidden_size = base.config.latent_channels * base.config.patch_size**2, base.config.text_config.hidden_size
+    if width > hidden_size:
+        message += f"; a patch of {width} values does not fit through a hidden size of {hidden_size}"
+    frozen = [name for name, group in groups.items() if not all(p.requires_grad for p in group.values())]
+    if step == steps and not dead and not errors and frozen:
+        message += f"; that may be all that can be done where parameters are frozen ({', '.join(frozen)})"
+        return [_warning(message, "try more `steps`, or an adapter of higher rank")]
     why = (
         f"first see to: {', '.join(dict.fromkeys(errors))}"
         if errors
