@@ -17,8 +17,9 @@ from make_tiny_transfusion import byte_tokenizer
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_vae import CONFIG as VAE_CONFIG
-from transformers import AttentionInterface, AutoModelForMultimodalLM, AutoProcessor
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForMultimodalLM, AutoProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from transfusion_hf import (
     TransfusionDataCollator,
@@ -34,7 +35,6 @@ from transfusion_hf.shapes import ShapesDataset
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 LORA = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 PATCH_PARTS = ["patch_encoder", "patch_decoder"]
-# Words of the captions are parted by single spaces, so that each has a token of the tests' tokenizer.
 SAMPLES = [ShapesDataset(8)[i] for i in range(8)]
 
 
@@ -218,6 +218,12 @@ def without_image_blocks(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, None, **{**kwargs, "is_causal": True})
 
 
+def without_later_image_blocks(module, query, key, value, attention_mask, **kwargs):
+    attention_mask = attention_mask.clone()
+    attention_mask[..., 9:, 9:].tril_()
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
 def without_any_mask(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, None, **{**kwargs, "is_causal": False})
 
@@ -227,11 +233,14 @@ def without_any_mask(module, query, key, value, attention_mask, **kwargs):
 def test_4_a_backend_that_drops_the_mask_is_named(family, patch_encoder):
     model, processor = healthy(family, **patch_encoder)
     AttentionInterface.register("without_image_blocks", without_image_blocks)
+    AttentionInterface.register("without_later_image_blocks", without_later_image_blocks)
     AttentionInterface.register("without_any_mask", without_any_mask)
-    model.set_attn_implementation("without_image_blocks")
-    findings = diagnose(model, processor, overfit=False)
-    assert_named(findings, "attention mask", "causal inside images", "without_image_blocks", "'sdpa'")
-    assert "outside of images" not in errors(findings, "attention mask")
+    AttentionMaskInterface.register("without_later_image_blocks", sdpa_mask)
+    for name in ("without_image_blocks", "without_later_image_blocks"):
+        model.set_attn_implementation(name)
+        findings = diagnose(model, processor, overfit=False)
+        assert_named(findings, "attention mask", "causal inside images", name, "'sdpa'")
+        assert "outside of images" not in errors(findings, "attention mask")
     model.set_attn_implementation("without_any_mask")
     findings = diagnose(model, processor, overfit=False)
     assert_named(findings, "attention mask", "not causal outside of images", "without_any_mask")
