@@ -558,8 +558,8 @@ def check_overfit(
     alive: set[str] = set()
 
     def has_fallen(name: str) -> bool:
-        # Or is next to nothing: a batch that the model knows by heart already.
-        return last[name] - floors[name] <= max(0.1 * (first[name] - floors[name]), 0.01)
+        # By 90 %, or almost to the least there is; or it was next to nothing, of a batch known by heart already.
+        return last[name] <= max(0.1 * first[name], floors[name] + 0.02 * first[name], floors[name] + 0.01)
 
     with torch.enable_grad(), logging.tqdm(total=steps, desc="overfit", unit=" steps") as progress:
         for step in range(steps + 1):
@@ -613,8 +613,10 @@ def _load_model(name: str, attn_implementation: str | None, device: str) -> tupl
     adapter = Path(name, "adapter_config.json").exists()
     source = name
     if adapter:
-        from peft import PeftConfig, PeftModel
-
+        try:
+            from peft import PeftConfig, PeftModel
+        except ImportError as error:
+            raise ImportError(f"{name} is an adapter, which needs peft; run `pip install peft`.") from error
         source = PeftConfig.from_pretrained(name).base_model_name_or_path
     model, loading_info = AutoModelForMultimodalLM.from_pretrained(source, **kwargs)
     if adapter:
