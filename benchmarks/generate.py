@@ -15,51 +15,21 @@ import cProfile
 import datetime
 import importlib.util
 import io
-import os
-import platform
 import pstats
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from ratios import Row, clock, compare, hardware, table
 from transformers import LlamaForCausalLM
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import quickstart
-
-Row = tuple[str, list[float], float, str]  # what, the ratio of each round, the bound, a remark
-
-
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def compare(what: str, runs: dict[str, Callable], bound: float, remark: str, rounds: int, device) -> list[Row]:
-    """Each run but the last over the last, after a round to warm up. A run may return its own seconds, a float."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in tqdm(range(rounds + 1), desc=what, leave=False):
-        # Every other round backwards: whatever the first suffers, the last does, too.
-        for name, run in list(runs.items())[:: -1 if number % 2 else 1]:
-            start = clock(device)
-            result = run()
-            if number:
-                seconds[name].append(result if isinstance(result, float) else clock(device) - start)
-    *own, (last, base) = seconds.items()
-    rows = []
-    for name, times in own:
-        medians = " / ".join(f"{1e3 * statistics.median(t):.1f}" for t in (times, base))
-        ratios = [a / b for a, b in zip(times, base, strict=True)]
-        rows.append((f"{what}: {name} / {last}", ratios, bound, f"{medians} ms; {remark}"))
-    return rows
 
 
 def preset_model(device: torch.device, **kwargs) -> TransfusionForCausalLMAndDiffusion:
@@ -260,15 +230,6 @@ def profile_outside(model, arguments: dict, forward: Callable, num_steps: int, l
     return "\n".join(lines)
 
 
-def table(rows: list[Row]) -> str:
-    lines = ["| ratio | median | min–max | bound | | medians, and what was compared |", "|---|---|---|---|---|---|"]
-    for what, ratios, bound, remark in rows:
-        median, spread = statistics.median(ratios), f"{min(ratios):.3f}–{max(ratios):.3f}"
-        verdict = "holds" if median <= bound else "FAILS"
-        lines.append(f"| {what} | {median:.3f} | {spread} | {bound:g} | {verdict} | {remark} |")
-    return "\n".join(lines)
-
-
 PARTS = {"text": text_rows, "cache": cache_rows, "batch": batch_rows, "peer": peer_rows, "overhead": overhead_rows}
 
 
@@ -286,11 +247,10 @@ def main() -> None:
         result = PARTS[part](device, args.rounds)
         more, profile = result if part == "overhead" else (result, profile)
         rows += more
-    cores = f"{os.cpu_count()} shared {platform.machine().replace('_', '-')} cores, {torch.get_num_threads()} threads"
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else cores
     text = (
-        f"# generate()\n\n{datetime.date.today()}, {hardware}, torch {torch.__version__}, float32, `python benchmarks/"
-        f"generate.py`: random weights, {args.rounds} rounds. A ratio is the first's time over the second's.\n\n"
+        f"# generate()\n\n{datetime.date.today()}, {hardware(device)}, torch {torch.__version__}, float32, `python "
+        f"benchmarks/generate.py`: random weights, {args.rounds} rounds. A ratio is the first's time over the "
+        f"second's.\n\n"
         f"{table(rows)}\n\n{profile}"
     )
     (args.output_dir / "generate.md").write_text(text)

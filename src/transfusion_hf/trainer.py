@@ -46,9 +46,27 @@ class _Sums:
     NAMES = ("nll", "labels", "tokens", "images")
 
     def __init__(self, num_bands: int, device: torch.device):
-        self.by_name = torch.zeros(len(self.NAMES), dtype=torch.float64, device=device)
-        self.bands = torch.zeros(2, num_bands, dtype=torch.float64, device=device)  # errors, and images
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs have not
+        self.by_name = torch.zeros(len(self.NAMES), dtype=dtype, device=device)
+        self.bands = torch.zeros(2, num_bands, dtype=dtype, device=device)  # errors, and images
         self.start_time = time.perf_counter()
+
+    def add(self, inputs: dict[str, Any], outputs: Any, num_items: Any, num_timesteps: int) -> None:
+        """Of a micro-batch, whose `lm_loss` is a sum over `num_items`."""
+        mask = inputs.get("attention_mask")
+        numbers = (
+            outputs["lm_loss"].detach() * num_items,
+            (inputs["labels"][:, 1:] != -100).sum(),
+            inputs["input_ids"].numel() if mask is None else mask.sum(),
+            sum(len(stack) if stack.ndim == 4 else 1 for stack in _images_of(inputs)),
+        )
+        kwargs = {"dtype": self.by_name.dtype, "device": self.by_name.device}
+        self.by_name += torch.stack([torch.as_tensor(number, **kwargs) for number in numbers])
+        errors = outputs.get("image_losses")  # absent where there are none
+        if errors is not None:
+            num_bands = self.bands.shape[1]
+            bands = (outputs["image_timesteps"] * num_bands / num_timesteps).long().clamp(max=num_bands - 1)
+            self.bands.index_add_(1, bands, torch.stack([errors, torch.ones_like(errors)]).to(self.bands.dtype))
 
 
 class TransfusionTrainer(Trainer):
@@ -153,28 +171,9 @@ class TransfusionTrainer(Trainer):
                 f"`diffusion_loss` {diffusion_loss}). The batch is saved in {file}; look at it, lower the learning "
                 "rate, and go on from the last checkpoint."
             )
-        sums = self._train_sums if model.training else self._eval_sums
-        mask = inputs.get("attention_mask")
-        images = outputs.get("image_losses")  # absent where there are none
         num_items = 0 if num_items_in_batch is None else num_items_in_batch
-        num_images = sum(len(stack) if stack.ndim == 4 else 1 for stack in _images_of(inputs))
-        sums.by_name += torch.stack(
-            [
-                torch.as_tensor(number, dtype=torch.float64, device=sums.by_name.device)
-                for number in (
-                    outputs["lm_loss"].detach() * num_items,
-                    (inputs["labels"][:, 1:] != -100).sum(),
-                    inputs["input_ids"].numel() if mask is None else mask.sum(),
-                    num_images,
-                )
-            ]
-        )
-        if images is not None:
-            num_timesteps = self._config().num_train_timesteps
-            bands = (outputs["image_timesteps"] * self.num_timestep_bands / num_timesteps).long()
-            bands = bands.clamp(max=self.num_timestep_bands - 1)
-            sums.bands[0].index_add_(0, bands, images.double())
-            sums.bands[1].index_add_(0, bands, torch.ones_like(images, dtype=torch.float64))
+        sums = self._train_sums if model.training else self._eval_sums
+        sums.add(inputs, outputs, num_items, self._config().num_train_timesteps)
         return (loss, outputs) if return_outputs else loss
 
     def _config(self) -> Any:

@@ -1,0 +1,198 @@
+"""
+What a training step costs, in ratios of two things measured in turn in one run: on text alone against transformers'
+own Llama, on text and images against transfusion-pytorch (`pip install -e '.[benchmark]'`; left out where it is not
+installed); and the memory of a step with the logits of the labels alone against that with all logits.
+
+    python benchmarks/train.py [--parts text memory peer] [--output_dir benchmarks/results]
+
+Prints a Markdown table and writes it. A step is forward, backward and AdamW.
+"""
+
+import argparse
+import datetime
+import importlib.util
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from ratios import Row, compare, hardware, table
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, make_labels
+
+
+def train_step(model: torch.nn.Module, loss_of: Callable) -> Callable:
+    """A step of AdamW on what `loss_of` gives."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model.train()
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss_of().backward()
+        optimizer.step()
+
+    return step
+
+
+def text_rows(device: torch.device, rounds: int) -> list[Row]:
+    torch.manual_seed(0)
+    model = TransfusionForCausalLMAndDiffusion(TransfusionConfig.from_preset("0.16B")).to(device)
+    llama = LlamaForCausalLM(model.config.text_config).to(device)
+    ids = torch.randint(5, 32000, (1, 512), device=device)
+    steps = {
+        "ours": train_step(model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss),
+        "LlamaForCausalLM": train_step(llama, lambda: llama(input_ids=ids, labels=ids, use_cache=False).loss),
+    }
+    return compare("text alone, 0.16B", steps, 1.05, "1 row of 512 tokens, sdpa", rounds, device)
+
+
+def image_batch(config: TransfusionConfig, batch_size: int, num_words: int, device: torch.device) -> dict:
+    """Rows of words and one image behind them."""
+    num_patches = config.num_patches(*config.latent_size)
+    words = torch.randint(5, config.image_start_token_id, (batch_size, num_words), device=device)
+    image = [config.image_start_token_id] + [config.image_token_id] * num_patches + [config.image_end_token_id]
+    ids = torch.cat([words, torch.tensor(image, device=device).expand(batch_size, -1)], 1)
+    mask = torch.ones_like(ids)
+    tokens = (config.image_start_token_id, config.image_token_id, config.image_end_token_id)
+    latents = torch.randn(batch_size, config.latent_channels, *config.latent_size, device=device)
+    return {"input_ids": ids, "labels": make_labels(ids, mask, *tokens), "latents": latents, "use_cache": False}
+
+
+def peak_bytes(run: Callable, device: torch.device) -> int:
+    """The most that a run allocates at a time, above what was allocated before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def memory_rows(device: torch.device, rounds: int) -> list[Row]:
+    """Of forward and backward, with gradients and optimizer state there before."""
+    text = TransfusionConfig.from_preset("0.16B").text_config.to_dict() | {"vocab_size": 128_256}
+    tokens = {"image_start_token_id": 128_253, "image_token_id": 128_254, "image_end_token_id": 128_255}
+    config = TransfusionConfig(text_config=LlamaConfig(**text), sample_size=32, patch_size=2, **tokens)
+    torch.manual_seed(0)
+    model = TransfusionForCausalLMAndDiffusion(config).to(device).train()
+    batch = image_batch(config, 2, 254, device)
+
+    def step(**kwargs) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+        model(**batch, **kwargs).loss.backward()
+
+    step()
+    rows: list[Row] = []
+    for name, checkpointing in (("", False), (", activation checkpointing", True)):
+        model.gradient_checkpointing_enable() if checkpointing else model.gradient_checkpointing_disable()
+        own, full = (peak_bytes(lambda skip=skip: step(skip_logits=skip), device) for skip in (True, False))
+        remark = f"{own / 2**20:.0f} / {full / 2**20:.0f} MiB; 2 rows of 254 words and 256 patches, measured once"
+        rows.append((f"memory, 0.16B, vocabulary of 128k{name}: own / all logits", [own / full], 0.6, remark))
+    return rows
+
+
+def peer_rows(device: torch.device, rounds: int) -> list[Row]:
+    """Flow matching in both, equal parameters and tokens; the peer adds tokens of its own."""
+    if importlib.util.find_spec("transfusion_pytorch") is None:
+        print("transfusion-pytorch is not installed, its rows are left out: pip install -e '.[benchmark]'")
+        return []
+    small = TransfusionConfig(
+        text_config=LlamaConfig(
+            vocab_size=320,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            tie_word_embeddings=True,
+        ),
+        latent_channels=1,
+        sample_size=8,
+        patch_size=2,
+        prediction_type="flow_prediction",
+        image_start_token_id=317,
+        image_token_id=318,
+        image_end_token_id=319,
+    )
+    large = TransfusionConfig.from_preset("0.16B", prediction_type="flow_prediction")
+    return [
+        *against_peer("1M", small, {"dim": 76, "depth": 4, "dim_head": 20, "heads": 4}, 32, 12, device, rounds),
+        *against_peer("0.16B", large, {"dim": 464, "depth": 16, "dim_head": 64, "heads": 8}, 2, 62, device, rounds),
+    ]
+
+
+def against_peer(label, config, sizes, batch_size: int, num_words: int, device, rounds: int) -> list[Row]:
+    from loguru import logger
+    from transfusion_pytorch import Transfusion
+
+    logger.disable("transfusion_pytorch")
+    torch.manual_seed(0)
+    model = TransfusionForCausalLMAndDiffusion(config).to(device)
+    side = config.latent_size[0] // config.patch_size
+    peer = Transfusion(
+        num_text_tokens=config.text_config.vocab_size - 134,  # it adds as many of its own
+        transformer=sizes,
+        dim_latent=config.latent_channels * config.patch_size**2,
+        modality_default_shape=(side, side),
+    ).to(device)
+    batch = image_batch(config, batch_size, num_words, device)
+    patches = torch.randn(batch_size, side, side, config.latent_channels * config.patch_size**2, device=device)
+    words = batch["input_ids"][:, :num_words].clamp(max=config.text_config.vocab_size - 135)
+    samples = [[row, image] for row, image in zip(words, patches, strict=True)]
+
+    ours = train_step(model, lambda: model(**batch).loss)
+    theirs = train_step(peer, lambda: peer(samples))
+    numbers = [sum(p.numel() for p in m.parameters()) for m in (model, peer)]
+    tokens = [num_tokens(m, run) for m, run in ((model.model.language_model, ours), (peer.transformer, theirs))]
+    remark = (
+        f"{batch_size} rows of {num_words} words and {side * side} patches; parameters {numbers[0]:,} / "
+        f"{numbers[1]:,}, tokens {tokens[0]:,} / {tokens[1]:,}"
+    )
+    return compare(
+        f"text and images, {label}", {"ours": ours, "transfusion-pytorch": theirs}, 0.5, remark, rounds, device
+    )
+
+
+def num_tokens(transformer: torch.nn.Module, run: Callable) -> int:
+    """What goes through the transformer in a run, in all its passes."""
+    counts: list[int] = []
+
+    def count(_, args, kwargs, __):
+        inputs = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
+        counts.append(inputs.shape[0] * inputs.shape[1])
+
+    with transformer.register_forward_hook(count, with_kwargs=True):
+        run()
+    return sum(counts)
+
+
+PARTS = {"text": text_rows, "memory": memory_rows, "peer": peer_rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = [row for part in args.parts for row in PARTS[part](device, args.rounds)]
+    text = (
+        f"# A training step\n\n{datetime.date.today()}, {hardware(device)}, torch {torch.__version__}, float32, "
+        f"`python benchmarks/train.py`: random weights, {args.rounds} rounds. A ratio is the first over the "
+        f"second.\n\n"
+        f"{table(rows)}\n"
+    )
+    (args.output_dir / "train.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
