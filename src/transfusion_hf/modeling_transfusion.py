@@ -223,7 +223,6 @@ class TransfusionModel(TransfusionPreTrainedModel):
             if input_ids.numel() == 0:
                 raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
             block_ids = image_block_ids(input_ids, self.config.image_token_id)
-        hidden_states: Any = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
         stacks = None if latents is None else stack_images(latents) or None
         # Under a mask already prepared, a step of generation, there is nothing left to check.
         if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
@@ -232,7 +231,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if stacks is not None:
             num_images = sum(len(stack) for stack in stacks)
             encoder_timesteps = stacks[0].new_zeros(num_images) if timesteps is None else timesteps
+            # Before the embedding of the text, as `_encode_blank` is: FSDP2 wants one order in all processes.
             patches, skips = self.patch_encoder(stacks, encoder_timesteps)
+        hidden_states: Any = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
+        if stacks is not None:
             if self.config.pos_embed_type == "sincos":
                 patches = [p + self._positions(stack).to(p) for p, stack in zip(patches, stacks, strict=True)]
             is_patch = block_ids >= 0
@@ -391,6 +393,9 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             self.tp_plan = None
         # Last: `post_init` would initialise it anew, and `dtype` and `device` are those of the first parameters.
         self.vae = None if config.vae_config is None else TransfusionVAE(**vae_arguments(config.vae_config))
+        # FSDP takes its classes from here by default, and expects to find each.
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = [name for name in self._no_split_modules if name in present]
 
     @property
     def noise_scheduler(self):
@@ -551,6 +556,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             use_cache=use_cache,
             **kwargs,
         )
+        blank_prediction = None if blank is None else self.model.patch_decoder(*blank)[0]
         hidden_states, targets_of_text = outputs.last_hidden_state, None
         if skip_logits if skip_logits is not None else self.training and labels is not None:
             if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
@@ -578,8 +584,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             )
             # Without images to learn from, each image part still gets a gradient, of 0, and in its turn: without it,
             # or in another order than in other processes, DDP, FSDP2 and ZeRO-3 would wait for it.
-            if blank is not None:
-                diffusion_loss = 0.0 * _at_least_float32(self.model.patch_decoder(*blank)[0]).sum()
+            if blank_prediction is not None:
+                diffusion_loss = 0.0 * _at_least_float32(blank_prediction).sum()
             elif not targets:
                 diffusion_loss, predictions = 0.0 * predictions[0].sum(), None
             else:

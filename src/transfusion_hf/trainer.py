@@ -3,6 +3,7 @@
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,33 @@ import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import AutoConfig, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
+
+from .patching_transfusion import TransfusionTimestepEmbedding
+
+
+def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) -> set[torch.nn.Parameter]:
+    """
+    What stays float32 beside FSDP2 in lower precision: gives the timestep embedding a group of its own, for a group
+    has one dtype, before `fully_shard` of what is around it. [`TransfusionTrainer`] does so itself.
+
+    Args:
+        model (`TransfusionForCausalLMAndDiffusion`)
+        mesh (`torch.distributed.DeviceMesh`, *optional*): As for `fully_shard`; all processes where `None`.
+
+    Returns:
+        `set[torch.nn.Parameter]`: Those of the VAE, to pass as `ignored_params` to `fully_shard`: it is whole in each
+        process, for one without images does not run it, and others would wait for its part.
+    """
+    for module in [module for module in model.modules() if isinstance(module, TransfusionTimestepEmbedding)]:
+        fully_shard(module, mesh=mesh)
+    return {parameter for name, parameter in model.named_parameters() if name.startswith("vae.")}
 
 
 class _Sums:
@@ -88,6 +111,17 @@ class TransfusionTrainer(Trainer):
                 "texts; leave it out of `accelerator_config`."
             )
         self.accelerator.dataloader_config.dispatch_batches = False  # what accelerate would choose for streams
+        if self.accelerator.is_fsdp2:
+            plugin, mesh = self.accelerator.state.fsdp_plugin, self.accelerator.torch_device_mesh
+            if plugin.mixed_precision_policy is not None:
+                # accelerate's own policy rounds the images before they are noised, and the losses.
+                plugin.mixed_precision_policy = replace(
+                    plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=False
+                )
+            if mesh is not None:
+                mesh = mesh[tuple(self.accelerator.parallelism_config.fsdp_dim_names)]
+            shard_float32_parts(self.accelerator.unwrap_model(self.model), mesh)
+            plugin.ignored_modules = r"(.*\.)?vae"
         self.num_timestep_bands = num_timestep_bands
         self.peak_flops_per_second = peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
