@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion, causal_lm_config
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion, causal_lm_config, generation_values
 from .processing_transfusion import TransfusionProcessor
 from .vae import attach_vae
 
@@ -216,8 +216,11 @@ def convert_causal_lm(
         model.init_patch_parts(checkpoint[EMBEDDING])
         if vae is not None:
             attach_vae(model, vae)
-        processor = TransfusionProcessor.for_model(model, tokenizer, pad_to_multiple_of=pad_to_multiple_of, **tokens)
-        model.generation_config.update(**_generation_values(source))
+        model.grow_vocabulary(config.text_config.vocab_size, pad_to_multiple_of)
+        kwargs = {"pad_to_multiple_of": pad_to_multiple_of, **tokens}
+        processor = TransfusionProcessor.for_model(model, tokenizer, **kwargs)
+        if (source / "generation_config.json").exists():
+            model.generation_config.update(**generation_values(GenerationConfig.from_pretrained(source)))
         num_rows = config.text_config.vocab_size
         config.dtype = dtype or checkpoint.dtypes[EMBEDDING]
         for part in (model.model.patch_encoder, model.model.patch_decoder):
@@ -265,13 +268,6 @@ def _check_tokenizer(tokenizer: Any, tokens: dict[str, str], vocab_size: int) ->
             f"`tokenizer` has {len(tokenizer)} tokens but the model {vocab_size}; it is that of another model. Pass "
             "the right one."
         )
-
-
-def _generation_values(folder: Path) -> dict[str, Any]:
-    if not (folder / "generation_config.json").exists():
-        return {}
-    values = GenerationConfig.from_pretrained(folder).to_diff_dict()
-    return {name: value for name, value in values.items() if value is not None}
 
 
 __all__ = ["SafetensorsCheckpoint", "causal_lm_key", "convert_causal_lm", "transfusion_key"]

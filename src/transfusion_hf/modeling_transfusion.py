@@ -10,7 +10,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Cache,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -87,6 +95,12 @@ def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> Transfusio
         kwargs.setdefault(name, size + offset)
         text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), kwargs[name] + 1)
     return TransfusionConfig(text_config=text_config, **kwargs)
+
+
+def generation_values(generation_config: GenerationConfig) -> dict[str, Any]:
+    """What a language model's generation config sets, for `update`: nothing of the library's bookkeeping."""
+    values = generation_config.to_diff_dict().items()
+    return {k: v for k, v in values if v is not None and k != "transformers_version" and not k.startswith("_")}
 
 
 def _scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
@@ -459,7 +473,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         >>> model = TransfusionForCausalLMAndDiffusion.from_causal_lm("HuggingFaceTB/SmolLM2-135M", sample_size=64)
         ```"""
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TransfusionConfig.__annotations__}
-        source = pretrained_model_name_or_path
+        source: Any = pretrained_model_name_or_path
         is_loaded = isinstance(source, PreTrainedModel)
         where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
         text_config = source.config if is_loaded else AutoConfig.from_pretrained(source, **where)
@@ -472,13 +486,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         config.text_config = model.model.language_model.config
         model.grow_vocabulary(config.image_end_token_id + 1, pad_to_multiple_of)
         model.init_patch_parts()
-        model.generation_config.update(
-            **{
-                name: value
-                for name, value in language_model.generation_config.to_diff_dict().items()
-                if value is not None
-            }
-        )
+        model.generation_config.update(**generation_values(language_model.generation_config))
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)
         return model.eval()
@@ -801,4 +809,5 @@ __all__ = [
     "TransfusionModelOutputWithPast",
     "TransfusionPreTrainedModel",
     "causal_lm_config",
+    "generation_values",
 ]
