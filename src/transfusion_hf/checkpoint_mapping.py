@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion, causal_lm_config, generation_values
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion, causal_lm_config, generation_values, mean_row
 from .processing_transfusion import TransfusionProcessor
 from .vae import attach_vae
 
@@ -150,8 +150,7 @@ def check_keys(checkpoint: SafetensorsCheckpoint, expected: dict[str, torch.Tens
 
 def _with_rows(tensor: torch.Tensor, num_rows: int) -> torch.Tensor:
     """More rows, each the mean of those there."""
-    mean = tensor.mean(0, dtype=torch.float32).to(tensor.dtype)
-    return torch.cat([tensor, mean.expand(num_rows - len(tensor), *tensor.shape[1:])])
+    return torch.cat([tensor, mean_row(tensor).expand(num_rows - len(tensor), *tensor.shape[1:])])
 
 
 def convert_causal_lm(

@@ -3,6 +3,7 @@ Transfusion (Zhou et al., arXiv 2408.11039): any decoder of transformers, the li
 """
 
 import copy
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,6 +96,11 @@ def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> Transfusio
         kwargs.setdefault(name, size + offset)
         text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), kwargs[name] + 1)
     return TransfusionConfig(text_config=text_config, **kwargs)
+
+
+def mean_row(rows: torch.Tensor) -> torch.Tensor:
+    """The mean of `(num_rows, ...)` over its rows, summed in float32 without a copy of all."""
+    return (sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)).to(rows.dtype)
 
 
 def generation_values(generation_config: GenerationConfig) -> dict[str, Any]:
@@ -503,7 +509,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         parts = nn.ModuleList(type(part)(self.config) for part in (self.model.patch_encoder, self.model.patch_decoder))
         parts.apply(self._init_weights).to(weight)
         self.model.patch_encoder, self.model.patch_decoder = parts
-        std = torch.linalg.vector_norm(weight, dtype=torch.float32).item() / weight.numel() ** 0.5
+        std = math.sqrt(sum(rows.float().square().sum().item() for rows in weight.split(4096)) / weight.numel())
         scale = getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0)
         fit_patch_parts(*parts, self.config, std * scale)
 
@@ -517,7 +523,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         with torch.no_grad():
             for rows in (self.get_input_embeddings().weight, head.weight, head.bias):
                 if rows is not None:
-                    rows[before:] = rows[:before].mean(0, dtype=torch.float32).to(rows.dtype)
+                    rows[before:] = mean_row(rows[:before])
 
     @property
     def noise_scheduler(self):
@@ -810,4 +816,5 @@ __all__ = [
     "TransfusionPreTrainedModel",
     "causal_lm_config",
     "generation_values",
+    "mean_row",
 ]
