@@ -443,6 +443,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         for name, default in DRAWING_DEFAULTS.items():
             setattr(self.generation_config, name, default)
         self.post_init()
+        if not self.model.tp_plan:  # a family that has none, as StableLM: then not the head alone, which may be tied
+            self.tp_plan = None
         # Last: `post_init` would initialise it anew, and `dtype` and `device` are those of the first parameters.
         self.vae = None if config.vae_config is None else TransfusionVAE(**vae_arguments(config.vae_config))
 

@@ -10,8 +10,9 @@ import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import AutoConfig, Trainer, TrainerCallback
+from transformers import AutoConfig, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
 
@@ -93,6 +94,11 @@ class TransfusionTrainer(Trainer):
         self._num_images: Any = None
         self._is_saving = False
 
+    @property
+    def _num_replicas(self) -> int:
+        """Ranks of tensor, context and sequence parallelism hold the same batch, and each counts it."""
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+
     def _new_sums(self) -> _Sums:
         return _Sums(self.num_timestep_bands, self.args.device)
 
@@ -115,9 +121,7 @@ class TransfusionTrainer(Trainer):
         num_images = torch.tensor(sum(_count_noised(batch) for batch in batch_samples), device=device)
         if self.args.world_size > 1:
             num_images = self.accelerator.gather(num_images).sum()
-        # Ranks of tensor, context and sequence parallelism hold the same batch, and each counted it.
-        num_replicas = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        self._num_images = (num_images / num_replicas).clamp(min=1)
+        self._num_images = (num_images / self._num_replicas).clamp(min=1)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -143,7 +147,7 @@ class TransfusionTrainer(Trainer):
 
     def _metrics(self, sums: _Sums, prefix: str = "") -> dict[str, float]:
         """Means over all that was summed, of all processes."""
-        totals = self.accelerator.reduce(torch.cat([sums.by_name, sums.bands.flatten()]), "sum")
+        totals = self.accelerator.reduce(torch.cat([sums.by_name, sums.bands.flatten()]), "sum") / self._num_replicas
         nll, labels, tokens, images = totals[: len(sums.NAMES)].tolist()
         errors, counts = totals[len(sums.NAMES) :].view(2, -1)
         metrics = {}
@@ -196,8 +200,8 @@ class TransfusionTrainer(Trainer):
         finally:
             self._is_saving = False
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TransfusionEMACallback) and self.args.should_save:
-                callback.save(aside / name)
+            if isinstance(callback, TransfusionEMACallback):
+                callback.save(aside / name, self.state)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if (folder / name).exists():  # of an earlier run
@@ -295,6 +299,7 @@ class TransfusionEMACallback(TrainerCallback):
         self.power = power
         self.resume_from_checkpoint = resume_from_checkpoint
         self._is_training = False
+        self._saved_step: int | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
@@ -302,7 +307,7 @@ class TransfusionEMACallback(TrainerCallback):
                 "`load_best_model_at_end` and an average at the end exclude each other; drop one of them."
             )
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._is_training = True
+        self._is_training, self._saved_step = True, None
         self._ema = EMAModel(self._parameters, decay=self.decay, use_ema_warmup=True, power=self.power)
         if state.global_step > 0:
             folder = self.resume_from_checkpoint
@@ -315,7 +320,7 @@ class TransfusionEMACallback(TrainerCallback):
                 )
             stored = load_file(file)
             self._ema.optimization_step = state.global_step
-            self._ema.shadow_params = [stored[str(i)].to(p.device) for i, p in enumerate(self._parameters)]
+            self._ema.shadow_params = [_like(stored[str(i)], p) for i, p in enumerate(self._parameters)]
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         self._ema.step(self._parameters)
@@ -341,15 +346,16 @@ class TransfusionEMACallback(TrainerCallback):
         # Now, for a checkpoint may be saved next.
         self._ema.restore(self._parameters)
 
-    def save(self, folder: Path) -> None:
-        """Writes the average into a checkpoint's folder."""
-        average = {str(i): parameter.contiguous() for i, parameter in enumerate(self._ema.shadow_params)}
-        save_file(average, folder / self.FILE_NAME)
+    def save(self, folder: Path, state: TrainerState) -> None:
+        """Writes the average into a checkpoint's folder; for every process to call, where parameters are sharded."""
+        self._saved_step = state.global_step
+        average = {str(i): _whole(parameter).contiguous() for i, parameter in enumerate(self._ema.shadow_params)}
+        if state.is_world_process_zero:
+            save_file(average, folder / self.FILE_NAME)
 
     def on_save(self, args, state, control, **kwargs: Any) -> None:
-        # `TransfusionTrainer` has written it with the rest.
-        if state.is_world_process_zero and not (file := self._file(args, state)).exists():
-            self.save(file.parent)
+        if self._saved_step != state.global_step:  # `TransfusionTrainer` writes it with the rest
+            self.save(self._file(args, state).parent, state)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         self._is_training = False
@@ -357,6 +363,18 @@ class TransfusionEMACallback(TrainerCallback):
 
     def _file(self, args, state) -> Path:
         return Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE_NAME)
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Sharded as a parameter is, on its device."""
+    whole = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
 class TransfusionSamplesCallback(TrainerCallback):
