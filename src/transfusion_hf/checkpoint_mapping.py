@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion, causal_lm_config, generation_values, mean_row
+from .configuration_transfusion import causal_lm_config, generation_values
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion, mean_row
 from .processing_transfusion import TransfusionProcessor
 from .vae import attach_vae
 

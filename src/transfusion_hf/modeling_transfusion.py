@@ -2,7 +2,6 @@
 Transfusion (Zhou et al., arXiv 2408.11039): any decoder of transformers, the light image parts around it, two losses.
 """
 
-import copy
 import math
 import os
 from collections.abc import Sequence
@@ -25,7 +24,13 @@ from transformers.utils import can_return_tuple
 
 from .attention_transfusion import VarlenPlan
 from .autoencoder_transfusion import FrozenLinear, TransfusionVAE
-from .configuration_transfusion import TransfusionConfig, vae_arguments
+from .configuration_transfusion import (
+    HUB_ARGUMENTS,
+    TransfusionConfig,
+    causal_lm_config,
+    generation_values,
+    vae_arguments,
+)
 from .diffusion_transfusion import (
     add_noise,
     content_seeds,
@@ -63,39 +68,6 @@ SUPPORTED_TEXT_MODELS = (
     "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _HEADS_WITH_BIAS = ("phi",)
-
-
-# Of `from_pretrained`, what says where a checkpoint lies.
-_HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-
-
-def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> TransfusionConfig:
-    """
-    The configuration of the Transfusion that a language model becomes: its vocabulary grown by the three image tokens,
-    where `kwargs`, the fields of [`TransfusionConfig`], do not name others.
-
-    Raises:
-        ValueError: a quantised model.
-    """
-    if getattr(text_config, "quantization_config", None) is not None:
-        raise ValueError(
-            "`quantization_config`: a quantised language model cannot be converted; take the original, and quantise "
-            "the result when loading it."
-        )
-    text_config = copy.deepcopy(text_config)
-    size = getattr(text_config, "vocab_size", 0)
-    for offset, name in enumerate(("image_start_token_id", "image_token_id", "image_end_token_id")):
-        kwargs.setdefault(name, size + offset)
-        text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), kwargs[name] + 1)
-    return TransfusionConfig(text_config=text_config, **kwargs)
 
 
 def mean_row(rows: torch.Tensor) -> torch.Tensor:
@@ -488,7 +460,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TransfusionConfig.__annotations__}
         source: Any = pretrained_model_name_or_path
         is_loaded = isinstance(source, PreTrainedModel)
-        where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         text_config = source.config if is_loaded else AutoConfig.from_pretrained(source, **where)
         config = causal_lm_config(text_config, **fields)
         with torch.device("meta"):  # refuses what cannot be converted before anything large is loaded
@@ -822,7 +794,5 @@ __all__ = [
     "TransfusionModel",
     "TransfusionModelOutputWithPast",
     "TransfusionPreTrainedModel",
-    "causal_lm_config",
-    "generation_values",
     "mean_row",
 ]
