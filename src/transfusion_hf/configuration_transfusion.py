@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 # Table 2: layers, hidden size, heads; the SwiGLU width is 8/3 of the hidden size rounded up to a multiple of 256.
@@ -372,6 +372,12 @@ def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> Transfusio
         kwargs.setdefault(name, size + offset)
         text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), kwargs[name] + 1)
     return TransfusionConfig(text_config=text_config, **kwargs)
+
+
+def generation_values(generation_config: GenerationConfig) -> dict[str, Any]:
+    """What a language model's generation config sets, for `update`: nothing of the library's bookkeeping."""
+    values = generation_config.to_diff_dict().items()
+    return {k: v for k, v in values if v is not None and k != "transformers_version" and not k.startswith("_")}
 
 
 __all__ = [

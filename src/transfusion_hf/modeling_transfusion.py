@@ -15,7 +15,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     Cache,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -73,12 +72,6 @@ _HEADS_WITH_BIAS = ("phi",)
 def mean_row(rows: torch.Tensor) -> torch.Tensor:
     """The mean of `(num_rows, ...)` over its rows, summed in float32 without a copy of all."""
     return (sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)).to(rows.dtype)
-
-
-def generation_values(generation_config: GenerationConfig) -> dict[str, Any]:
-    """What a language model's generation config sets, for `update`: nothing of the library's bookkeeping."""
-    values = generation_config.to_diff_dict().items()
-    return {k: v for k, v in values if v is not None and k != "transformers_version" and not k.startswith("_")}
 
 
 def _scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
