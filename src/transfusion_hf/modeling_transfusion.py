@@ -33,6 +33,7 @@ from .masking_transfusion import (
     image_block_lengths,
     is_prepared,
 )
+from .modality_transfusion import image_parameters, make_router, untie_modalities
 from .patching_transfusion import (
     TransfusionLinearPatchDecoder,
     TransfusionLinearPatchEncoder,
@@ -140,6 +141,29 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # all attention is the decoder's, whose source the library searches in its own right
 
+    @torch.no_grad()
+    def copy_text_weights_(self) -> None:
+        """
+        Makes the image weights of `untied_modalities` copies of the text's, as for a language model that was loaded.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if not self.config.untied_modalities:
+            raise ValueError("There are no image weights to copy to: `untied_modalities` of the config is empty.")
+        for _, image, text in image_parameters(self):
+            image.copy_(text)
+
+    def _initialize_missing_keys(self, is_quantized: bool) -> None:
+        # Image weights that a checkpoint does not have, begin as copies there, too.
+        pairs = list(image_parameters(self))
+        missing = [name for name, image, _ in pairs if not getattr(image, "_is_hf_initialized", False)]
+        super()._initialize_missing_keys(is_quantized)
+        with torch.no_grad():
+            for name, image, text in image_parameters(self):
+                if name in missing:
+                    image.copy_(text)
+
 
 class TransfusionModel(TransfusionPreTrainedModel):
     """
@@ -163,6 +187,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
             raise ValueError("`text_config` is that of an encoder, bidirectional over text; pass a causal decoder's.")
         check_attn_implementation(text_config._attn_implementation)
         self.language_model = AutoModel.from_config(text_config)
+        if config.untied_modalities:
+            untie_modalities(self.language_model)
         is_unet = config.patch_encoder == "unet"
         self.patch_encoder = (TransfusionUNetPatchEncoder if is_unet else TransfusionLinearPatchEncoder)(config)
         self.patch_decoder = (TransfusionUNetPatchDecoder if is_unet else TransfusionLinearPatchDecoder)(config)
@@ -268,6 +294,12 @@ class TransfusionModel(TransfusionPreTrainedModel):
             )
         if isinstance(attention_mask, VarlenPlan):
             kwargs["varlen_plan"], attention_mask = attention_mask, None
+        # Text alone runs as if there were no image weights; but in training they have a gradient, of 0, for the sake
+        # of processes that have images.
+        if self.config.untied_modalities and (stacks is not None or (self.training and torch.is_grad_enabled())):
+            is_image = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool) if stacks is None else is_patch
+            num_patches = 0 if stacks is None else len(flat)
+            kwargs["modality_router"] = make_router(self.config.text_config.model_type, is_image, num_patches)
         outputs = self.language_model(
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,

@@ -1,0 +1,169 @@
+"""
+Weights of their own for image positions (Mixture-of-Transformers, arXiv 2411.04996; LMFusion, arXiv 2412.15188): inside
+each decoder layer a patch runs through its own projections, MLP and norms, a token of text through the decoder's.
+Attention itself is one, over all positions. Norms, projections and MLPs act on each position alone, so rows are parted
+by position, each half runs through one of the two modules, and they are put together again.
+
+The decoder's own modules keep their places and names; the image's stand beside them, `layers.0.image.mlp.up_proj` for
+`layers.0.mlp.up_proj`, copies at first. Nothing of the families' code is repeated: a layer's `forward` is called with
+a view of the layer, in which its modules are the routed ones.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import nn
+
+IMAGE = "image"  # the child of a decoder layer that holds what is the image's
+
+# Families whose attention normalises queries and keys as (batch, heads, seq, dim), the others' as
+# (batch, seq, heads, dim).
+_HEADS_FIRST = ("exaone4", "gemma3_text", "phi", "stablelm")
+
+
+class ModalityRouter:
+    """
+    Sends each position through the text module or through the image's, never through both.
+
+    Args:
+        is_image (`torch.BoolTensor` of shape `(batch, seq)`): Where a patch stands.
+        num_image_rows (`int`):
+            How many of them: known from the images, so that there is nothing to wait for on the device. 0: the image
+            modules see one position of zeros, multiplied by 0, so that they have a gradient in every step.
+        heads_first (`bool`): Whether tensors of four dimensions are `(batch, heads, seq, dim)`.
+    """
+
+    def __init__(self, is_image: torch.BoolTensor, num_image_rows: int, heads_first: bool):
+        self.shape = is_image.shape
+        self.heads_first = heads_first
+        num_text_rows = is_image.numel() - num_image_rows
+        self.is_mixed = num_text_rows > 0 and num_image_rows > 0
+        self.is_all_image = num_text_rows == 0
+        if self.is_mixed:
+            order = is_image.flatten().int().argsort(stable=True)
+            self.rows = order.split([num_text_rows, num_image_rows])
+            self.inverse = order.argsort()
+
+    def __call__(self, text: Callable, image: Callable, states: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            text, image: The two modules.
+            states (`torch.Tensor` of shape `(batch, seq, ...)` or `(batch, heads, seq, dim)`): What both take.
+        """
+        seq_dim = 2 if self.heads_first and states.ndim == 4 else 1
+        assert (states.shape[0], states.shape[seq_dim]) == self.shape
+        if self.is_all_image:
+            return image(states)
+        if not self.is_mixed:
+            return text(states) + 0.0 * image(torch.zeros_like(states[:1].narrow(seq_dim, 0, 1))).sum()
+        flat = states.movedim(seq_dim, 1).flatten(0, 1)
+        parts = []
+        for module, rows in zip((text, image), self.rows, strict=True):
+            part = flat.index_select(0, rows)[None].movedim(1, seq_dim)  # one row of as many positions
+            parts.append(module(part).movedim(seq_dim, 1)[0])
+        return torch.cat(parts).index_select(0, self.inverse).unflatten(0, self.shape).movedim(1, seq_dim)
+
+
+class _View:
+    """A module as its own `forward` sees it, some of its children replaced."""
+
+    forward = None  # gradient checkpointing asks whether it is the outermost
+
+    def __init__(self, module: nn.Module, children: dict[str, Callable]):
+        self._module = module
+        self._children = children
+
+    def __getattr__(self, name: str) -> Any:
+        return self._children[name] if name in self._children else getattr(self._module, name)
+
+
+class _Routed:
+    """What a decoder layer, or its attention, is besides. `router` comes to it as an argument: with gradient
+    checkpointing `forward` runs once more in the backward pass, in a thread of its own."""
+
+    plain_class: type
+
+    def forward(self, *args, modality_router=None, image_modules=None, **kwargs):
+        if modality_router is None:
+            return self.plain_class.forward(self, *args, **kwargs)
+        children = {}
+        for name, image in (getattr(self, IMAGE) if image_modules is None else image_modules).items():
+            own = getattr(self, name)
+            if isinstance(own, _Routed):
+                children[name] = partial(own, modality_router=modality_router, image_modules=image)
+            else:
+                children[name] = partial(modality_router, own, image)
+        return self.plain_class.forward(_View(self, children), *args, **kwargs)
+
+
+@cache
+def _routed_class(plain_class: type) -> type:
+    # Under the same name, by which FSDP and others find the layers.
+    return type(plain_class.__name__, (_Routed, plain_class), {"plain_class": plain_class})
+
+
+def untie_modalities(language_model: nn.Module) -> None:
+    """
+    Gives each decoder layer a copy of its modules for image positions, and has it part them where `forward` gets a
+    `modality_router`. Without one it is what it was, to the bit.
+
+    NOTE: the norm behind the last layer stays one for all: what follows it at a patch is a linear layer of the
+    image's own.
+
+    Args:
+        language_model (`PreTrainedModel`): A decoder of transformers with `layers`, and in each a `self_attn`.
+
+    Raises:
+        ValueError: a layer has parameters outside of its modules.
+    """
+    for layer in language_model.layers:
+        attention = layer.self_attn
+        own = [name for part in (layer, attention) for name, _ in part.named_parameters(recurse=False)]
+        if own:
+            raise ValueError(
+                f"`untied_modalities` cannot part a {type(layer).__name__}, which has parameters of its own beside its "
+                f"modules: {', '.join(own)}. Leave it empty for this family."
+            )
+        modules = {"self_attn": nn.ModuleDict(_copies(attention)), **_copies(layer, without="self_attn")}
+        layer.add_module(IMAGE, nn.ModuleDict(modules))
+        layer.__class__ = _routed_class(type(layer))
+        attention.__class__ = _routed_class(type(attention))
+    language_model.tp_plan = {
+        **language_model.tp_plan,
+        **{
+            name.replace("layers.*.", f"layers.*.{IMAGE}."): style
+            for name, style in language_model.tp_plan.items()
+            if name.startswith("layers.*.")
+        },
+    }
+
+
+def _copies(module: nn.Module, without: str | None = None) -> dict[str, nn.Module]:
+    children = {name: child for name, child in module.named_children() if name != without}
+    return {name: copy.deepcopy(child) for name, child in children.items() if any(True for _ in child.parameters())}
+
+
+def make_router(model_type: str, is_image: torch.BoolTensor, num_image_rows: int) -> ModalityRouter:
+    """
+    The router of one forward pass.
+
+    Args:
+        model_type (`str`): The decoder's family.
+        is_image (`torch.BoolTensor` of shape `(batch, seq)`), num_image_rows (`int`): As for [`ModalityRouter`].
+    """
+    return ModalityRouter(is_image, num_image_rows, heads_first=model_type in _HEADS_FIRST)
+
+
+def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Name and parameter of each image weight of the decoder layers, and the text weight that it is the twin of."""
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        head, found, tail = name.partition(f".{IMAGE}.")
+        if found and (twin := parameters.get(f"{head}.{tail}")) is not None:
+            yield name, parameter, twin
+
+
+__all__ = ["IMAGE", "ModalityRouter", "image_parameters", "make_router", "untie_modalities"]
