@@ -297,7 +297,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
         # Text alone runs as if there were no image weights; but in training they have a gradient, of 0, for the sake
         # of processes that have images.
         if self.config.untied_modalities and (stacks is not None or (self.training and torch.is_grad_enabled())):
-            is_image = hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool) if stacks is None else is_patch
+            is_image = (
+                hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool) if stacks is None else is_patch
+            )
             num_patches = 0 if stacks is None else len(flat)
             kwargs["modality_router"] = make_router(self.config.text_config.model_type, is_image, num_patches)
         outputs = self.language_model(

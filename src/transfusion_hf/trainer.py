@@ -15,6 +15,8 @@ from transformers import AutoConfig, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
 
+from .modality_transfusion import image_parameters
+
 
 class _Sums:
     """Sums over batches since the last log: of both losses and what they are means over, by band of t too."""
@@ -168,9 +170,10 @@ class TransfusionTrainer(Trainer):
 
     @property
     def _num_trained(self) -> int:
-        """N: the parameters of the transformer and its image parts, without the VAE."""
+        """N: the parameters that a token meets, of the transformer and its image parts, without the VAE."""
         model = self.accelerator.unwrap_model(self.model)
-        return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
+        untied = sum(image.numel() for _, image, _ in image_parameters(model))  # as many as of text: a token meets one
+        return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae.")) - untied
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
