@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
     DataCollatorForLanguageModeling,
+    LlamaConfig,
     LlamaForCausalLM,
     Trainer,
     TrainingArguments,
@@ -144,7 +145,8 @@ def digits(args: argparse.Namespace) -> str:
         results.append(row)
         lines.append(
             f"| {plan} | {row['parameters']:,} | {row['steps']} | {row['train_seconds']:.0f} | "
-            f"{row['draw_accuracy']:.3f} of {10 * args.per_class} | {row['caption_accuracy']:.3f} of {len(held_out)} | "
+            f"{row['draw_accuracy']:.3f} of {10 * args.per_class} | "
+            f"{row['caption_accuracy']:.3f} of {len(held_out)} | "
             f"{'equal to the bit' if row['text_logits_equal'] else 'CHANGED'} | {row['sums']:.2f} |"
         )
         print("\n".join(lines))
@@ -154,12 +156,12 @@ def digits(args: argparse.Namespace) -> str:
 
 def cost(args: argparse.Namespace) -> str:
     """Whole training steps of a model of 13M parameters, half of whose positions are patches."""
-    text_config = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
+    sizes = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
     ids = {"image_start_token_id": 1021, "image_token_id": 1022, "image_end_token_id": 1023}
     models, device = {}, torch.device("cpu")
     for name, untied in (("untied", ["image"]), ("tied", None)):
         config = TransfusionConfig(
-            text_config={"model_type": "llama", "num_attention_heads": 8, **text_config},
+            text_config=LlamaConfig(num_attention_heads=8, **sizes),
             untied_modalities=untied,
             **ids,
         )

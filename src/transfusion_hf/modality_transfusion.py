@@ -1,8 +1,8 @@
 """
-Weights of their own for image positions (Mixture-of-Transformers, arXiv 2411.04996; LMFusion, arXiv 2412.15188): inside
-each decoder layer a patch runs through its own projections, MLP and norms, a token of text through the decoder's.
-Attention itself is one, over all positions. Norms, projections and MLPs act on each position alone, so rows are parted
-by position, each half runs through one of the two modules, and they are put together again.
+Weights of their own for image positions (Mixture-of-Transformers, arXiv 2411.04996; LMFusion, arXiv 2412.15188):
+inside each decoder layer a patch runs through projections, MLP and norms of its own, a token of text through the
+decoder's. Attention itself is one, over all positions. What is parted acts on each position alone, so positions are
+sorted, each half runs through one of the two modules, and they are put together again.
 
 The decoder's own modules keep their places and names; the image's stand beside them, `layers.0.image.mlp.up_proj` for
 `layers.0.mlp.up_proj`, copies at first. Nothing of the families' code is repeated: a layer's `forward` is called with
@@ -26,23 +26,26 @@ _HEADS_FIRST = ("exaone4", "gemma3_text", "phi", "stablelm")
 
 class ModalityRouter:
     """
-    Sends each position through the text module or through the image's, never through both.
+    Sends each position through the text module or through the image's, never through both. Made once in a forward
+    pass.
 
     Args:
-        is_image (`torch.BoolTensor` of shape `(batch, seq)`): Where a patch stands.
+        model_type (`str`): The decoder's family.
+        shape (`torch.Size`): `(batch, seq)`.
+        is_image (`torch.BoolTensor` of shape `(batch, seq)`, *optional*):
+            Where a patch stands. `None`: nowhere. The image modules then see one position of zeros, multiplied by 0,
+            so that they have a gradient, of 0.
         num_image_rows (`int`):
-            How many of them: known from the images, so that there is nothing to wait for on the device. 0: the image
-            modules see one position of zeros, multiplied by 0, so that they have a gradient in every step.
-        heads_first (`bool`): Whether tensors of four dimensions are `(batch, heads, seq, dim)`.
+            How many patches there are: known from the images, so that there is nothing to wait for on the device.
     """
 
-    def __init__(self, is_image: torch.BoolTensor, num_image_rows: int, heads_first: bool):
-        self.shape = is_image.shape
-        self.heads_first = heads_first
-        num_text_rows = is_image.numel() - num_image_rows
-        self.is_mixed = num_text_rows > 0 and num_image_rows > 0
+    def __init__(self, model_type: str, shape: torch.Size, is_image: torch.BoolTensor | None, num_image_rows: int = 0):
+        self.shape = shape
+        self.heads_first = model_type in _HEADS_FIRST
+        num_text_rows = shape.numel() - num_image_rows
         self.is_all_image = num_text_rows == 0
-        if self.is_mixed:
+        self.is_all_text = is_image is None
+        if is_image is not None and not self.is_all_image:
             order = is_image.flatten().int().argsort(stable=True)
             self.rows = order.split([num_text_rows, num_image_rows])
             self.inverse = order.argsort()
@@ -57,7 +60,7 @@ class ModalityRouter:
         assert (states.shape[0], states.shape[seq_dim]) == self.shape
         if self.is_all_image:
             return image(states)
-        if not self.is_mixed:
+        if self.is_all_text:
             return text(states) + 0.0 * image(torch.zeros_like(states[:1].narrow(seq_dim, 0, 1))).sum()
         flat = states.movedim(seq_dim, 1).flatten(0, 1)
         parts = []
@@ -81,18 +84,20 @@ class _View:
 
 
 class _Routed:
-    """What a decoder layer, or its attention, is besides. `router` comes to it as an argument: with gradient
-    checkpointing `forward` runs once more in the backward pass, in a thread of its own."""
+    """
+    What a decoder layer, and its attention, are besides. The router comes as an argument of `forward`, which gradient
+    checkpointing keeps: it runs once more in the backward pass, when and in whatever thread that comes.
+    """
 
-    plain_class: type
+    plain_class: Any
 
     def forward(self, *args, modality_router=None, image_modules=None, **kwargs):
         if modality_router is None:
             return self.plain_class.forward(self, *args, **kwargs)
-        children = {}
+        children: dict[str, Any] = {}
         for name, image in (getattr(self, IMAGE) if image_modules is None else image_modules).items():
-            own = getattr(self, name)
-            if isinstance(own, _Routed):
+            own: Any = getattr(self, name)
+            if isinstance(image, nn.ModuleDict):  # the attention: its own modules are routed, it is called itself
                 children[name] = partial(own, modality_router=modality_router, image_modules=image)
             else:
                 children[name] = partial(modality_router, own, image)
@@ -100,7 +105,7 @@ class _Routed:
 
 
 @cache
-def _routed_class(plain_class: type) -> type:
+def _routed_class(plain_class: Any) -> Any:
     # Under the same name, by which FSDP and others find the layers.
     return type(plain_class.__name__, (_Routed, plain_class), {"plain_class": plain_class})
 
@@ -124,13 +129,13 @@ def untie_modalities(language_model: nn.Module) -> None:
         own = [name for part in (layer, attention) for name, _ in part.named_parameters(recurse=False)]
         if own:
             raise ValueError(
-                f"`untied_modalities` cannot part a {type(layer).__name__}, which has parameters of its own beside its "
+                f"`untied_modalities` cannot part a {type(layer).__name__}, which has parameters beside those of its "
                 f"modules: {', '.join(own)}. Leave it empty for this family."
             )
         modules = {"self_attn": nn.ModuleDict(_copies(attention)), **_copies(layer, without="self_attn")}
         layer.add_module(IMAGE, nn.ModuleDict(modules))
-        layer.__class__ = _routed_class(type(layer))
-        attention.__class__ = _routed_class(type(attention))
+        for part in (layer, attention):
+            part.__class__ = _routed_class(part.__class__)
     language_model.tp_plan = {
         **language_model.tp_plan,
         **{
@@ -146,17 +151,6 @@ def _copies(module: nn.Module, without: str | None = None) -> dict[str, nn.Modul
     return {name: copy.deepcopy(child) for name, child in children.items() if any(True for _ in child.parameters())}
 
 
-def make_router(model_type: str, is_image: torch.BoolTensor, num_image_rows: int) -> ModalityRouter:
-    """
-    The router of one forward pass.
-
-    Args:
-        model_type (`str`): The decoder's family.
-        is_image (`torch.BoolTensor` of shape `(batch, seq)`), num_image_rows (`int`): As for [`ModalityRouter`].
-    """
-    return ModalityRouter(is_image, num_image_rows, heads_first=model_type in _HEADS_FIRST)
-
-
 def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
     """Name and parameter of each image weight of the decoder layers, and the text weight that it is the twin of."""
     parameters = dict(model.named_parameters())
@@ -166,4 +160,4 @@ def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.P
             yield name, parameter, twin
 
 
-__all__ = ["IMAGE", "ModalityRouter", "image_parameters", "make_router", "untie_modalities"]
+__all__ = ["IMAGE", "ModalityRouter", "image_parameters", "untie_modalities"]

@@ -33,7 +33,7 @@ from .masking_transfusion import (
     image_block_lengths,
     is_prepared,
 )
-from .modality_transfusion import image_parameters, make_router, untie_modalities
+from .modality_transfusion import ModalityRouter, image_parameters, untie_modalities
 from .patching_transfusion import (
     TransfusionLinearPatchDecoder,
     TransfusionLinearPatchEncoder,
@@ -294,14 +294,13 @@ class TransfusionModel(TransfusionPreTrainedModel):
             )
         if isinstance(attention_mask, VarlenPlan):
             kwargs["varlen_plan"], attention_mask = attention_mask, None
-        # Text alone runs as if there were no image weights; but in training they have a gradient, of 0, for the sake
-        # of processes that have images.
+        # Text alone runs as if there were no image weights, but that in training they have a gradient, of 0: another
+        # process may have images.
         if self.config.untied_modalities and (stacks is not None or (self.training and torch.is_grad_enabled())):
-            is_image = (
-                hidden_states.new_zeros(hidden_states.shape[:2], dtype=torch.bool) if stacks is None else is_patch
+            patches_here = (None, 0) if stacks is None else (is_patch, len(flat))
+            kwargs["modality_router"] = ModalityRouter(
+                self.config.text_config.model_type, hidden_states.shape[:2], *patches_here
             )
-            num_patches = 0 if stacks is None else len(flat)
-            kwargs["modality_router"] = make_router(self.config.text_config.model_type, is_image, num_patches)
         outputs = self.language_model(
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
