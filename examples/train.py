@@ -14,11 +14,13 @@ small models. All arguments of transformers' `TrainingArguments` are taken; `--r
 import glob
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from transformers.distributed import DistributedConfig
 from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import (
@@ -59,6 +61,7 @@ class DataArguments:
     streaming: bool = False
     image_share: float = field(default=0.5, metadata={"help": "Of the tokens."})
     max_length: int = field(default=4096, metadata={"help": "Tokens of a packed row."})
+    caption_first_probability: float = field(default=0.8, metadata={"help": "Else the image comes first (§3)."})
     caption_dropout: float = 0.1
 
 
@@ -82,6 +85,7 @@ class PaperTrainingArguments(TrainingArguments):
     ema_decay: float | None = field(default=None, metadata={"help": "Average the weights, as with 0.9999."})
     sample_prompts: str = field(default="", metadata={"help": "To draw while training, separated by '|'."})
     sample_steps: int = field(default=5000, metadata={"help": "Training steps between samples."})
+    tp_size: int = field(default=1, metadata={"help": "Tensor parallelism: processes to share each layer."})
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
@@ -142,6 +146,19 @@ def build_model(args: ModelArguments, tokenizer: Any) -> tuple[Any, TransfusionP
     return model, TransfusionProcessor.for_model(model, tokenizer)
 
 
+def split_model(model: Any, tp_size: int, args: TrainingArguments) -> Any:
+    """The same weights, each layer over `tp_size` processes: transformers splits a model as it loads it."""
+    if args.world_size % tp_size:
+        raise ValueError(f"`tp_size` must divide the number of processes, {args.world_size}; got {tp_size}.")
+    folder = Path(args.output_dir, "initial")
+    with args.main_process_first(local=False):
+        if args.process_index == 0:
+            model.save_pretrained(folder)
+    config = DistributedConfig(tp_size=tp_size, fsdp_size=args.world_size // tp_size)
+    attn_implementation = model.config.text_config._attn_implementation
+    return type(model).from_pretrained(folder, distributed_config=config, attn_implementation=attn_implementation)
+
+
 def load(name: str, streaming: bool) -> Any:
     files = sorted(glob.glob(name))
     if files:
@@ -171,6 +188,8 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=argv)
     set_seed(training_args.seed)
     model, processor = build_model(model_args, AutoTokenizer.from_pretrained(model_args.tokenizer_name))
+    if training_args.tp_size > 1:
+        model = split_model(model, training_args.tp_size, training_args)
     callbacks = [] if training_args.ema_decay is None else [TransfusionEMACallback(decay=training_args.ema_decay)]
     trainer = TransfusionTrainer(
         model,
@@ -178,6 +197,7 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
         train_dataset=build_dataset(data_args, processor, training_args.seed),
         data_collator=TransfusionDataCollator(
             processor,
+            caption_first_probability=data_args.caption_first_probability,
             caption_dropout=data_args.caption_dropout,
             num_train_timesteps=model.config.num_train_timesteps,
             max_length=data_args.max_length,

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from test_checkpoint_mapping import IMAGES, quickstart
 from test_generation import SCRIPTS, Script, assert_rows_equal, generate, generators, new_ids, prompts
 from test_modeling import FAMILIES
 from test_processes import launch
@@ -15,9 +16,10 @@ from test_quickstart import ROOT, run
 from tiny import BOI, BOS, EOI, IMG
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CompileConfig, LogitsProcessorList
+from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessorList
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion
+from transfusion_hf.checkpoint_mapping import causal_lm_key, convert_causal_lm
 from transfusion_hf.modality_transfusion import image_parameters, untie_modalities
 from transfusion_hf.training_plans import TRAINING_PLANS, set_trainable
 
@@ -263,7 +265,7 @@ def test_a_step_without_images_gives_image_weights_gradients_of_0(is_checkpointe
 
 def test_fsdp2_has_the_gradients_of_one_process_of_which_the_other_has_no_image(tmp_path):
     for num_processes, name in ((1, "one.pt"), (2, "two.pt")):
-        launch(num_processes, "one_gradient_fsdp2.py", str(tmp_path / name), "untied")
+        launch(tmp_path, num_processes, "one_gradient_fsdp2.py", str(tmp_path / name), "float32", "untied")
     one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
     assert two["gradients"].keys() == one["gradients"].keys() and any(".image." in name for name in one["gradients"])
     largest = max(float(gradient.abs().max()) for gradient in one["gradients"].values())
@@ -375,6 +377,36 @@ def test_plans_that_cannot_be_are_refused():
         set_trainable(tiny.model(), "images")
     with pytest.raises(ValueError, match="'image_weights' needs a model with weights for images"):
         set_trainable(tiny.model(), "image_weights")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3_text", "phi"])
+def test_a_language_model_is_converted_with_image_weights_that_are_copies_and_drop_out_on_the_way_back(tmp_path, name):
+    tokenizer = quickstart.train_tokenizer()
+    original = AutoModelForCausalLM.from_config(tiny.text_config(name, vocab_size=len(tokenizer))).eval()
+    original.save_pretrained(tmp_path / "lm", max_shard_size="20KB")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    ids = torch.tensor([tiny.words(random.Random(0), 12)])
+    expected, weights = original(ids).logits, original.state_dict()
+    convert_causal_lm(tmp_path / "lm", tmp_path / "converted", **IMAGES, **UNTIED)
+    load = TransfusionForCausalLMAndDiffusion.from_pretrained
+    converted, info = load(tmp_path / "converted", output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    in_memory = TransfusionForCausalLMAndDiffusion.from_causal_lm(tmp_path / "lm", **IMAGES, **UNTIED)
+    for model in (converted, in_memory):
+        assert torch.equal(model(ids).logits[..., : len(tokenizer)], expected)
+        pairs = list(image_parameters(model))
+        assert pairs and all(torch.equal(image, text) for _, image, text in pairs)
+        back = {causal_lm_key(key): value[: len(tokenizer)] for key, value in model.state_dict().items()}
+        back.pop(None)
+        assert back.keys() == weights.keys()
+        assert all(torch.equal(value, weights[key][: len(tokenizer)]) for key, value in back.items())
+
+
+def test_a_language_model_already_in_a_model_with_image_weights_is_refused():
+    original = AutoModelForCausalLM.from_config(tiny.text_config())
+    TransfusionForCausalLMAndDiffusion.from_causal_lm(original, **IMAGES, **UNTIED)
+    with pytest.raises(ValueError, match="have image weights already"):
+        TransfusionForCausalLMAndDiffusion.from_causal_lm(original, **IMAGES, **UNTIED)
 
 
 @pytest.mark.slow

@@ -1,52 +1,130 @@
 """Several processes, over gloo: the same step as one process makes on the same global batch."""
 
+import multiprocessing
+import multiprocessing.connection
 import os
+import runpy
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 SCRIPTS = Path(__file__).parent / "fixtures"
+CONTEXT = multiprocessing.get_context("forkserver")  # what is imported, is imported once
 
 
-def launch(num_processes: int, script: str, *args: str) -> None:
+def run_script(script: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = [script, *arguments]
+    runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+
+
+def launch(folder: Path, num_processes: int, script: str, *arguments: str) -> None:
+    """As `torchrun` starts a script; what they print is in `folder`."""
+    CONTEXT.set_forkserver_preload(["torch", "transformers", "datasets", "transfusion_hf", "transfusion_hf.trainer"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port}", str(SCRIPTS / script), *args, str(num_processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    processes, logs = [], [folder / f"{script}-{rank}.log" for rank in range(num_processes)]
+    for rank, log in enumerate(logs):
+        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+        environment |= {"LOCAL_WORLD_SIZE": str(num_processes), "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        argv = [*arguments, str(num_processes)]
+        processes.append(CONTEXT.Process(target=run_script, args=(script, argv, environment, log)))
+        processes[-1].start()
+    try:
+        running = {process.sentinel: i for i, process in enumerate(processes)}
+        while running:
+            ended = multiprocessing.connection.wait(running, timeout=300)
+            assert ended, f"{script} does not end"
+            for i in (running.pop(sentinel) for sentinel in ended):
+                processes[i].join()
+                assert processes[i].exitcode == 0, logs[i].read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
 
 
-@pytest.mark.parametrize("data", ["map", "streaming"])
-def test_two_processes_make_the_step_of_one(tmp_path, data):
+@pytest.fixture(scope="module")
+def step_of_one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("step")
+    launch(folder, 1, "one_step.py", "map", str(folder))
+    return step(folder)
+
+
+def step(folder: Path) -> dict:
+    checkpoint = folder / "checkpoint-1"
+    found = torch.load(folder / "found.pt")
+    return {**found, **{file: load_file(checkpoint / file) for file in ("model.safetensors", "ema.safetensors")}}
+
+
+@pytest.mark.parametrize("data", ["map", "streaming", "tensor_parallel", "fsdp2", "fsdp2_bf16"])
+def test_two_processes_make_the_step_of_one(tmp_path, step_of_one_process, data):
     """Unequal numbers of labels and images in each micro-batch of each process, some without images."""
-    launch(1, "one_step.py", data, str(tmp_path / "one.pt"))
-    launch(2, "one_step.py", data, str(tmp_path / "two.pt"))
-    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
-    for name in ("loss", "lm_loss", "diffusion_loss"):
-        assert two["logs"][name] == pytest.approx(one["logs"][name], rel=1e-5)
+    launch(tmp_path, 2, "one_step.py", data, str(tmp_path))
+    one, two = step_of_one_process, step(tmp_path)
+    tolerance, tolerance_of_logs = (1e-2, 1e-3) if "bf16" in data else (1e-5, 1e-5)
+    for name in ("loss", "lm_loss", "diffusion_loss", "tokens_per_second", "images_per_second"):
+        assert two["logs"][name] == pytest.approx(one["logs"][name], rel=tolerance_of_logs)
     assert {name for name in two["logs"] if "/t_" in name} == {name for name in one["logs"] if "/t_" in name}
-    start = tiny.model(std=0.1).state_dict()
-    largest = max(float((one["state"][name] - value).abs().max()) for name, value in start.items())
+    start, weights = tiny.model(std=0.1, vae_config=tiny.VAE).state_dict(), one["model.safetensors"]
+    largest = max(float((weights[name] - value).abs().max()) for name, value in start.items())
     assert largest > 0
-    for name, value in one["state"].items():
-        assert (two["state"][name] - value).abs().max() <= 1e-5 * largest, name
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert two[file].keys() == one[file].keys()
+        for name, value in one[file].items():
+            assert (two[file][name] - value).abs().max() <= tolerance * largest, name
+    if data == "tensor_parallel":
+        # When accelerate takes it on the CPU, this and what is said of it in docs/training.md can go.
+        assert "ParallelismConfig is only compatible DistributedType.FSDP" in two["refusal"]
 
 
-def test_fsdp2_has_the_gradients_of_one_process(tmp_path):
+@pytest.mark.parametrize(("family", "head"), [("llama", "own"), ("qwen3", "tied")])
+def test_a_model_split_by_tensor_parallelism_is_the_whole_one(tmp_path, family, head):
+    """In what it says, in its gradients, in what it writes and draws, and in what it saves."""
+    launch(tmp_path, 2, "tensor_parallel.py", str(tmp_path), family, head)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        whole, split = found["whole"], found["split"]
+        assert found["is_tied"] == (head == "tied")
+        tolerance = {"rtol": 0, "atol": 1e-5}
+        for name in ("loss", "logits", "image_predictions", "images"):
+            torch.testing.assert_close(split[name], whole[name], **tolerance)
+        assert torch.equal(split["sequences"], whole["sequences"]) and len(whole["images"]) >= 1
+        assert split["gradients"].keys() == whole["gradients"].keys()
+        for name, gradient in whole["gradients"].items():
+            assert (split["gradients"][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+        # Half of each matrix of the decoder and of the head; the image parts and the norms are whole.
+        sizes = found["sizes"]
+        matrices = {name for name in sizes if "norm" not in name and name.startswith(("model.language", "lm_head"))}
+        assert found["local"] == {name: sizes[name] / 2 for name in matrices}
+    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "saved"))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_a_family_without_a_plan_is_not_split_by_halves():
+    assert tiny.model(tiny.text_config("stablelm", tie_word_embeddings=True)).tp_plan == {}
+    assert tiny.model().tp_plan["lm_head"] == "colwise_gather_output"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_fsdp2_has_the_gradients_of_one_process(tmp_path, dtype):
     """Also of the image parts, in a process without any image."""
     for num_processes, name in ((1, "one.pt"), (2, "two.pt")):
-        launch(num_processes, "one_gradient_fsdp2.py", str(tmp_path / name))
+        launch(tmp_path, num_processes, "one_gradient_fsdp2.py", str(tmp_path / name), dtype)
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
     one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
-    torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(two["loss"], one["loss"], rtol=tolerance, atol=0)
     assert two["gradients"].keys() == one["gradients"].keys()
     largest = max(float(gradient.abs().max()) for gradient in one["gradients"].values())
     for name, gradient in one["gradients"].items():
-        assert (two["gradients"][name] - gradient).abs().max() <= 1e-5 * largest, name
+        assert (two["gradients"][name] - gradient).abs().max() <= tolerance * largest, name

@@ -117,4 +117,5 @@ def test_accelerate_takes_its_configurations():
         "fsdp2": (False, True, False),
         "deepspeed_zero2": (False, False, True),
         "deepspeed_zero3": (False, False, True),
+        "tensor_parallel": (True, False, False),
     }

@@ -11,6 +11,11 @@ from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 PAD, BOS, EOS, BOI, IMG, EOI = 0, 1, 2, 61, 62, 63
 FIRST_WORD = 3
 UNET = {"patch_encoder": "unet", "unet_block_out_channels": [4, 8], "unet_norm_num_groups": 2}
+# f = 2, of 2 channels
+VAE = {
+    "block_out_channels": [4, 8], "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2, "latent_channels": 2, "norm_num_groups": 2, "scaling_factor": 0.5,
+}  # fmt: skip
 VOCAB_SIZE = 64
 
 

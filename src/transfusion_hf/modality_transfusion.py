@@ -10,6 +10,7 @@ a view of the layer, in which its modules are the routed ones.
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any
@@ -122,10 +123,14 @@ def untie_modalities(language_model: nn.Module) -> None:
         language_model (`PreTrainedModel`): A decoder of transformers with `layers`, and in each a `self_attn`.
 
     Raises:
-        ValueError: a layer has parameters outside of its modules.
+        ValueError: a layer has parameters outside of its modules, or has image weights already.
     """
     for layer in language_model.layers:
         attention = layer.self_attn
+        if hasattr(layer, IMAGE):
+            raise ValueError(
+                "This decoder's layers have image weights already, as part of another model; load it anew."
+            )
         own = [name for part in (layer, attention) for name, _ in part.named_parameters(recurse=False)]
         if own:
             raise ValueError(
@@ -136,19 +141,18 @@ def untie_modalities(language_model: nn.Module) -> None:
         layer.add_module(IMAGE, nn.ModuleDict(modules))
         for part in (layer, attention):
             part.__class__ = _routed_class(part.__class__)
-    language_model.tp_plan = {
-        **language_model.tp_plan,
-        **{
-            name.replace("layers.*.", f"layers.*.{IMAGE}."): style
-            for name, style in language_model.tp_plan.items()
-            if name.startswith("layers.*.")
-        },
-    }
+    plan = language_model.tp_plan
+    language_model.tp_plan = {**plan, **{image_name(name): style for name, style in plan.items()}}
 
 
 def _copies(module: nn.Module, without: str | None = None) -> dict[str, nn.Module]:
     children = {name: child for name, child in module.named_children() if name != without}
     return {name: copy.deepcopy(child) for name, child in children.items() if any(True for _ in child.parameters())}
+
+
+def image_name(name: str) -> str:
+    """Of a decoder's weight, or of a module in a parallel plan: the name of its twin, if it has one."""
+    return re.sub(r"(^|\.)layers\.(\d+|\*)\.", rf"\g<0>{IMAGE}.", name, count=1)
 
 
 def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
@@ -160,4 +164,4 @@ def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.P
             yield name, parameter, twin
 
 
-__all__ = ["IMAGE", "ModalityRouter", "image_parameters", "untie_modalities"]
+__all__ = ["IMAGE", "ModalityRouter", "image_name", "image_parameters", "untie_modalities"]

@@ -1,8 +1,10 @@
 """The exact `Trainer`, and what the stock one needs beside it."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,34 @@ import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import AutoConfig, Trainer, TrainerCallback
+from transformers import AutoConfig, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
 
 from .modality_transfusion import image_parameters
+from .patching_transfusion import TransfusionTimestepEmbedding
+
+
+def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) -> set[torch.nn.Parameter]:
+    """
+    What stays float32 beside FSDP2 in lower precision: gives the timestep embedding a group of its own, for a group
+    has one dtype, before `fully_shard` of what is around it. [`TransfusionTrainer`] does so itself.
+
+    Args:
+        model (`TransfusionForCausalLMAndDiffusion`)
+        mesh (`torch.distributed.DeviceMesh`, *optional*): As for `fully_shard`; all processes where `None`.
+
+    Returns:
+        `set[torch.nn.Parameter]`: Those of the VAE, to pass as `ignored_params` to `fully_shard`: it is whole in each
+        process, for one without images does not run it, and others would wait for its part.
+    """
+    for module in [module for module in model.modules() if isinstance(module, TransfusionTimestepEmbedding)]:
+        fully_shard(module, mesh=mesh)
+    return {parameter for name, parameter in model.named_parameters() if name.startswith("vae.")}
 
 
 class _Sums:
@@ -53,7 +77,7 @@ class TransfusionTrainer(Trainer):
     `diffusion_loss` the mean over all noised images of the whole batch, however it is cut into micro-batches and
     processes. Beside `loss` it logs, in training and evaluation, `lm_loss`, `diffusion_loss`, and the latter by band
     of t (`diffusion_loss/t_0_250` …); and of the training `tokens_per_second`, `images_per_second` and, as 6·N·D
-    counts it, `model_tflops_per_second` of all processes.
+    counts it, 4·N·D what is frozen, `model_tflops_per_second` of all processes.
 
     A checkpoint is written aside, in `incomplete/`, and then renamed: one that bears its name is whole, and a run that
     was killed at any moment goes on with `resume_from_checkpoint=True`.
@@ -67,8 +91,8 @@ class TransfusionTrainer(Trainer):
 
     Raises:
         ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`, or
-            `dispatch_batches`, which would part images from their texts; a checkpoint of another model to resume from;
-            in training, a loss that is not finite, whose batch is then in the output folder.
+            `dispatch_batches`, which would part images from their texts; a checkpoint of another model or adapter to
+            resume from; in training, a loss that is not finite, whose batch is then in the output folder.
     """
 
     def __init__(
@@ -89,11 +113,27 @@ class TransfusionTrainer(Trainer):
                 "texts; leave it out of `accelerator_config`."
             )
         self.accelerator.dataloader_config.dispatch_batches = False  # what accelerate would choose for streams
+        if self.accelerator.is_fsdp2:
+            plugin, mesh = self.accelerator.state.fsdp_plugin, self.accelerator.torch_device_mesh
+            if plugin.mixed_precision_policy is not None:
+                # accelerate's own policy rounds the images before they are noised, and the losses.
+                plugin.mixed_precision_policy = replace(
+                    plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=False
+                )
+            if mesh is not None:
+                mesh = mesh[tuple(self.accelerator.parallelism_config.fsdp_dim_names)]
+            shard_float32_parts(self.accelerator.unwrap_model(self.model), mesh)
+            plugin.ignored_modules = r"(.*\.)?vae"
         self.num_timestep_bands = num_timestep_bands
         self.peak_flops_per_second = peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
         self._num_images: Any = None
         self._is_saving = False
+
+    @property
+    def _num_replicas(self) -> int:
+        """Ranks of tensor, context and sequence parallelism hold the same batch, and each counts it."""
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
     def _new_sums(self) -> _Sums:
         return _Sums(self.num_timestep_bands, self.args.device)
@@ -104,6 +144,7 @@ class TransfusionTrainer(Trainer):
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             _check_same_model(self._config(), folder)
+            _check_same_adapter(self.accelerator.unwrap_model(self.model), folder)
         self._train_sums = self._new_sums()  # speeds count from now on
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -117,9 +158,7 @@ class TransfusionTrainer(Trainer):
         num_images = torch.tensor(sum(_count_noised(batch) for batch in batch_samples), device=device)
         if self.args.world_size > 1:
             num_images = self.accelerator.gather(num_images).sum()
-        # Ranks of tensor, context and sequence parallelism hold the same batch, and each counted it.
-        num_replicas = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        self._num_images = (num_images / num_replicas).clamp(min=1)
+        self._num_images = (num_images / self._num_replicas).clamp(min=1)
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -145,7 +184,7 @@ class TransfusionTrainer(Trainer):
 
     def _metrics(self, sums: _Sums, prefix: str = "") -> dict[str, float]:
         """Means over all that was summed, of all processes."""
-        totals = self.accelerator.reduce(torch.cat([sums.by_name, sums.bands.flatten()]), "sum")
+        totals = self.accelerator.reduce(torch.cat([sums.by_name, sums.bands.flatten()]), "sum") / self._num_replicas
         nll, labels, tokens, images = totals[: len(sums.NAMES)].tolist()
         errors, counts = totals[len(sums.NAMES) :].view(2, -1)
         metrics = {}
@@ -162,18 +201,25 @@ class TransfusionTrainer(Trainer):
             seconds = time.perf_counter() - sums.start_time
             metrics["tokens_per_second"] = tokens / seconds
             metrics["images_per_second"] = images / seconds
-            flops_per_second = 6 * self._num_trained * tokens / seconds
+            flops_per_second = self._flops_per_token * tokens / seconds
             metrics["model_tflops_per_second"] = flops_per_second / 1e12
             if self.peak_flops_per_second is not None:
                 metrics["mfu"] = flops_per_second / (self.peak_flops_per_second * self.args.world_size)
         return metrics
 
     @property
-    def _num_trained(self) -> int:
-        """N: the parameters that a token meets, of the transformer and its image parts, without the VAE."""
+    def _flops_per_token(self) -> int:
+        """
+        6·N over the transformer and its image parts, without the VAE; 4·N where frozen, which has no gradient. Of
+        untied weights a token meets the text's or the image's: they count half each.
+        """
         model = self.accelerator.unwrap_model(self.model)
-        untied = sum(image.numel() for _, image, _ in image_parameters(model))  # as many as of text: a token meets one
-        return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae.")) - untied
+        halves = {id(one) for _, *both in image_parameters(model) for one in both}
+        return sum(
+            (6 if parameter.requires_grad else 4) * parameter.numel() // (2 if id(parameter) in halves else 1)
+            for name, parameter in model.named_parameters()
+            if not {"vae", "original_module"} & set(name.split("."))  # PEFT keeps the modules that it replaces
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -199,8 +245,8 @@ class TransfusionTrainer(Trainer):
         finally:
             self._is_saving = False
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TransfusionEMACallback) and self.args.should_save:
-                callback.save(aside / name)
+            if isinstance(callback, TransfusionEMACallback):
+                callback.save(aside / name, self.state)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if (folder / name).exists():  # of an earlier run
@@ -228,10 +274,13 @@ class TransfusionTrainer(Trainer):
         return output
 
 
-# What a run may change of its model's configuration when it goes on, or what says nothing of the weights.
+# What a run may change of its model's or adapter's configuration when it goes on, or what says nothing of the weights.
 _MAY_DIFFER = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "diffusion_loss_weight", "dtype",
     "eos_token_id", "initializer_range", "pad_token_id", "transformers_version", "use_cache",
+    # Of an adapter.
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
+    "task_type",
 }  # fmt: skip
 
 
@@ -253,6 +302,29 @@ def _check_same_model(config: Any, folder: str | Path) -> None:
         raise ValueError(
             f"`resume_from_checkpoint`: {folder} is of another model: {'; '.join(differences[:5])}. Resume with the "
             "model that was trained there, or begin a new run in another `output_dir`."
+        )
+
+
+def _check_same_adapter(model: Any, folder: str | Path) -> None:
+    """The library would load another adapter's weights where they fit, and scale them by this one's `lora_alpha`."""
+    file = Path(folder, "adapter_config.json")
+    if not file.exists():
+        return
+    if not hasattr(model, "peft_config"):
+        raise ValueError(
+            f"`resume_from_checkpoint`: {folder} is of an adapter, and the model has none. Resume with the model that "
+            "was trained there, made by `peft.get_peft_model`."
+        )
+    saved, current = json.loads(file.read_text()), model.peft_config[model.active_adapter].to_dict()
+    for config in (saved, current):
+        for name, value in config.items():
+            if isinstance(value, (list, set)):  # saved in any order
+                config[name] = sorted(value, key=str)
+    differences = list(_differences(saved, {name: current.get(name) for name in saved}))
+    if differences:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {folder} is of another adapter: {'; '.join(differences[:5])}. Resume with the "
+            "adapter that was trained there, or begin a new run in another `output_dir`."
         )
 
 
@@ -298,6 +370,7 @@ class TransfusionEMACallback(TrainerCallback):
         self.power = power
         self.resume_from_checkpoint = resume_from_checkpoint
         self._is_training = False
+        self._saved_step: int | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
@@ -305,7 +378,7 @@ class TransfusionEMACallback(TrainerCallback):
                 "`load_best_model_at_end` and an average at the end exclude each other; drop one of them."
             )
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._is_training = True
+        self._is_training, self._saved_step = True, None
         self._ema = EMAModel(self._parameters, decay=self.decay, use_ema_warmup=True, power=self.power)
         if state.global_step > 0:
             folder = self.resume_from_checkpoint
@@ -318,7 +391,7 @@ class TransfusionEMACallback(TrainerCallback):
                 )
             stored = load_file(file)
             self._ema.optimization_step = state.global_step
-            self._ema.shadow_params = [stored[str(i)].to(p.device) for i, p in enumerate(self._parameters)]
+            self._ema.shadow_params = [_like(stored[str(i)], p) for i, p in enumerate(self._parameters)]
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         self._ema.step(self._parameters)
@@ -344,15 +417,16 @@ class TransfusionEMACallback(TrainerCallback):
         # Now, for a checkpoint may be saved next.
         self._ema.restore(self._parameters)
 
-    def save(self, folder: Path) -> None:
-        """Writes the average into a checkpoint's folder."""
-        average = {str(i): parameter.contiguous() for i, parameter in enumerate(self._ema.shadow_params)}
-        save_file(average, folder / self.FILE_NAME)
+    def save(self, folder: Path, state: TrainerState) -> None:
+        """Writes the average into a checkpoint's folder; for every process to call, where parameters are sharded."""
+        self._saved_step = state.global_step
+        average = {str(i): _whole(parameter).contiguous() for i, parameter in enumerate(self._ema.shadow_params)}
+        if state.is_world_process_zero:
+            save_file(average, folder / self.FILE_NAME)
 
     def on_save(self, args, state, control, **kwargs: Any) -> None:
-        # `TransfusionTrainer` has written it with the rest.
-        if state.is_world_process_zero and not (file := self._file(args, state)).exists():
-            self.save(file.parent)
+        if self._saved_step != state.global_step:  # `TransfusionTrainer` writes it with the rest
+            self.save(self._file(args, state).parent, state)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         self._is_training = False
@@ -360,6 +434,18 @@ class TransfusionEMACallback(TrainerCallback):
 
     def _file(self, args, state) -> Path:
         return Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE_NAME)
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Sharded as a parameter is, on its device."""
+    whole = whole.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return whole
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
 
 
 class TransfusionSamplesCallback(TrainerCallback):
