@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import random
 
 import pytest
@@ -143,10 +144,11 @@ def test_text_weights_are_copied_on_demand():
         tied.copy_text_weights_()
 
 
-def test_a_copy_of_a_model_routes_through_its_own_weights():
+@pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_routes_through_its_own_weights(make_copy):
     untied, _ = pair()
     features = interleaved()
-    before, copied = untied(**features).logits, copy.deepcopy(untied)
+    before, copied = untied(**features).logits, make_copy(untied)
     with torch.no_grad():
         for parameter in untied.parameters():
             parameter.zero_()
@@ -333,6 +335,13 @@ def test_the_tensor_parallel_plan_covers_the_image_weights_as_the_text():
 def test_other_modalities_are_refused(modalities):
     with pytest.raises(ValueError, match=r"`untied_modalities` must be None, \[\] or \['image'\]"):
         tiny.config(untied_modalities=modalities)
+
+
+def test_the_vae_is_trained_by_no_plan():
+    for plan in TRAINING_PLANS:
+        model = tiny.model(vae_config=tiny.VAE, **UNTIED)
+        assert not any(name.startswith("vae.") for name in set_trainable(model, plan))
+        assert not any(parameter.requires_grad for parameter in model.vae.parameters())
 
 
 @pytest.mark.parametrize("nothing", [None, []])

@@ -92,6 +92,9 @@ class _Routed:
 
     plain_class: Any
 
+    def __reduce_ex__(self, protocol):
+        return _new_routed, (self.plain_class,), self.__dict__
+
     def forward(self, *args, modality_router=None, image_modules=None, **kwargs):
         if modality_router is None:
             return self.plain_class.forward(self, *args, **kwargs)
@@ -109,6 +112,12 @@ class _Routed:
 def _routed_class(plain_class: Any) -> Any:
     # Under the same name, by which FSDP and others find the layers.
     return type(plain_class.__name__, (_Routed, plain_class), {"plain_class": plain_class})
+
+
+def _new_routed(plain_class: Any) -> nn.Module:
+    """To be filled by `copy` or `pickle`."""
+    routed_class = _routed_class(plain_class)
+    return routed_class.__new__(routed_class)
 
 
 def untie_modalities(language_model: nn.Module) -> None:
