@@ -110,6 +110,10 @@ class TransfusionConfig(PreTrainedConfig):
         bidirectional_image_attention (`bool`, defaults to `True`):
             Whether the patches of one image see each other in both directions (Fig. 4). `False`: the causal ablation
             of Table 5.
+        untied_modalities (`list[str]`, *optional*):
+            `["image"]`: patches have projections, MLPs and norms of their own in each decoder layer, copies of the
+            text's at first; attention is shared. `<BOI>` and `<EOI>` are text. `None` or `[]`: all positions share all
+            weights, as in the paper.
         image_start_token_id (`int`, defaults to 32000): Id of `<BOI>`.
         image_token_id (`int`, defaults to 32001): Id of the placeholder that stands where a patch does.
         image_end_token_id (`int`, defaults to 32002): Id of `<EOI>`.
@@ -149,6 +153,7 @@ class TransfusionConfig(PreTrainedConfig):
     prediction_type: str = "epsilon"
     diffusion_loss_weight: float | int = 5.0
     bidirectional_image_attention: bool = True
+    untied_modalities: list | None = None
     image_start_token_id: int = 32000
     image_token_id: int = 32001
     image_end_token_id: int = 32002
@@ -318,6 +323,11 @@ class TransfusionConfig(PreTrainedConfig):
         if self.prediction_type not in prediction_types:
             raise ValueError(
                 f"`prediction_type` must be one of {', '.join(prediction_types)}; got {self.prediction_type!r}."
+            )
+        if self.untied_modalities not in (None, [], ["image"]):
+            raise ValueError(
+                "`untied_modalities` must be None, [] or ['image']: text keeps the decoder's own weights; got "
+                f"{self.untied_modalities!r}."
             )
         if self.vae_config is not None:
             self._validate_vae(self.vae_config)

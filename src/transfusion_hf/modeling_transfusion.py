@@ -48,6 +48,7 @@ from .masking_transfusion import (
     image_block_lengths,
     is_prepared,
 )
+from .modality_transfusion import ModalityRouter, image_parameters, untie_modalities
 from .patching_transfusion import (
     TransfusionLinearPatchDecoder,
     TransfusionLinearPatchEncoder,
@@ -161,6 +162,29 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # all attention is the decoder's, whose source the library searches in its own right
 
+    @torch.no_grad()
+    def copy_text_weights_(self) -> None:
+        """
+        Makes the image weights of `untied_modalities` copies of the text's, as for a language model that was loaded.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if not self.config.untied_modalities:
+            raise ValueError("There are no image weights to copy to: `untied_modalities` of the config is empty.")
+        for _, image, text in image_parameters(self):
+            image.copy_(text)
+
+    def _initialize_missing_keys(self, is_quantized: bool) -> None:
+        # Image weights that a checkpoint does not have, begin as copies there, too.
+        pairs = list(image_parameters(self))
+        missing = [name for name, image, _ in pairs if not getattr(image, "_is_hf_initialized", False)]
+        super()._initialize_missing_keys(is_quantized)
+        with torch.no_grad():
+            for name, image, text in image_parameters(self):
+                if name in missing:
+                    image.copy_(text)
+
 
 class TransfusionModel(TransfusionPreTrainedModel):
     """
@@ -184,6 +208,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
             raise ValueError("`text_config` is that of an encoder, bidirectional over text; pass a causal decoder's.")
         check_attn_implementation(text_config._attn_implementation)
         self.language_model = AutoModel.from_config(text_config)
+        if config.untied_modalities:
+            untie_modalities(self.language_model)
         is_unet = config.patch_encoder == "unet"
         self.patch_encoder = (TransfusionUNetPatchEncoder if is_unet else TransfusionLinearPatchEncoder)(config)
         self.patch_decoder = (TransfusionUNetPatchDecoder if is_unet else TransfusionLinearPatchDecoder)(config)
@@ -291,6 +317,13 @@ class TransfusionModel(TransfusionPreTrainedModel):
             )
         if isinstance(attention_mask, VarlenPlan):
             kwargs["varlen_plan"], attention_mask = attention_mask, None
+        # Text alone runs as if there were no image weights, but that in training they have a gradient, of 0: another
+        # process may have images.
+        if self.config.untied_modalities and (stacks is not None or (self.training and torch.is_grad_enabled())):
+            patches_here = (None, 0) if stacks is None else (is_patch, len(flat))
+            kwargs["modality_router"] = ModalityRouter(
+                self.config.text_config.model_type, hidden_states.shape[:2], *patches_here
+            )
         outputs = self.language_model(
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
@@ -436,7 +469,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
 
         Args:
             pretrained_model_name_or_path (`str`, `os.PathLike` or `PreTrainedModel`):
-                A folder, a repository of the Hub, or the language model itself, whose modules are then shared.
+                A folder, a repository of the Hub, or the language model itself, whose modules are then shared (and
+                given image weights with `untied_modalities`).
             pad_to_multiple_of (`int`, *optional*): Pad the grown vocabulary to a multiple of this.
             attn_implementation (`str`, *optional*)
             kwargs: Fields of [`TransfusionConfig`], as `latent_channels` and `sample_size`; the others are for
@@ -460,6 +494,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             model = cls(config)
         language_model = source if is_loaded else AutoModelForCausalLM.from_pretrained(source, **kwargs)
         model.model.language_model = language_model.base_model
+        if config.untied_modalities:
+            untie_modalities(model.model.language_model)
         model.lm_head = language_model.get_output_embeddings()
         config.text_config = model.model.language_model.config
         model.grow_vocabulary(config.image_end_token_id + 1, pad_to_multiple_of)

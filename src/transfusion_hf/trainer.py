@@ -20,6 +20,7 @@ from transformers import AutoConfig, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
 
+from .modality_transfusion import image_parameters
 from .patching_transfusion import TransfusionTimestepEmbedding
 
 
@@ -208,10 +209,14 @@ class TransfusionTrainer(Trainer):
 
     @property
     def _flops_per_token(self) -> int:
-        """6·N over the transformer and its image parts, without the VAE; 4·N where frozen, which has no gradient."""
+        """
+        6·N over the transformer and its image parts, without the VAE; 4·N where frozen, which has no gradient. Of
+        untied weights a token meets the text's or the image's: they count half each.
+        """
         model = self.accelerator.unwrap_model(self.model)
+        halves = {id(one) for _, *both in image_parameters(model) for one in both}
         return sum(
-            (6 if parameter.requires_grad else 4) * parameter.numel()
+            (6 if parameter.requires_grad else 4) * parameter.numel() // (2 if id(parameter) in halves else 1)
             for name, parameter in model.named_parameters()
             if not {"vae", "original_module"} & set(name.split("."))  # PEFT keeps the modules that it replaces
         )
