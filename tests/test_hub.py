@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import running_hub
+from huggingface_hub import ModelCard
 from make_tiny_transfusion import byte_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, LlamaConfig, pipeline
@@ -202,3 +203,30 @@ def test_with_the_package_its_own_code_is_used(folder):
     model = AutoModelForMultimodalLM.from_pretrained(folder, trust_remote_code=True)
     assert type(model) is TransfusionForCausalLMAndDiffusion and not hasattr(model.config, "custom_pipelines")
     assert type(AutoProcessor.from_pretrained(folder, trust_remote_code=True)) is TransfusionProcessor
+
+
+def test_a_push_brings_a_card_and_keeps_the_one_that_is_there(hub):
+    card = ModelCard(hub.files("someone/whole")["README.md"].decode())
+    assert card.data.tags == ["transfusion", "text-to-image", "digits"]
+    assert 'name = "someone/whole"' in card.text
+    # The processor came second.
+    assert 'name = "someone/parts"' in hub.files("someone/parts")["README.md"].decode()
+
+
+def test_a_training_is_pushed_with_a_card_of_its_own(hub):
+    first, *_, last = hub.repos["someone/trained"][1:]
+    for files in (first, last):
+        assert CODE | {"config.json", "model.safetensors", "processor_config.json"} <= set(files)
+    assert not [name for name in last if "checkpoint" in name or "incomplete" in name]
+    card = ModelCard(last["README.md"].decode())
+    assert (card.data.license, card.data.datasets, card.data.model_name) == (
+        "mit",
+        ["someone/squares"],
+        "someone/trained",
+    )
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert set(results) == {"loss", "lm_loss", "diffusion_loss"}
+    assert results["loss"] == pytest.approx(results["lm_loss"] + 5 * results["diffusion_loss"])
+    assert "On four red squares." in card.text and "| steps | 2 |" in card.text
+    assert "(samples/step-2.png)" in card.text and last["samples/step-2.png"][:4] == b"\x89PNG"
+    assert json.loads(last["training_args.json"])["max_steps"] == 2

@@ -180,7 +180,7 @@ def make_model_card(
             metric_value=value,
         )
         for name, value in (evaluation or {}).items()
-        if dataset_name
+        if dataset_name and "/" not in name  # not the parts that a metric is shown in
     ]
     data = ModelCardData(
         model_name=model_name if results else None,
@@ -190,7 +190,7 @@ def make_model_card(
         language=language,
         base_model=base_model or None,
         datasets=datasets or None,
-        metrics=list(evaluation) if results and evaluation else None,
+        metrics=[result.metric_type for result in results] or None,
         tags=list(dict.fromkeys(["transfusion", "text-to-image", *tags])),
         eval_results=results or None,
     )
