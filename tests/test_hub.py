@@ -100,6 +100,7 @@ def hub(folder, tmp_path_factory):
     with running_hub() as hub:
         home = tmp_path_factory.mktemp("home-of-the-push")
         run("push_everything.py", folder, home / "saved", HF_ENDPOINT=hub.url, HF_HOME=str(home))
+        hub.trained = home / "saved-trained"
         yield hub
 
 
@@ -230,3 +231,4 @@ def test_a_training_is_pushed_with_a_card_of_its_own(hub):
     assert "On four red squares." in card.text and "| steps | 2 |" in card.text
     assert "(samples/step-2.png)" in card.text and last["samples/step-2.png"][:4] == b"\x89PNG"
     assert json.loads(last["training_args.json"])["max_steps"] == 2
+    assert not list(hub.trained.rglob("*.bin"))
