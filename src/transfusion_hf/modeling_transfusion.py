@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -40,6 +40,7 @@ from .diffusion_transfusion import (
     sample_timesteps,
 )
 from .generation_transfusion import DRAWING_DEFAULTS, TransfusionGenerationMixin
+from .hub_transfusion import TransfusionHubMixin
 from .masking_transfusion import (
     check_attn_implementation,
     check_varlen_plan,
@@ -59,6 +60,10 @@ from .patching_transfusion import (
     sincos_positions,
     stack_images,
 )
+
+if TYPE_CHECKING:
+    # Remote code that is loaded and saved again holds what its files name: with the model go processor and pipelines.
+    from .pipelines_transfusion import TextToImagePipeline  # noqa: F401
 
 # Decoders whose logits are `scale(lm_head(model(x)))` with what `_scale_logits` knows, all of whose layers are softmax
 # attention under a mask that the model takes prepared: a test holds each to its own `...ForCausalLM`.
@@ -123,7 +128,7 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_timesteps: torch.Tensor | None = None
 
 
-class TransfusionPreTrainedModel(PreTrainedModel):
+class TransfusionPreTrainedModel(TransfusionHubMixin, PreTrainedModel):
     """What transformers wants to know of every Transfusion model."""
 
     config: TransfusionConfig
