@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "autoencoder",
         "diffusion",
         "masking",
+        "conversion",
         "modality",
         "patching",
         "generation",
@@ -52,6 +53,7 @@ MAY_IMPORT = {
         "pipelines",  # by name only, see there
     },
     "modality_transfusion": set(),
+    "conversion_transfusion": {"configuration", "modality", "patching"},
     "image_processing_transfusion": set(),
     "processing_transfusion": {"hub", "image_processing"},
     "pipelines_transfusion": {"hub", "processing"},
