@@ -111,7 +111,7 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     # The decoder adds its own layers at construction.
-    _no_split_modules = [
+    _no_split_modules: set[str] | list[str] = [
         "TransfusionLinearPatchEncoder",
         "TransfusionLinearPatchDecoder",
         "TransfusionUNetPatchEncoder",
@@ -395,7 +395,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         self.vae = None if config.vae_config is None else TransfusionVAE(**vae_arguments(config.vae_config))
         # FSDP takes its classes from here by default, and expects to find each.
         present = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = [name for name in self._no_split_modules if name in present]
+        self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
     @property
     def noise_scheduler(self):
