@@ -61,6 +61,7 @@ class DataArguments:
     streaming: bool = False
     image_share: float = field(default=0.5, metadata={"help": "Of the tokens."})
     max_length: int = field(default=4096, metadata={"help": "Tokens of a packed row."})
+    caption_first_probability: float = field(default=0.8, metadata={"help": "Else the image comes first (§3)."})
     caption_dropout: float = 0.1
 
 
@@ -196,6 +197,7 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
         train_dataset=build_dataset(data_args, processor, training_args.seed),
         data_collator=TransfusionDataCollator(
             processor,
+            caption_first_probability=data_args.caption_first_probability,
             caption_dropout=data_args.caption_dropout,
             num_train_timesteps=model.config.num_train_timesteps,
             max_length=data_args.max_length,

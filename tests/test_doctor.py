@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,8 @@ def test_a_healthy_model_yields_no_complaint(changes):
     findings = diagnose(*healthy(**changes))
     assert not complaints(findings)
     assert len({finding.check for finding in findings}) == len(findings) == 11
+    falls = re.findall(r"from ([\d.]+) to ([\d.]+)", findings[-1].message)
+    assert len(falls) == 2 and all(float(last) <= 0.101 * float(first) for first, last in falls)
 
 
 @pytest.mark.parametrize("backend", ["eager", "transfusion_varlen"])

@@ -1,9 +1,10 @@
 """Configuration of a Transfusion model (Zhou et al., arXiv 2408.11039)."""
 
+import copy
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 # Table 2: layers, hidden size, heads; the SwiGLU width is 8/3 of the hidden size rounded up to a multiple of 256.
@@ -340,4 +341,50 @@ class TransfusionConfig(PreTrainedConfig):
             )
 
 
-__all__ = ["TransfusionConfig", "paper_vae_config", "vae_arguments"]
+# Of `from_pretrained`, what says where a checkpoint lies.
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> TransfusionConfig:
+    """
+    The configuration of the Transfusion that a language model becomes: its vocabulary grown by the three image tokens,
+    where `kwargs`, the fields of [`TransfusionConfig`], do not name others.
+
+    Raises:
+        ValueError: a quantised model.
+    """
+    if getattr(text_config, "quantization_config", None) is not None:
+        raise ValueError(
+            "`quantization_config`: a quantised language model cannot be converted; take the original, and quantise "
+            "the result when loading it."
+        )
+    text_config = copy.deepcopy(text_config)
+    size = getattr(text_config, "vocab_size", 0)
+    for offset, name in enumerate(("image_start_token_id", "image_token_id", "image_end_token_id")):
+        kwargs.setdefault(name, size + offset)
+        text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), kwargs[name] + 1)
+    return TransfusionConfig(text_config=text_config, **kwargs)
+
+
+def generation_values(generation_config: GenerationConfig) -> dict[str, Any]:
+    """What a language model's generation config sets, for `update`: nothing of the library's bookkeeping."""
+    values = generation_config.to_diff_dict().items()
+    return {k: v for k, v in values if v is not None and k != "transformers_version" and not k.startswith("_")}
+
+
+__all__ = [
+    "HUB_ARGUMENTS",
+    "TransfusionConfig",
+    "causal_lm_config",
+    "generation_values",
+    "paper_vae_config",
+    "vae_arguments",
+]

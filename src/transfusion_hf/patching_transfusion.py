@@ -268,6 +268,25 @@ class TransfusionUNetPatchDecoder(nn.Module):
         return (self.conv_out(nn.functional.silu(self.norm_out(hidden_states))),)
 
 
+@torch.no_grad()
+def fit_patch_parts(encoder: nn.Module, decoder: nn.Module, config: TransfusionConfig, embedding_std: float) -> None:
+    """
+    Prepares new patch parts for a trained language model: patches enter it as large as its words, and what is
+    predicted first is 0, whose squared error is that of the target itself.
+
+    Args:
+        encoder, decoder: One of each kind above.
+        embedding_std (`float`): Root mean square of the token embeddings that the decoder is given.
+    """
+    stack = torch.randn(16, config.latent_channels, *config.latent_size, device=encoder.proj.weight.device)
+    encoder.proj.bias.zero_()
+    (patches,), _ = encoder([stack], torch.randint(config.num_train_timesteps, (len(stack),), device=stack.device))
+    encoder.proj.weight.mul_(embedding_std / patches.float().square().mean().sqrt())
+    last = decoder.conv_out if isinstance(decoder, TransfusionUNetPatchDecoder) else decoder.proj
+    last.weight.zero_()
+    last.bias.zero_()
+
+
 def apply_by_size(
     function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[tuple[torch.Tensor, ...]]
 ) -> list[tuple[torch.Tensor, ...]]:
@@ -300,6 +319,7 @@ __all__ = [
     "TransfusionUNetPatchDecoder",
     "TransfusionUNetPatchEncoder",
     "apply_by_size",
+    "fit_patch_parts",
     "patchify",
     "sincos_positions",
     "stack_images",

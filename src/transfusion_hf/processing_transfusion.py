@@ -132,8 +132,9 @@ class TransfusionProcessor(ProcessorMixin):
         """
         Makes tokenizer and model fit each other, and the processor for both.
 
-        Adds the three image tokens to the tokenizer if it lacks them, resizes the model's embeddings if they are
-        then too few, and writes the ids into `model.config` and `model.generation_config`. A tokenizer without a
+        Adds the three image tokens to the tokenizer if it lacks them, and rows to the model's embeddings if they are
+        then too few, each the mean of the others, and writes the ids into `model.config` and
+        `model.generation_config`. A tokenizer without a
         padding token gets `<pad>`.
 
         Args:
@@ -157,14 +158,16 @@ class TransfusionProcessor(ProcessorMixin):
 
         config = model.config
         if len(tokenizer) > config.text_config.vocab_size:
-            model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=pad_to_multiple_of)
+            model.grow_vocabulary(len(tokenizer), pad_to_multiple_of)
         for name, token in tokens.items():
             setattr(config, f"{name}_id", tokenizer.convert_tokens_to_ids(token))
         config.validate_transfusion()
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(tokenizer, name)
-            setattr(config.text_config, name, value)
-            setattr(model.generation_config, name, value)
+            for target in (config.text_config, model.generation_config):
+                several = getattr(target, name, None)  # as chat models end at more than one token
+                if not (isinstance(several, list) and value in several):
+                    setattr(target, name, value)
 
         if image_processor is None:
             height, width = (side * config.vae_scale_factor for side in config.latent_size)

@@ -1,5 +1,6 @@
 """The exact `Trainer`, and what the stock one needs beside it."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ class TransfusionTrainer(Trainer):
     `diffusion_loss` the mean over all noised images of the whole batch, however it is cut into micro-batches and
     processes. Beside `loss` it logs, in training and evaluation, `lm_loss`, `diffusion_loss`, and the latter by band
     of t (`diffusion_loss/t_0_250` …); and of the training `tokens_per_second`, `images_per_second` and, as 6·N·D
-    counts it, `model_tflops_per_second` of all processes.
+    counts it, 4·N·D what is frozen, `model_tflops_per_second` of all processes.
 
     A checkpoint is written aside, in `incomplete/`, and then renamed: one that bears its name is whole, and a run that
     was killed at any moment goes on with `resume_from_checkpoint=True`.
@@ -91,8 +92,8 @@ class TransfusionTrainer(Trainer):
     Raises:
         ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`, or
             `dispatch_batches`, which would part images from their texts; `use_liger_kernel` with a split LM head; a
-            checkpoint of another model to resume from; in training, a loss that is not finite, whose batch is then in
-            the output folder.
+            checkpoint of another model or adapter to resume from; in training, a loss that is not finite, whose batch
+            is then in the output folder.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class TransfusionTrainer(Trainer):
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             _check_same_model(self._config(), folder)
+            _check_same_adapter(self.accelerator.unwrap_model(self.model), folder)
         self._train_sums = self._new_sums()  # speeds count from now on
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -206,17 +208,21 @@ class TransfusionTrainer(Trainer):
             seconds = time.perf_counter() - sums.start_time
             metrics["tokens_per_second"] = tokens / seconds
             metrics["images_per_second"] = images / seconds
-            flops_per_second = 6 * self._num_trained * tokens / seconds
+            flops_per_second = self._flops_per_token * tokens / seconds
             metrics["model_tflops_per_second"] = flops_per_second / 1e12
             if self.peak_flops_per_second is not None:
                 metrics["mfu"] = flops_per_second / (self.peak_flops_per_second * self.args.world_size)
         return metrics
 
     @property
-    def _num_trained(self) -> int:
-        """N: the parameters of the transformer and its image parts, without the VAE."""
+    def _flops_per_token(self) -> int:
+        """6·N over the transformer and its image parts, without the VAE; 4·N where frozen, which has no gradient."""
         model = self.accelerator.unwrap_model(self.model)
-        return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("vae."))
+        return sum(
+            (6 if parameter.requires_grad else 4) * parameter.numel()
+            for name, parameter in model.named_parameters()
+            if not {"vae", "original_module"} & set(name.split("."))  # PEFT keeps the modules that it replaces
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -271,10 +277,13 @@ class TransfusionTrainer(Trainer):
         return output
 
 
-# What a run may change of its model's configuration when it goes on, or what says nothing of the weights.
+# What a run may change of its model's or adapter's configuration when it goes on, or what says nothing of the weights.
 _MAY_DIFFER = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "diffusion_loss_weight", "dtype",
     "eos_token_id", "initializer_range", "pad_token_id", "transformers_version", "use_cache",
+    # Of an adapter.
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
+    "task_type",
 }  # fmt: skip
 
 
@@ -296,6 +305,29 @@ def _check_same_model(config: Any, folder: str | Path) -> None:
         raise ValueError(
             f"`resume_from_checkpoint`: {folder} is of another model: {'; '.join(differences[:5])}. Resume with the "
             "model that was trained there, or begin a new run in another `output_dir`."
+        )
+
+
+def _check_same_adapter(model: Any, folder: str | Path) -> None:
+    """The library would load another adapter's weights where they fit, and scale them by this one's `lora_alpha`."""
+    file = Path(folder, "adapter_config.json")
+    if not file.exists():
+        return
+    if not hasattr(model, "peft_config"):
+        raise ValueError(
+            f"`resume_from_checkpoint`: {folder} is of an adapter, and the model has none. Resume with the model that "
+            "was trained there, made by `peft.get_peft_model`."
+        )
+    saved, current = json.loads(file.read_text()), model.peft_config[model.active_adapter].to_dict()
+    for config in (saved, current):
+        for name, value in config.items():
+            if isinstance(value, (list, set)):  # saved in any order
+                config[name] = sorted(value, key=str)
+    differences = list(_differences(saved, {name: current.get(name) for name in saved}))
+    if differences:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {folder} is of another adapter: {'; '.join(differences[:5])}. Resume with the "
+            "adapter that was trained there, or begin a new run in another `output_dir`."
         )
 
 

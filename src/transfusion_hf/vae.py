@@ -71,7 +71,7 @@ def attach_vae(
     except Exception:
         config.vae_config = before
         raise
-    model.vae = attached.to(model.device)
+    model.vae = attached.to(model.model.patch_encoder.proj.weight.device)
     model.reset_noise_scheduler()
 
 

@@ -1,0 +1,95 @@
+"""
+Makes a language model of transformers one that can learn to draw, and writes it with its processor:
+
+    python conversion/convert_causal_lm.py HuggingFaceTB/SmolLM2-135M outputs/model --sample_size 256 \
+        --vae stabilityai/sd-vae-ft-mse
+
+Folders work as well as repositories of the Hub. It reads and writes tensor by tensor: a model larger than the memory
+converts, too. `--set prediction_type=v_prediction patch_encoder=unet` sets further fields of `TransfusionConfig`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from transfusion_hf import TransfusionForCausalLMAndDiffusion
+from transfusion_hf.checkpoint_mapping import convert_causal_lm
+
+
+def parse_fields(pairs: list[str]) -> dict:
+    """`["a=1", "b=x"]` as a dict; values are JSON where they can be."""
+    fields = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise SystemExit(f"--set takes NAME=VALUE; got {pair!r}.")
+        try:
+            fields[name] = json.loads(value)
+        except json.JSONDecodeError:
+            fields[name] = value
+    return fields
+
+
+@torch.no_grad()
+def check(model: str, output_dir: Path) -> None:
+    """Both models in memory, on the same ids."""
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    converted = TransfusionForCausalLMAndDiffusion.from_pretrained(output_dir, dtype=torch.float32)
+    ids = torch.randint(original.config.vocab_size, (1, 64))
+    expected, logits = original(ids).logits, converted(ids).logits[..., : original.config.vocab_size]
+    error = (expected - logits).abs().max().item()
+    print(f"largest difference of the text logits: {error:.2g}")
+    if not error <= 1e-5 * max(1.0, expected.abs().max().item()):
+        raise SystemExit("The converted model does not say what the original does.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or repository of a language model, in safetensors")
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--tokenizer", help="default: the model's")
+    parser.add_argument("--vae", help="an AutoencoderKL of diffusers; none: images are pixels")
+    parser.add_argument("--vae_subfolder", default="")
+    parser.add_argument("--sample_size", type=int, default=256, help="pixels of a side (default 256)")
+    parser.add_argument("--patch_size", type=int, default=2, help="latent pixels of a side of a patch (default 2)")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of TransfusionConfig")
+    parser.add_argument("--pad_to_multiple_of", type=int, help="of the vocabulary")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is")
+    parser.add_argument("--max_shard_size", help="as '5GB'; default: as the largest file read")
+    parser.add_argument("--revision", help="of the model, on the Hub")
+    for name in ("image_token", "image_start_token", "image_end_token"):
+        parser.add_argument(f"--{name}", help="its text")
+    parser.add_argument("--check", action="store_true", help="compare the logits, with both models in memory")
+    args = parser.parse_args(argv)
+
+    vae, latents = None, {"latent_channels": 3, "sample_size": args.sample_size}
+    if args.vae is not None:
+        vae = AutoencoderKL.from_pretrained(args.vae, subfolder=args.vae_subfolder, torch_dtype=torch.float32)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        latents = {"latent_channels": vae.config.latent_channels, "sample_size": args.sample_size // factor}
+    tokens = {name: getattr(args, name) for name in ("image_token", "image_start_token", "image_end_token")}
+    convert_causal_lm(
+        args.model,
+        args.output_dir,
+        tokenizer=args.tokenizer and AutoTokenizer.from_pretrained(args.tokenizer),
+        vae=vae,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        dtype=args.dtype and getattr(torch, args.dtype),
+        max_shard_size=args.max_shard_size,
+        revision=args.revision,
+        image_tokens={name: token for name, token in tokens.items() if token is not None},
+        patch_size=args.patch_size,
+        **latents,
+        **parse_fields(args.set),
+    )
+    print(f"written to {args.output_dir}")
+    if args.check:
+        check(args.model, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()

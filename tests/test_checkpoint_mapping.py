@@ -1,0 +1,326 @@
+"""Language models that become Transfusions, in memory and shard by shard."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_modeling import FAMILIES
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaConfig
+
+from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor
+from transfusion_hf.checkpoint_mapping import causal_lm_key, convert_causal_lm, transfusion_key
+
+for scripts in ("conversion", "examples"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / scripts))
+import convert_causal_lm as script  # noqa: E402
+import quickstart  # noqa: E402
+
+IMAGES = {"latent_channels": 2, "sample_size": 8}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return quickstart.train_tokenizer()
+
+
+def causal_lm(name: str = "llama", **kwargs):
+    torch.manual_seed(0)
+    overrides = FAMILIES.get(name, {}) | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | kwargs
+    return AutoModelForCausalLM.from_config(tiny.text_config(name.removesuffix("-tied"), **overrides)).eval()
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    """A small Llama in several shards, with its tokenizer."""
+    folder = tmp_path / "llama"
+    causal_lm(vocab_size=len(tokenizer)).save_pretrained(folder, max_shard_size="40KB")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def same_text(original, converted, ids: torch.Tensor) -> None:
+    size = original.config.vocab_size
+    assert torch.equal(converted(ids).logits[..., :size], original(ids).logits)
+    kwargs = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(converted.generate(ids, generation_mode="text", **kwargs), original.generate(ids, **kwargs))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_says_as_a_transfusion_what_it_said(tmp_path, name):
+    original = causal_lm(name)
+    original.save_pretrained(tmp_path)
+    converted = TransfusionForCausalLMAndDiffusion.from_causal_lm(str(tmp_path), **IMAGES)
+    assert not converted.training and converted.config.text_config.vocab_size == 67
+    same_text(original, converted, torch.randint(3, 60, (2, 9)))
+    converted.save_pretrained(tmp_path / "converted")
+    same_text(
+        original,
+        TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "converted"),
+        torch.randint(3, 60, (2, 9)),
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_shard_by_shard_gives_what_it_gives_in_memory(tmp_path, tokenizer, name):
+    original = causal_lm(name, vocab_size=len(tokenizer))
+    original.save_pretrained(tmp_path / "lm", max_shard_size="20KB")
+    kwargs = {"tokenizer": quickstart.train_tokenizer(), "pad_to_multiple_of": 16}
+    convert_causal_lm(tmp_path / "lm", tmp_path / "converted", **kwargs, **IMAGES)
+    converted = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "converted")
+    same_text(original, converted, torch.randint(3, 60, (2, 9)))
+    # And back, bit for bit.
+    expected, size = original.state_dict(), len(tokenizer)
+    for key, value in converted.state_dict().items():
+        if (name := causal_lm_key(key)) is not None:
+            assert transfusion_key(name) == key
+            assert torch.equal(value[:size] if len(value) > len(expected[name]) else value, expected[name])
+
+    in_memory = TransfusionForCausalLMAndDiffusion.from_causal_lm(original, pad_to_multiple_of=16, **IMAGES)
+    TransfusionProcessor.for_model(in_memory, quickstart.train_tokenizer())
+    assert converted.config.text_config.vocab_size == in_memory.config.text_config.vocab_size == 320
+    for name, value in converted.state_dict().items():
+        if "patch" not in name:
+            assert torch.equal(value, in_memory.state_dict()[name]), name
+    written, made = (model.generation_config.to_diff_dict() for model in (converted, in_memory))
+    assert {k: v for k, v in written.items() if v is not None} == {k: v for k, v in made.items() if v is not None}
+
+
+def test_new_tokens_are_the_mean_of_the_others_and_the_chosen_token_of_text_stays():
+    original = causal_lm("phi")
+    with torch.no_grad():
+        original.lm_head.bias.normal_()
+    before = {name: value.clone() for name, value in original.state_dict().items()}
+    converted = TransfusionForCausalLMAndDiffusion.from_causal_lm(original, pad_to_multiple_of=8, **IMAGES)
+    assert converted.lm_head.weight.shape[0] == 72
+    for name, rows in (
+        ("model.embed_tokens.weight", converted.get_input_embeddings().weight),
+        ("lm_head.weight", converted.lm_head.weight),
+        ("lm_head.bias", converted.lm_head.bias),
+    ):
+        assert torch.equal(rows[:64], before[name])
+        torch.testing.assert_close(rows[64:], before[name].mean(0).expand_as(rows[64:]))
+
+
+@pytest.mark.parametrize("patch_encoder", ["linear", "unet"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_the_first_step_is_sane(name, patch_encoder):
+    # Patches as large as words, and a diffusion loss of the noise itself: 1.
+    converted = TransfusionForCausalLMAndDiffusion.from_causal_lm(
+        causal_lm(name), patch_encoder=patch_encoder, latent_channels=4, sample_size=16
+    )
+    words = converted.get_input_embeddings()(torch.arange(64)).square().mean().sqrt()
+    noise, t = torch.randn(64, 4, 16, 16), torch.randint(1000, (64,))
+    (patches,), _ = converted.model.patch_encoder([noise], t)
+    torch.testing.assert_close(patches.square().mean().sqrt(), words, rtol=0.15, atol=0)
+    ids = torch.tensor([[5, 64] + [65] * 64 + [66]])
+    output = converted.train()(ids, latents=noise[:1], labels=torch.where(ids < 65, ids, -100))
+    assert output.diffusion_loss.item() == pytest.approx(1, abs=0.15)
+    assert torch.isfinite(output.loss)
+
+
+def test_fields_and_arguments_of_loading_are_told_apart(tmp_path):
+    causal_lm().save_pretrained(tmp_path)
+    converted = TransfusionForCausalLMAndDiffusion.from_causal_lm(
+        tmp_path, dtype=torch.bfloat16, attn_implementation="eager", prediction_type="sample", **IMAGES
+    )
+    assert converted.dtype == converted.model.patch_decoder.proj.weight.dtype == torch.bfloat16
+    assert converted.model.patch_encoder.timestep_embedding.mlp.linear_1.weight.dtype == torch.float32
+    assert converted.config.prediction_type == "sample"
+    assert converted.config.text_config._attn_implementation == "eager"
+
+
+def test_the_ends_of_a_chat_model_stay(tokenizer):
+    original = causal_lm(vocab_size=len(tokenizer))
+    original.generation_config.update(eos_token_id=[2, 7], temperature=0.6, do_sample=True)
+    converted = TransfusionForCausalLMAndDiffusion.from_causal_lm(original, **IMAGES)
+    TransfusionProcessor.for_model(converted, quickstart.train_tokenizer())
+    assert converted.generation_config.eos_token_id == [2, 7] and converted.generation_config.temperature == 0.6
+    assert converted.generation_config.num_inference_steps == 250
+
+
+def test_the_command_converts_attaches_a_vae_and_checks(tmp_path, folder, capsys):
+    vae = AutoencoderKL(
+        block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=2, latent_channels=4,
+        up_block_types=["UpDecoderBlock2D"] * 2, scaling_factor=0.5, shift_factor=0.1,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    output = tmp_path / "converted"
+    script.main([
+        str(folder), str(output), "--vae", str(tmp_path / "vae"), "--sample_size", "16", "--dtype", "bfloat16",
+        "--image_token", "<picture>", "--set", "prediction_type=v_prediction", "diffusion_loss_weight=2.5",
+    ])  # fmt: skip
+    model, processor = (kind.from_pretrained(output) for kind in (TransfusionForCausalLMAndDiffusion, AutoProcessor))
+    assert model.config.diffusion_loss_weight == 2.5 and model.config.prediction_type == "v_prediction"
+    assert model.dtype == torch.bfloat16 and model.vae.dtype == torch.float32
+    assert all(torch.equal(value, vae.state_dict()[name]) for name, value in model.vae.state_dict().items())
+    assert processor.image_token == "<picture>" and processor.image_token_id == model.config.image_token_id
+    output = model.generate(**processor(text=["a"]), generation_mode="image", num_inference_steps=2)
+    assert output.images[0][0].shape == (3, 16, 16)
+
+    script.main([str(folder), str(tmp_path / "checked"), "--sample_size", "8", "--check"])
+    assert "largest difference of the text logits: 0\n" in capsys.readouterr().out
+
+
+def test_a_head_of_its_own_where_the_configuration_says_tied_is_an_error(tmp_path, tokenizer):
+    original = causal_lm(vocab_size=len(tokenizer))
+    original.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    config = AutoConfig.from_pretrained(tmp_path / "lm")
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match=r"`tie_word_embeddings` is true, but lm_head.weight differs"):
+        convert_causal_lm(tmp_path / "lm", tmp_path / "converted")
+
+
+def spoil_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def spoil_shard(folder: Path) -> None:
+    file = folder / "model-00002-of-00004.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def spoil_missing_shard(folder: Path) -> None:
+    (folder / "model-00002-of-00004.safetensors").unlink()
+
+
+def rewrite(folder: Path, change) -> None:
+    file = folder / "model-00001-of-00004.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def spoil_dtype(folder: Path) -> None:
+    rewrite(folder, lambda tensors: {name: value.to(torch.int8) for name, value in tensors.items()})
+
+
+def spoil_name(folder: Path) -> None:
+    rewrite(folder, lambda tensors: {name.replace("model.", "modle."): value for name, value in tensors.items()})
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    names = [name for file in folder.glob("*.safetensors") for name in safe_open(file, "pt").keys()]
+    assert set(weight_map) != set(names)
+    index.write_text(json.dumps({"weight_map": {
+        name: file.name for file in folder.glob("*.safetensors") for name in safe_open(file, "pt").keys()
+    }}))  # fmt: skip
+
+
+def spoil_shape(folder: Path) -> None:
+    rewrite(folder, lambda tensors: {name: value[..., :-1].contiguous() for name, value in tensors.items()})
+
+
+def set_config(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_index, "holds neither model.safetensors nor model.safetensors.index.json; found: model-00001"),
+        (spoil_shard, r"model-00002-of-00004.safetensors is missing, cut off or no safetensors"),
+        (spoil_missing_shard, r"model-00002-of-00004.safetensors is missing, cut off or no safetensors"),
+        (spoil_dtype, "is of type I8; expected one of F64, F32, F16, BF16"),
+        (spoil_name, r"missing: .*model.*\d+ in all\); unknown: modle"),
+        (spoil_shape, r"of another shape: "),
+        (lambda folder: set_config(folder, model_type="t5"), "'t5' is not supported"),
+        (lambda folder: set_config(folder, model_type="llava"), "'llava' is not supported"),
+        (lambda folder: set_config(folder, model_type="gemma3"), "'gemma3' is not supported"),
+        (lambda folder: set_config(folder, quantization_config={"quant_method": "gptq", "bits": 4}), "quantised"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path, folder, spoil, message):
+    assert len(list(folder.glob("*.safetensors"))) == 4
+    spoil(folder)
+    with pytest.raises(ValueError, match=message):
+        convert_causal_lm(folder, tmp_path / "converted", **IMAGES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, folder):
+    clash = quickstart.train_tokenizer()
+    clash.add_tokens(["<image>"])
+    large = quickstart.train_tokenizer()
+    large.add_tokens([f"<{i}>" for i in range(50)])
+    for tokenizer, message in (
+        (clash, "`tokenizer` already has <image>; choose other names"),
+        (large, "`tokenizer` has 355 tokens but the model 305"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_causal_lm(folder, tmp_path / "converted", tokenizer=tokenizer, **IMAGES)
+
+
+def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, folder):
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        convert_causal_lm(folder, tmp_path / "converted", **IMAGES)
+    assert [path.name for path in (tmp_path / "converted").iterdir()] == ["mine.txt"]
+
+
+def test_what_stops_half_way_leaves_nothing(tmp_path, folder, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transfusion_hf.checkpoint_mapping.save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert_causal_lm(folder, tmp_path / "converted", **IMAGES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_larger_than_the_memory_allowed_converts(tmp_path, tokenizer):
+    # 1.1 billion parameters in bfloat16 and files of about 0.5 GB.
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32,
+        num_key_value_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        tensors = AutoModelForCausalLM.from_config(config).state_dict()
+    assert sum(value.numel() for value in tensors.values()) > 1e9
+    source, weight_map, shards = tmp_path / "lm", {}, [{}]
+    source.mkdir()
+    for name, value in tensors.items():
+        if sum(2 * v.numel() for v in shards[-1].values()) > 400e6:
+            shards.append({})
+        shards[-1][name] = value
+    for i, shard in enumerate(shards):
+        made = {name: torch.randn(value.shape, dtype=torch.bfloat16) for name, value in shard.items()}
+        save_file(made, source / f"model-{i}.safetensors", metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, f"model-{i}.safetensors")
+        del made
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config.save_pretrained(source)
+    grown = quickstart.train_tokenizer()
+    grown.add_tokens([f"<{i}>" for i in range(32_000 - len(grown))])
+    grown.save_pretrained(source)
+
+    command = (
+        "import resource, sys; from transfusion_hf.checkpoint_mapping import convert_causal_lm; "
+        "convert_causal_lm(*sys.argv[1:], latent_channels=3, sample_size=64); "
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    arguments = [sys.executable, "-c", command, str(source), str(tmp_path / "converted")]
+    printed = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    peak = int(re.search(r"peak (\d+)", printed)[1])
+    largest = max(file.stat().st_size for file in source.glob("*.safetensors"))
+    print(f"peak {peak / 1e9:.2f} GB, largest file {largest / 1e9:.2f} GB")
+    assert peak <= 1.3 * largest + 1e9
+    for name in ("model.layers.21.mlp.up_proj.weight", "lm_head.weight", "model.embed_tokens.weight"):
+        weight_map = json.loads((tmp_path / "converted" / "model.safetensors.index.json").read_text())["weight_map"]
+        before, after = (
+            load_file(folder / files[key])[key]
+            for folder, files, key in (
+                (source, {name: f"model-{i}.safetensors" for i, shard in enumerate(shards) for name in shard}, name),
+                (tmp_path / "converted", weight_map, transfusion_key(name)),
+            )
+        )
+        assert torch.equal(after[: len(before)], before)
