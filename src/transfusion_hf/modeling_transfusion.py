@@ -79,6 +79,24 @@ def _scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.
     return logits
 
 
+def _fused_lm_loss(
+    hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor, text_config: PreTrainedConfig
+) -> torch.Tensor:
+    """The sum over `(num_labels,)` targets by Liger, which makes the logits in pieces and keeps none."""
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise ImportError("`use_liger_loss` needs Liger; `pip install liger-kernel`.") from error
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    scale = getattr(text_config, "logit_scale", None) or 1.0
+    scale = scale / (getattr(text_config, "logits_scaling", None) or 1.0)
+    if scale != 1.0:  # no such family has a head with bias
+        hidden_states = hidden_states * scale
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap)(
+        head.weight, hidden_states, targets, head.bias
+    )
+
+
 @dataclass
 class TransfusionModelOutputWithPast(BaseModelOutputWithPast):
     """
@@ -126,7 +144,7 @@ class TransfusionPreTrainedModel(TransfusionHubMixin, PreTrainedModel):
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     # The decoder adds its own layers at construction.
-    _no_split_modules = [
+    _no_split_modules: set[str] | list[str] = [
         "TransfusionLinearPatchEncoder",
         "TransfusionLinearPatchDecoder",
         "TransfusionUNetPatchEncoder",
@@ -419,6 +437,10 @@ class TransfusionForCausalLMAndDiffusion(
     """
     Transfusion with its LM head and both losses: reads text and images, writes text and draws images.
 
+    Attributes:
+        use_liger_loss (`bool`, defaults to `False`):
+            Where the LM head runs only at labels, to compute it and the LM loss by Liger's fused kernel.
+
     Raises:
         ValueError: as [`TransfusionModel`].
     """
@@ -433,6 +455,7 @@ class TransfusionForCausalLMAndDiffusion(
         has_bias = text_config.model_type in _HEADS_WITH_BIAS
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=has_bias)
         self._noise_scheduler = None
+        self.use_liger_loss = False
         # Otherwise the library ignores custom entries of `generation_config.json` on loading.
         self.generation_config._from_model_config = False
         for name, default in DRAWING_DEFAULTS.items():
@@ -444,7 +467,7 @@ class TransfusionForCausalLMAndDiffusion(
         self.vae = None if config.vae_config is None else TransfusionVAE(**vae_arguments(config.vae_config))
         # FSDP takes its classes from here by default, and expects to find each.
         present = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = [name for name in self._no_split_modules if name in present]
+        self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
     @property
     def noise_scheduler(self):
@@ -617,7 +640,8 @@ class TransfusionForCausalLMAndDiffusion(
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept]
-        logits = _scale_logits(self.lm_head(hidden_states), self.config.text_config)
+        is_fused = self.use_liger_loss and targets_of_text is not None and len(targets_of_text) > 0
+        logits = None if is_fused else _scale_logits(self.lm_head(hidden_states), self.config.text_config)
         predictions = outputs.image_predictions
         if predictions is not None:
             predictions = [_at_least_float32(stack) for stack in predictions]
@@ -627,10 +651,14 @@ class TransfusionForCausalLMAndDiffusion(
         if labels is not None:
             num_labels = (labels[:, 1:] != -100).sum()
             num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-            num_items = num_items.to(logits.device).clamp(min=1)
-            lm_loss = self.loss_function(
-                logits, labels, self.config.text_config.vocab_size, num_items, shift_labels=targets_of_text
-            )
+            num_items = num_items.to(hidden_states.device).clamp(min=1)
+            if logits is None:
+                lm_loss = _fused_lm_loss(hidden_states, self.lm_head, targets_of_text, self.config.text_config)
+                lm_loss = lm_loss / num_items
+            else:
+                lm_loss = self.loss_function(
+                    logits, labels, self.config.text_config.vocab_size, num_items, shift_labels=targets_of_text
+                )
             # Without images to learn from, each image part still gets a gradient, of 0, and in its turn: without it,
             # or in another order than in other processes, DDP, FSDP2 and ZeRO-3 would wait for it.
             if blank_prediction is not None:

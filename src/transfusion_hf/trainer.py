@@ -27,6 +27,7 @@ from transformers.utils import CONFIG_NAME
 from .hub_transfusion import save_code
 from .modality_transfusion import image_parameters
 from .model_card_transfusion import make_model_card
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from .patching_transfusion import TransfusionTimestepEmbedding
 
 
@@ -97,8 +98,9 @@ class TransfusionTrainer(Trainer):
 
     Raises:
         ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`, or
-            `dispatch_batches`, which would part images from their texts; a checkpoint of another model or adapter to
-            resume from; in training, a loss that is not finite, whose batch is then in the output folder.
+            `dispatch_batches`, which would part images from their texts; `use_liger_kernel` with a split LM head; a
+            checkpoint of another model or adapter to resume from; in training, a loss that is not finite, whose batch
+            is then in the output folder.
     """
 
     def __init__(
@@ -119,6 +121,12 @@ class TransfusionTrainer(Trainer):
                 "texts; leave it out of `accelerator_config`."
             )
         self.accelerator.dataloader_config.dispatch_batches = False  # what accelerate would choose for streams
+        if self.args.use_liger_kernel:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
+                raise ValueError("`use_liger_kernel` reads the LM head whole, and FSDP, DeepSpeed or TP split it.")
+            for module in self.model.modules():
+                if isinstance(module, TransfusionForCausalLMAndDiffusion):
+                    module.use_liger_loss = True
         if self.accelerator.is_fsdp2:
             plugin, mesh = self.accelerator.state.fsdp_plugin, self.accelerator.torch_device_mesh
             if plugin.mixed_precision_policy is not None:
