@@ -82,7 +82,7 @@ class LoraTrainingArguments(TrainingArguments):
     """`TrainingArguments` with defaults for the digits. Large models want a learning rate of 1e-4 or 2e-4."""
 
     output_dir: str | None = "outputs/lora"
-    learning_rate: float = 5e-3
+    learning_rate: float = 3e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 20
     max_steps: int = 400
