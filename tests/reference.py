@@ -87,11 +87,13 @@ def timestep_vector(params: Params, sinusoids: torch.Tensor) -> torch.Tensor:
     return linear(params, f"{name}.linear_2", silu(linear(params, f"{name}.linear_1", sinusoids)))
 
 
-def attention(params: Params, config, layer: int, hidden: list[torch.Tensor], sees: list[list[bool]]):
-    name = f"model.language_model.layers.{layer}.self_attn"
+def attention(params: Params, config, names: list[str], hidden: list[torch.Tensor], sees: list[list[bool]]):
+    """One softmax over all positions, whatever weights (`names`) projected each."""
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     theta = config.rope_parameters["rope_theta"]
-    projected = {p: [linear(params, f"{name}.{p}_proj", h) for h in hidden] for p in "qkv"}
+    projected = {
+        p: [linear(params, f"{n}.self_attn.{p}_proj", h) for n, h in zip(names, hidden, strict=True)] for p in "qkv"
+    }
 
     def head(p: str, i: int, h: int) -> torch.Tensor:
         return projected[p][i][h * dim : (h + 1) * dim]
@@ -107,19 +109,26 @@ def attention(params: Params, config, layer: int, hidden: list[torch.Tensor], se
             weights = torch.exp(scores - scores.max())
             weights = weights / weights.sum()
             row.append(sum(w * head("v", j, g) for w, j in zip(weights, seen, strict=True)))
-        outputs.append(linear(params, f"{name}.o_proj", torch.cat(row)))
+        outputs.append(linear(params, f"{names[i]}.self_attn.o_proj", torch.cat(row)))
     return outputs
 
 
-def transformer(params: Params, config, vectors: list[torch.Tensor], sees: list[list[bool]]) -> list[torch.Tensor]:
-    """A Llama on the vectors of one document."""
+def transformer(
+    params: Params, config, vectors: list[torch.Tensor], sees: list[list[bool]], is_patch: list[bool]
+) -> list[torch.Tensor]:
+    """A Llama on the vectors of one document, those of patches by weights of their own where there are any."""
     prefix, eps = "model.language_model", config.rms_norm_eps
     hidden = vectors
     for layer in range(config.num_hidden_layers):
-        name = f"{prefix}.layers.{layer}"
-        normed = [rms_norm(params[f"{name}.input_layernorm.weight"], h, eps) for h in hidden]
-        hidden = [h + a for h, a in zip(hidden, attention(params, config, layer, normed, sees), strict=True)]
-        normed = [rms_norm(params[f"{name}.post_attention_layernorm.weight"], h, eps) for h in hidden]
+        text = f"{prefix}.layers.{layer}"
+        image = f"{text}.image" if f"{text}.image.mlp.up_proj.weight" in params else text
+        names = [image if own else text for own in is_patch]
+
+        def norm(which: str, hidden: list[torch.Tensor], names: list[str] = names) -> list[torch.Tensor]:
+            return [rms_norm(params[f"{n}.{which}.weight"], h, eps) for n, h in zip(names, hidden, strict=True)]
+
+        attended = attention(params, config, names, norm("input_layernorm", hidden), sees)
+        hidden = [h + a for h, a in zip(hidden, attended, strict=True)]
         hidden = [
             h
             + linear(
@@ -127,7 +136,7 @@ def transformer(params: Params, config, vectors: list[torch.Tensor], sees: list[
                 f"{name}.mlp.down_proj",
                 silu(linear(params, f"{name}.mlp.gate_proj", n)) * linear(params, f"{name}.mlp.up_proj", n),
             )
-            for h, n in zip(hidden, normed, strict=True)
+            for name, h, n in zip(names, hidden, norm("post_attention_layernorm", hidden), strict=True)
         ]
     return [rms_norm(params[f"{prefix}.norm.weight"], h, eps) for h in hidden]
 
@@ -252,7 +261,8 @@ def document(
             where.append(i)
         else:
             vectors.append(params["model.language_model.embed_tokens.weight"][token])
-    hidden = transformer(params, config.text_config, vectors, mask(ids, config.image_token_id))
+    is_patch = [token == config.image_token_id for token in ids]
+    hidden = transformer(params, config.text_config, vectors, mask(ids, config.image_token_id), is_patch)
     logits = [linear(params, "lm_head", h) for h in hidden]
     predictions = []
     for number, image in enumerate(images):

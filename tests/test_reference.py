@@ -101,6 +101,12 @@ def test_the_other_front_ends_equal_the_reference(seed, options):
     assert_equal_to_the_reference(seed, "sdpa", "left", **options)
 
 
+@pytest.mark.parametrize(("attn_implementation", "padding_side"), [("sdpa", "left"), ("eager", "right")])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_untied_image_weights_equal_the_reference(seed, attn_implementation, padding_side):
+    assert_equal_to_the_reference(seed, attn_implementation, padding_side, untied_modalities=["image"])
+
+
 def test_the_random_layouts_cover_every_case():
     batches = [tiny.batch(seed) for seed in SEEDS]
     documents = [ids for features in batches for ids in real_ids(features)]

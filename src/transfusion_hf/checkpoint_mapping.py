@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from .configuration_transfusion import causal_lm_config, generation_values
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion, mean_row
+from .conversion_transfusion import causal_lm_config, generation_values, mean_row
+from .modality_transfusion import IMAGE, image_name
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from .processing_transfusion import TransfusionProcessor
 from .vae import attach_vae
 
@@ -35,6 +36,8 @@ def transfusion_key(key: str) -> str:
 
 def causal_lm_key(key: str) -> str | None:
     """The reverse of [`transfusion_key`]; `None` for what is of images."""
+    if f".{IMAGE}." in key:
+        return None
     if key.startswith("lm_head."):
         return key
     return f"model.{key.removeprefix('model.language_model.')}" if key.startswith("model.language_model.") else None
@@ -226,14 +229,17 @@ def convert_causal_lm(
         for part in (model.model.patch_encoder, model.model.patch_decoder):
             part.to(config.dtype)
         parts = {key: value for key, value in model.state_dict().items() if not value.is_meta}
+        sources = {transfusion_key(key): key for key in keys}
+        names = model.state_dict()  # with `untied_modalities` image weights begin as copies
+        sources |= {image_name(name): key for name, key in sources.items() if image_name(name) in names}
         layout = {
-            transfusion_key(key): torch.empty(
+            member: torch.empty(
                 num_rows if key in (EMBEDDING, HEAD, HEAD_BIAS) else checkpoint.shapes[key][0],
                 *checkpoint.shapes[key][1:],
                 dtype=dtype or checkpoint.dtypes[key],
                 device="meta",
             )
-            for key in keys
+            for member, key in sources.items()
         }
         max_shard_size = max_shard_size or checkpoint.max_shard_bytes
         split = split_torch_state_dict_into_shards({**layout, **parts}, max_shard_size=max_shard_size)
@@ -241,7 +247,7 @@ def convert_causal_lm(
             tensors = {}
             # What is copied first, while nothing else is in memory.
             for member in sorted(members, key=lambda key: key not in ("lm_head.weight", transfusion_key(EMBEDDING))):
-                key = causal_lm_key(member)
+                key = sources.get(member)
                 tensor = parts[member] if key is None else checkpoint[key]
                 tensors[member] = tensor.to(dtype) if key is not None and dtype is not None else tensor
                 if key is not None and len(tensor) < len(layout[member]):

@@ -2,18 +2,14 @@
 Transfusion (Zhou et al., arXiv 2408.11039): any decoder of transformers, the light image parts around it, two losses.
 """
 
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     Cache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,12 +20,10 @@ from transformers.utils import can_return_tuple
 from .attention_transfusion import VarlenPlan
 from .autoencoder_transfusion import FrozenLinear, TransfusionVAE
 from .configuration_transfusion import (
-    HUB_ARGUMENTS,
     TransfusionConfig,
-    causal_lm_config,
-    generation_values,
     vae_arguments,
 )
+from .conversion_transfusion import TransfusionConversionMixin
 from .diffusion_transfusion import (
     add_noise,
     content_seeds,
@@ -40,6 +34,7 @@ from .diffusion_transfusion import (
     sample_timesteps,
 )
 from .generation_transfusion import DRAWING_DEFAULTS, TransfusionGenerationMixin
+from .hub_transfusion import TransfusionHubMixin
 from .masking_transfusion import (
     check_attn_implementation,
     check_varlen_plan,
@@ -48,16 +43,20 @@ from .masking_transfusion import (
     image_block_lengths,
     is_prepared,
 )
+from .modality_transfusion import ModalityRouter, image_parameters, untie_modalities
 from .patching_transfusion import (
     TransfusionLinearPatchDecoder,
     TransfusionLinearPatchEncoder,
     TransfusionUNetPatchDecoder,
     TransfusionUNetPatchEncoder,
     apply_by_size,
-    fit_patch_parts,
     sincos_positions,
     stack_images,
 )
+
+if TYPE_CHECKING:
+    # Remote code that is loaded and saved again holds what its files name: with the model go processor and pipelines.
+    from .pipelines_transfusion import TextToImagePipeline  # noqa: F401
 
 # Decoders whose logits are `scale(lm_head(model(x)))` with what `_scale_logits` knows, all of whose layers are softmax
 # attention under a mask that the model takes prepared: a test holds each to its own `...ForCausalLM`.
@@ -67,11 +66,6 @@ SUPPORTED_TEXT_MODELS = (
     "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _HEADS_WITH_BIAS = ("phi",)
-
-
-def mean_row(rows: torch.Tensor) -> torch.Tensor:
-    """The mean of `(num_rows, ...)` over its rows, summed in float32 without a copy of all."""
-    return (sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)).to(rows.dtype)
 
 
 def _scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
@@ -140,7 +134,7 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_timesteps: torch.Tensor | None = None
 
 
-class TransfusionPreTrainedModel(PreTrainedModel):
+class TransfusionPreTrainedModel(TransfusionHubMixin, PreTrainedModel):
     """What transformers wants to know of every Transfusion model."""
 
     config: TransfusionConfig
@@ -179,6 +173,29 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls) -> bool:
         return True  # all attention is the decoder's, whose source the library searches in its own right
 
+    @torch.no_grad()
+    def copy_text_weights_(self) -> None:
+        """
+        Makes the image weights of `untied_modalities` copies of the text's, as for a language model that was loaded.
+
+        Raises:
+            ValueError: the model has none.
+        """
+        if not self.config.untied_modalities:
+            raise ValueError("There are no image weights to copy to: `untied_modalities` of the config is empty.")
+        for _, image, text in image_parameters(self):
+            image.copy_(text)
+
+    def _initialize_missing_keys(self, is_quantized: bool) -> None:
+        # Image weights that a checkpoint does not have, begin as copies there, too.
+        pairs = list(image_parameters(self))
+        missing = [name for name, image, _ in pairs if not getattr(image, "_is_hf_initialized", False)]
+        super()._initialize_missing_keys(is_quantized)
+        with torch.no_grad():
+            for name, image, text in image_parameters(self):
+                if name in missing:
+                    image.copy_(text)
+
 
 class TransfusionModel(TransfusionPreTrainedModel):
     """
@@ -202,6 +219,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
             raise ValueError("`text_config` is that of an encoder, bidirectional over text; pass a causal decoder's.")
         check_attn_implementation(text_config._attn_implementation)
         self.language_model = AutoModel.from_config(text_config)
+        if config.untied_modalities:
+            untie_modalities(self.language_model)
         is_unet = config.patch_encoder == "unet"
         self.patch_encoder = (TransfusionUNetPatchEncoder if is_unet else TransfusionLinearPatchEncoder)(config)
         self.patch_decoder = (TransfusionUNetPatchDecoder if is_unet else TransfusionLinearPatchDecoder)(config)
@@ -309,6 +328,13 @@ class TransfusionModel(TransfusionPreTrainedModel):
             )
         if isinstance(attention_mask, VarlenPlan):
             kwargs["varlen_plan"], attention_mask = attention_mask, None
+        # Text alone runs as if there were no image weights, but that in training they have a gradient, of 0: another
+        # process may have images.
+        if self.config.untied_modalities and (stacks is not None or (self.training and torch.is_grad_enabled())):
+            patches_here = (None, 0) if stacks is None else (is_patch, len(flat))
+            kwargs["modality_router"] = ModalityRouter(
+                self.config.text_config.model_type, hidden_states.shape[:2], *patches_here
+            )
         outputs = self.language_model(
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
@@ -405,7 +431,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 )
 
 
-class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, TransfusionGenerationMixin):
+class TransfusionForCausalLMAndDiffusion(
+    TransfusionConversionMixin, TransfusionPreTrainedModel, TransfusionGenerationMixin
+):
     """
     Transfusion with its LM head and both losses: reads text and images, writes text and draws images.
 
@@ -440,85 +468,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         # FSDP takes its classes from here by default, and expects to find each.
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
-
-    @classmethod
-    def from_causal_lm(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | PreTrainedModel,
-        pad_to_multiple_of: int | None = None,
-        attn_implementation: str | None = None,
-        **kwargs: Any,
-    ) -> "TransfusionForCausalLMAndDiffusion":
-        """
-        Makes a language model one that can learn to draw. Its text is as before: the weights are taken as they are,
-        the vocabulary grows by `<BOI>`, the placeholder of a patch and `<EOI>`, whose rows are the mean of the others.
-        Patches enter as large as its words, and the first prediction is 0.
-
-        Then `attach_vae(model, ...)`, where images are latents, and `TransfusionProcessor.for_model(model,
-        tokenizer)`. `conversion/convert_causal_lm.py` does all of it without holding the model in memory.
-
-        Args:
-            pretrained_model_name_or_path (`str`, `os.PathLike` or `PreTrainedModel`):
-                A folder, a repository of the Hub, or the language model itself, whose modules are then shared.
-            pad_to_multiple_of (`int`, *optional*): Pad the grown vocabulary to a multiple of this.
-            attn_implementation (`str`, *optional*)
-            kwargs: Fields of [`TransfusionConfig`], as `latent_channels` and `sample_size`; the others are for
-                `AutoModelForCausalLM.from_pretrained`: `dtype`, `revision`, `device_map` …
-
-        Raises:
-            ValueError: a model that is no decoder of a family in `SUPPORTED_TEXT_MODELS`, or is quantised.
-
-        Example:
-
-        ```python
-        >>> model = TransfusionForCausalLMAndDiffusion.from_causal_lm("HuggingFaceTB/SmolLM2-135M", sample_size=64)
-        ```"""
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TransfusionConfig.__annotations__}
-        source: Any = pretrained_model_name_or_path
-        is_loaded = isinstance(source, PreTrainedModel)
-        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        text_config = source.config if is_loaded else AutoConfig.from_pretrained(source, **where)
-        config = causal_lm_config(text_config, **fields)
-        with torch.device("meta"):  # refuses what cannot be converted before anything large is loaded
-            model = cls(config)
-        language_model = source if is_loaded else AutoModelForCausalLM.from_pretrained(source, **kwargs)
-        model.model.language_model = language_model.base_model
-        model.lm_head = language_model.get_output_embeddings()
-        config.text_config = model.model.language_model.config
-        model.grow_vocabulary(config.image_end_token_id + 1, pad_to_multiple_of)
-        model.init_patch_parts()
-        model.generation_config.update(**generation_values(language_model.generation_config))
-        if attn_implementation is not None:
-            model.set_attn_implementation(attn_implementation)
-        return model.eval()
-
-    def init_patch_parts(self, embedding: torch.Tensor | None = None) -> None:
-        """
-        Patch encoder and decoder anew, as a trained language model needs them: see [`from_causal_lm`].
-
-        Args:
-            embedding (`torch.FloatTensor` of shape `(vocab, hidden)`, *optional*):
-                Whose size, device and dtype they get; default the model's own weights.
-        """
-        weight = self.get_input_embeddings().weight.detach() if embedding is None else embedding
-        parts = nn.ModuleList(type(part)(self.config) for part in (self.model.patch_encoder, self.model.patch_decoder))
-        parts.apply(self._init_weights).to(weight)
-        self.model.patch_encoder, self.model.patch_decoder = parts
-        std = math.sqrt(sum(rows.float().square().sum().item() for rows in weight.split(4096)) / weight.numel())
-        scale = getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0)
-        fit_patch_parts(*parts, self.config, std * scale)
-
-    def grow_vocabulary(self, num_tokens: int, pad_to_multiple_of: int | None = None) -> None:
-        """At least so many tokens. New rows of the embeddings, and of the head, are the mean of the others."""
-        before = self.config.text_config.vocab_size
-        if num_tokens <= before and pad_to_multiple_of is None:
-            return
-        self.resize_token_embeddings(max(num_tokens, before), pad_to_multiple_of, mean_resizing=False)
-        head = self.get_output_embeddings()
-        with torch.no_grad():
-            for rows in (self.get_input_embeddings().weight, head.weight, head.bias):
-                if rows is not None:
-                    rows[before:] = mean_row(rows[:before])
 
     @property
     def noise_scheduler(self):
@@ -815,5 +764,4 @@ __all__ = [
     "TransfusionModel",
     "TransfusionModelOutputWithPast",
     "TransfusionPreTrainedModel",
-    "mean_row",
 ]

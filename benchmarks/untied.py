@@ -1,0 +1,215 @@
+"""
+What a language model needs to learn to draw: a small Llama learns text alone, is frozen, and then learns the digits of
+the quickstart, once with image weights of its own (`untied_modalities`) and once by its image parts alone. Its text
+logits are compared bit for bit with those of before. Then what the image weights cost in time.
+
+    python benchmarks/untied.py [--parts digits cost] [--plans image_weights image_parts] [--max_steps 1600]
+        [--output_dir outputs/untied]
+
+Prints Markdown tables, and writes them and `results.json`.
+"""
+
+import argparse
+import datetime
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from ratios import Row, compare, hardware, table
+from sklearn.svm import SVC
+from transformers import (
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    DataCollatorForLanguageModeling,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
+from transfusion_hf.training_plans import TRAINING_PLANS, set_trainable
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import quickstart
+from quickstart import WORDS, caption
+
+
+def sentences() -> list[str]:
+    """All that the language model knows: captions, sums up to nine, the order of the digits."""
+    sums = [f"{WORDS[a]} plus {WORDS[b]} is {WORDS[a + b]}" for a in range(10) for b in range(10 - a)]
+    order = [f"after {WORDS[i]} comes {WORDS[i + 1]}" for i in range(9)]
+    return [caption(label) for label in range(10)] * 2 + sums + order
+
+
+def train_language_model(llama: LlamaForCausalLM, tokenizer, num_steps: int, folder: Path) -> None:
+    texts = [{"input_ids": tokenizer(text + tokenizer.eos_token)["input_ids"]} for text in sentences()]
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=num_steps,
+        per_device_train_batch_size=64,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        logging_steps=50,
+        save_strategy="no",
+        report_to="none",
+    )
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    Trainer(llama, arguments, train_dataset=texts * 20, data_collator=collator).train()
+    llama.eval()
+
+
+@torch.no_grad()
+def text_logits(model, tokenizer) -> list[torch.Tensor]:
+    return [model(**tokenizer(text, return_tensors="pt")).logits for text in sentences()]
+
+
+def share_of_sums(model, tokenizer) -> float:
+    """How many of the sums it completes."""
+    sums = [text.rsplit(" ", 1) for text in sentences() if " plus " in text]
+    inputs = tokenizer([question for question, _ in sums], return_tensors="pt", padding=True)
+    kwargs = {"generation_mode": "text"} if isinstance(model, TransfusionForCausalLMAndDiffusion) else {}
+    ids = model.generate(**inputs, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.pad_token_id, **kwargs)
+    said = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return float(np.mean([text.strip() == answer for text, (_, answer) in zip(said, sums, strict=True)]))
+
+
+def learn_to_draw(args, plan: str, llama: LlamaForCausalLM, tokenizer, sets, judge, expected) -> dict:
+    """One plan, from the trained language model to what it draws and reads."""
+    train_set, held_out = sets
+    set_seed(args.seed)
+    model, processor = quickstart.build_model(tokenizer, untied_modalities=["image"])
+    model.model.language_model.load_state_dict(llama.model.state_dict(), strict=False)
+    model.copy_text_weights_()
+    trained = set_trainable(model, plan)
+    results = quickstart.train(args, model, processor, train_set, held_out, args.output_dir / plan)
+    num_trained = sum(p.numel() for name, p in model.named_parameters() if name in set(trained))
+
+    model = AutoModelForMultimodalLM.from_pretrained(args.output_dir / plan)
+    processor = AutoProcessor.from_pretrained(args.output_dir / plan)
+    is_equal = all(map(torch.equal, text_logits(model, processor.tokenizer), expected))
+    sums = share_of_sums(model, processor.tokenizer)
+    model.generation_config.update(generation_mode="image")  # a frozen language model never says <BOI>
+    drawn = quickstart.draw(model, processor, args.per_class)
+    verdicts = judge.predict(quickstart.features([picture for _, picture in drawn]))
+    model.generation_config.update(generation_mode="interleaved", max_images=0)
+    captions = quickstart.read(model, processor, held_out)
+    sheet = Image.new("L", (10 * 9, 10 * 9), 128)
+    for label in range(10):
+        for column, (_, picture) in enumerate(drawn[label * args.per_class :][:10]):
+            sheet.paste(picture.convert("L"), (9 * column, 9 * label))
+    sheet.resize((720, 720), Image.Resampling.NEAREST).save(args.output_dir / f"{plan}.png")
+    return {
+        "plan": plan,
+        "parameters": num_trained,
+        "steps": results["train_steps"],
+        "train_seconds": results["train_seconds"],
+        "draw_accuracy": float(np.mean([v == label for v, (label, _) in zip(verdicts, drawn, strict=True)])),
+        "caption_accuracy": float(np.mean([c == s["text"] for c, s in zip(captions, held_out, strict=True)])),
+        "text_logits_equal": is_equal,
+        "sums": sums,
+    }
+
+
+def digits(args: argparse.Namespace) -> str:
+    set_seed(args.seed)
+    train_set, held_out = sets = quickstart.load_split()
+    pictures, labels = [s["image"] for s in train_set], [s["label"] for s in train_set]
+    judge = SVC(gamma="scale").fit(quickstart.features(pictures), labels)
+
+    tokenizer = quickstart.train_tokenizer()
+    # With the three image tokens from the start, as rows kept in reserve: its logits can be compared bit for bit.
+    text_config = quickstart.build_model(tokenizer)[0].config.text_config
+    tokenizer = quickstart.train_tokenizer()  # without the special tokens that `build_model` adds
+    llama = LlamaForCausalLM(text_config)
+    start = time.perf_counter()
+    train_language_model(llama, tokenizer, args.text_steps, args.output_dir / "trainer")
+    seconds = time.perf_counter() - start
+    expected, sums = text_logits(llama, tokenizer), share_of_sums(llama, tokenizer)
+
+    lines = [
+        "| trained | parameters | steps | s | digits drawn right | captions read right | text logits | sums |",
+        "|---|---|---|---|---|---|---|---|",
+        f"| the language model, on text | {llama.num_parameters():,} | {args.text_steps} | {seconds:.0f} | | | | "
+        f"{sums:.2f} |",
+    ]
+    results = []
+    for plan in args.plans:
+        row = learn_to_draw(args, plan, llama, tokenizer, sets, judge, expected)
+        results.append(row)
+        lines.append(
+            f"| {plan} | {row['parameters']:,} | {row['steps']} | {row['train_seconds']:.0f} | "
+            f"{row['draw_accuracy']:.3f} of {10 * args.per_class} | "
+            f"{row['caption_accuracy']:.3f} of {len(held_out)} | "
+            f"{'equal to the bit' if row['text_logits_equal'] else 'CHANGED'} | {row['sums']:.2f} |"
+        )
+        print("\n".join(lines))
+    (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return "\n".join(lines)
+
+
+def cost(args: argparse.Namespace) -> str:
+    """Whole training steps of a model of 13M parameters, half of whose positions are patches."""
+    sizes = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
+    ids = {"image_start_token_id": 1021, "image_token_id": 1022, "image_end_token_id": 1023}
+    models, device = {}, torch.device("cpu")
+    for name, untied in (("untied", ["image"]), ("tied", None)):
+        config = TransfusionConfig(
+            text_config=LlamaConfig(num_attention_heads=8, **sizes),
+            untied_modalities=untied,
+            **ids,
+        )
+        models[name] = TransfusionForCausalLMAndDiffusion(config).train()
+    image = [1021] + [1022] * 64 + [1023]
+    row = torch.randint(0, 1000, (62,)).tolist() + image + torch.randint(0, 1000, (62,)).tolist() + image
+    both, text = torch.tensor([row] * 4), torch.randint(0, 1000, (4, len(row)))
+    latents = torch.randn(8, 8, 16, 16)
+
+    def step(model, input_ids, **kwargs) -> None:
+        labels = torch.where(input_ids >= 1022, -100, input_ids)
+        model(input_ids, labels=labels, **kwargs).loss.backward()
+        model.zero_grad()
+
+    def runs(inputs: torch.Tensor, **kwargs):
+        return {name: lambda model=model: step(model, inputs, **kwargs) for name, model in models.items()}
+
+    rows: list[Row] = compare(
+        "training step, half patches", runs(both, latents=latents), 1.25, "4 rows of 256", args.rounds, device
+    )
+    rows += compare("training step, text alone", runs(text), 1.25, "4 rows of 256", args.rounds, device)
+    return table(rows)
+
+
+PARTS = {"digits": digits, "cost": cost}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--plans", nargs="+", choices=TRAINING_PLANS, default=["image_weights", "image_parts"])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/untied"))
+    parser.add_argument("--text_steps", type=int, default=300)
+    parser.add_argument("--max_steps", type=int, default=1600)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--per_class", type=int, default=30, help="digits to draw of each class")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    tables = "\n\n".join(PARTS[part](args) for part in args.parts)
+    text = (
+        f"# Untied image weights\n\n{datetime.date.today()}, {hardware(torch.device('cpu'))}, torch "
+        f"{torch.__version__}, `python benchmarks/untied.py --parts {' '.join(args.parts)}`.\n\n{tables}\n"
+    )
+    (args.output_dir / "untied.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What is trained when a language model learns to draw: the stages of a training that goes on from one."""
+
+import re
+
+from .modality_transfusion import image_parameters
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
+
+TRAINING_PLANS = ("image_parts", "image_weights", "all")
+
+
+def set_trainable(model: TransfusionForCausalLMAndDiffusion, plan: str) -> list[str]:
+    r"""
+    Freezes what a plan does not train (`requires_grad`). The VAE is always frozen.
+
+    Args:
+        model ([`TransfusionForCausalLMAndDiffusion`]): Before an optimizer or an adapter is made of it.
+        plan (`str`):
+            - `"image_parts"`: patch encoder, timestep embedding and patch decoder.
+            - `"image_weights"`: these, and the image weights of `untied_modalities`. What text meets is left alone:
+              its logits stay what they are, to the bit.
+            - `"all"`: everything.
+
+    Returns:
+        `list[str]`: names of the parameters that are trained.
+
+    Raises:
+        ValueError: an unknown plan, or image weights to train in a model that has none.
+
+    Example:
+
+    ```python
+    >>> names = set_trainable(model, "image_weights")
+    >>> trainer = Trainer(model, ...)
+    ```"""
+    if plan not in TRAINING_PLANS:
+        raise ValueError(f"`plan` must be one of {', '.join(TRAINING_PLANS)}; got {plan!r}.")
+    image_weights = {name for name, _, _ in image_parameters(model)}
+    if plan == "image_weights" and not image_weights:
+        raise ValueError(
+            "`plan` 'image_weights' needs a model with weights for images; set `untied_modalities=['image']` in its "
+            "config, or take 'image_parts'."
+        )
+    trained = []
+    for name, parameter in model.named_parameters():
+        is_image_part = re.match(r"model\.patch_(en|de)coder\.", name) is not None
+        is_trained = is_image_part or (plan == "image_weights" and name in image_weights) or plan == "all"
+        is_trained &= not name.startswith("vae.")
+        parameter.requires_grad_(is_trained)
+        trained += [name] * is_trained
+    return trained
+
+
+__all__ = ["TRAINING_PLANS", "set_trainable"]
