@@ -88,6 +88,15 @@ def test_two_processes_make_the_step_of_one(tmp_path, step_of_one_process, data)
         assert "ParallelismConfig is only compatible DistributedType.FSDP" in two["refusal"]
 
 
+def test_each_process_has_samples_and_noise_of_its_own(tmp_path):
+    launch(tmp_path, 2, "two_draws.py", str(tmp_path))
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for epoch in (slice(0, 4), slice(4, 8)):
+        assert sorted(first["seen"][epoch] + second["seen"][epoch]) == list(range(3, 11))
+    assert len(first["timesteps"]) == len(second["timesteps"]) == 8
+    assert all(a != b for a, b in zip(first["timesteps"], second["timesteps"], strict=True))
+
+
 @pytest.mark.parametrize(("family", "head"), [("llama", "own"), ("qwen3", "tied")])
 def test_a_model_split_by_tensor_parallelism_is_the_whole_one(tmp_path, family, head):
     """In what it says, in its gradients, in what it writes and draws, and in what it saves."""

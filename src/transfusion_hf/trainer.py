@@ -138,6 +138,7 @@ class TransfusionTrainer(Trainer):
                 mesh = mesh[tuple(self.accelerator.parallelism_config.fsdp_dim_names)]
             shard_float32_parts(self.accelerator.unwrap_model(self.model), mesh)
             plugin.ignored_modules = r"(.*\.)?vae"
+        self.add_callback(_NoiseOfItsOwn(self._num_replicas))
         self.num_timestep_bands = num_timestep_bands
         self.peak_flops_per_second = peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
@@ -428,6 +429,20 @@ def _check_same_adapter(model: Any, folder: str | Path) -> None:
             f"`resume_from_checkpoint`: {folder} is of another adapter: {'; '.join(differences[:5])}. Resume with the "
             "adapter that was trained there, or begin a new run in another `output_dir`."
         )
+
+
+class _NoiseOfItsOwn(TrainerCallback):
+    """
+    Else all processes would draw the same t and ε, for the `Trainer` seeds them alike. Not before the training begins:
+    the order of the samples must be one. Ranks that hold the same batch keep the same noise.
+    """
+
+    def __init__(self, num_replicas: int):
+        self.num_replicas = num_replicas
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        if args.world_size > self.num_replicas:
+            torch.manual_seed(args.seed + args.process_index // self.num_replicas)
 
 
 def _images_of(batch: dict[str, Any]) -> list[torch.Tensor]:
