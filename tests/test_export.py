@@ -109,7 +109,7 @@ def test_the_scripts_write_what_loads_or_nothing(tmp_path, capsys):
     assert AutoencoderKL.from_pretrained(tmp_path / "vae").config.latent_channels == 2
 
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit, match="exists; choose another folder"):
+    with pytest.raises(ValueError, match="is not empty; choose another"):
         export_causal_lm.main([str(source), str(tmp_path / "all")])
     with pytest.raises(SystemExit, match=f"has {size} tokens, and the vocabulary would have 100"):
         small = ["--vocab_size", "100", "--tokenizer", str(tmp_path / "tokenizer")]
