@@ -35,13 +35,15 @@ VAE = {
 @pytest.mark.parametrize("vocab_size", [None, 50])
 def test_the_language_model_of_each_family_says_the_same(family, vocab_size, tmp_path):
     model = tiny.model(tiny.text_config(family))
-    extract_causal_lm(model, vocab_size).save_pretrained(tmp_path)
+    extracted = extract_causal_lm(model, vocab_size)
+    extracted.save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(loaded).__module__.startswith("transformers.models")
     size = vocab_size or tiny.VOCAB_SIZE
     assert loaded.config.vocab_size == size and loaded.get_input_embeddings().weight.shape[0] == size
-    assert torch.equal(loaded(IDS).logits, model(input_ids=IDS).logits[..., :size])
+    expected = model(input_ids=IDS).logits[..., :size]
+    assert torch.equal(loaded(IDS).logits, expected) and torch.equal(extracted(IDS).logits, expected)
     for key, weight in loaded.state_dict().items():
         ours = f"model.language_model.{key.removeprefix('model.')}" if key.startswith("model.") else key
         assert torch.equal(weight, model.state_dict()[ours][: len(weight)])
