@@ -35,13 +35,15 @@ VAE = {
 @pytest.mark.parametrize("vocab_size", [None, 50])
 def test_the_language_model_of_each_family_says_the_same(family, vocab_size, tmp_path):
     model = tiny.model(tiny.text_config(family))
-    extract_causal_lm(model, vocab_size).save_pretrained(tmp_path)
+    extracted = extract_causal_lm(model, vocab_size)
+    extracted.save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(loaded).__module__.startswith("transformers.models")
     size = vocab_size or tiny.VOCAB_SIZE
     assert loaded.config.vocab_size == size and loaded.get_input_embeddings().weight.shape[0] == size
-    assert torch.equal(loaded(IDS).logits, model(input_ids=IDS).logits[..., :size])
+    expected = model(input_ids=IDS).logits[..., :size]
+    assert torch.equal(loaded(IDS).logits, expected) and torch.equal(extracted(IDS).logits, expected)
     for key, weight in loaded.state_dict().items():
         ours = f"model.language_model.{key.removeprefix('model.')}" if key.startswith("model.") else key
         assert torch.equal(weight, model.state_dict()[ours][: len(weight)])
@@ -109,7 +111,7 @@ def test_the_scripts_write_what_loads_or_nothing(tmp_path, capsys):
     assert AutoencoderKL.from_pretrained(tmp_path / "vae").config.latent_channels == 2
 
     before = set(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit, match="exists; choose another folder"):
+    with pytest.raises(ValueError, match="is not empty; choose another"):
         export_causal_lm.main([str(source), str(tmp_path / "all")])
     with pytest.raises(SystemExit, match=f"has {size} tokens, and the vocabulary would have 100"):
         small = ["--vocab_size", "100", "--tokenizer", str(tmp_path / "tokenizer")]

@@ -210,12 +210,15 @@ def test_a_push_brings_a_card_and_keeps_the_one_that_is_there(hub):
     card = ModelCard(hub.files("someone/whole")["README.md"].decode())
     assert card.data.tags == ["transfusion", "text-to-image", "digits"]
     assert 'name = "someone/whole"' in card.text
+    draft = ModelCard(hub.files("someone/whole@draft")["README.md"].decode())
+    assert draft.data.tags == [*card.data.tags, "draft"] and draft.text == card.text
+    assert hub.commits("someone/whole", "draft") == 1
     # The processor came second.
     assert 'name = "someone/parts"' in hub.files("someone/parts")["README.md"].decode()
 
 
 def test_a_training_is_pushed_with_a_card_of_its_own(hub):
-    first, *_, last = hub.repos["someone/trained"][1:]
+    first, _, last = hub.repos["someone/trained"][1:]  # each checkpoint once it is whole, and the end
     for files in (first, last):
         assert CODE | {"config.json", "model.safetensors", "processor_config.json"} <= set(files)
     assert not [name for name in last if "checkpoint" in name or "incomplete" in name]

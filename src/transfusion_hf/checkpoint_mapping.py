@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from .conversion_transfusion import causal_lm_config, generation_values, mean_row
 from .modality_transfusion import IMAGE, image_name
+from .model_card_transfusion import make_model_card
 from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from .processing_transfusion import TransfusionProcessor
 from .vae import attach_vae
@@ -257,6 +258,8 @@ def convert_causal_lm(
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
         config.architectures = [type(model).__name__]
+        base_model = None if Path(pretrained_model_name_or_path).is_dir() else str(pretrained_model_name_or_path)
+        make_model_card(config, Path(output_dir).name, base_model=base_model).save(folder / "README.md")
         config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
         processor.save_pretrained(folder)

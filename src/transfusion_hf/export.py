@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from .checkpoint_mapping import transfusion_key
 from .configuration_transfusion import vae_arguments
 from .generation_transfusion import DRAWING_DEFAULTS
 from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
@@ -52,7 +53,7 @@ def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int
         language_model = AutoModelForCausalLM.from_config(text_config)
     given, weights, missing = model.state_dict(), {}, []
     for key, expected in language_model.state_dict().items():
-        tensor = given.get(f"model.language_model.{key.removeprefix('model.')}" if key.startswith("model.") else key)
+        tensor = given.get(transfusion_key(key))
         if tensor is not None and tensor.ndim and len(tensor) > len(expected):
             tensor = tensor[: len(expected)].clone()  # rows of the vocabulary; safetensors takes no view
         if tensor is None or tensor.shape != expected.shape:
