@@ -20,7 +20,7 @@ test: .venv/installed
 	$(PYTEST)
 
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow --dist worksteal
 
 # Chromium of Debian, for the tests of the page; without it they are skipped.
 browser:

@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,3 +11,12 @@ def seeded() -> None:
     torch.manual_seed(0)
     # FlexAttention for a second length in one process: torch 2.14 writes C++ for the CPU that does not build.
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def quickstart_folder(tmp_path_factory) -> Path:
+    """What `make demo` leaves, trained once for all slow tests that begin with it."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    script = Path(__file__).parents[1] / "examples" / "quickstart.py"
+    subprocess.run([sys.executable, script, "--output_dir", folder], check=True)
+    return folder

@@ -29,7 +29,9 @@ TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 
 # Imports run one way. Files ending in `_transfusion` travel with a checkpoint as remote code.
 MAY_IMPORT = {
-    "configuration_transfusion": set(),
+    "model_card_transfusion": set(),
+    "hub_transfusion": {"model_card"},
+    "configuration_transfusion": {"hub"},
     "attention_transfusion": set(),
     "masking_transfusion": {"configuration", "attention"},
     "diffusion_transfusion": {"configuration_transfusion"},
@@ -43,14 +45,18 @@ MAY_IMPORT = {
         "autoencoder",
         "diffusion",
         "masking",
+        "conversion",
         "modality",
         "patching",
         "generation",
+        "hub",
+        "pipelines",  # by name only, see there
     },
     "modality_transfusion": set(),
+    "conversion_transfusion": {"configuration", "modality", "patching"},
     "image_processing_transfusion": set(),
-    "processing_transfusion": {"image_processing"},
-    "pipelines_transfusion": {"processing"},
+    "processing_transfusion": {"hub", "image_processing"},
+    "pipelines_transfusion": {"hub", "processing"},
 }
 MAY_IMPORT = {
     name: {f"{n.removesuffix('_transfusion')}_transfusion" for n in names} for name, names in MAY_IMPORT.items()

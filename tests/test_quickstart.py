@@ -30,9 +30,8 @@ def check(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_quickstart_draws_and_reads_digits(tmp_path):
-    run(ROOT / "examples" / "quickstart.py", "--output_dir", tmp_path)
-    assert check(tmp_path)["draw_accuracy"] >= 0.97
+def test_quickstart_draws_and_reads_digits(quickstart_folder):
+    assert check(quickstart_folder)["draw_accuracy"] >= 0.97
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from datasets import Dataset
 from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
+from transfusion_hf import modeling_transfusion
 from transfusion_hf.shapes import ShapesDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -55,6 +56,54 @@ def test_a_model_trains_from_scratch_and_loads_again(tmp_path, data, streaming):
     processor = AutoProcessor.from_pretrained(tmp_path)
     output = model.generate(**processor(text=["a circle"]), generation_mode="image", num_inference_steps=2)
     assert output.images[0][0].shape == (3, 16, 16)
+
+
+def losses_with(folder: Path, data: Path, *flags: str) -> torch.Tensor:
+    """`loss`, `lm_loss` and `diffusion_loss` of four steps, whose batches have rows and images of several lengths."""
+    trainer = train.main(arguments(folder, data, "--warmup_steps", "1", "--save_strategy", "no", *flags))
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return torch.tensor([[entry[name] for name in ("loss", "lm_loss", "diffusion_loss")] for entry in logs])
+
+
+def test_flags_that_save_time_and_memory_keep_the_losses(tmp_path, data):
+    # A worker draws by a generator of its own, whatever the main process drew before.
+    worker = ("--dataloader_num_workers", "1")
+    plain = losses_with(tmp_path, data, *worker)
+    assert torch.equal(losses_with(tmp_path, data, *worker, "--gradient_checkpointing", "true"), plain)
+    dtypes = {}
+
+    def note(name: str):
+        return lambda module, inputs, output: dtypes.update({name: output.dtype})
+
+    def hook_model(*args):
+        model, processor = build_model(*args)
+        model.model.patch_encoder.timestep_embedding.mlp.linear_1.register_forward_hook(note("timestep_embedding"))
+        model.model.language_model.layers[0].mlp.register_forward_hook(note("decoder"))
+        return model, processor
+
+    build_model, compute = train.build_model, modeling_transfusion.image_losses
+
+    def note_errors(predictions, targets):
+        dtypes["errors"] = {*(x.dtype for x in (*predictions, *targets)), compute(predictions, targets).dtype}
+        return compute(predictions, targets)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_model", hook_model)
+        patch.setattr(modeling_transfusion, "image_losses", note_errors)
+        torch.testing.assert_close(losses_with(tmp_path, data, *worker, "--bf16", "true"), plain, rtol=1e-3, atol=0)
+    assert dtypes["decoder"] == torch.bfloat16
+    assert dtypes["timestep_embedding"] == torch.float32 and dtypes["errors"] == {torch.float32}
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_as_the_plain_one(tmp_path, data):
+    arguments = ("--dataloader_num_workers", "1", "--attn_implementation", "sdpa")
+    plain = losses_with(tmp_path, data, *arguments)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = losses_with(tmp_path, data, *arguments, "--torch_compile_backend", "eager")
+    torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def test_the_recipe_is_that_of_the_paper(tmp_path, data):

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from .configuration_transfusion import causal_lm_config, generation_values
+from .conversion_transfusion import causal_lm_config, generation_values, mean_row
 from .modality_transfusion import IMAGE, image_name
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion, mean_row
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from .processing_transfusion import TransfusionProcessor
 from .vae import attach_vae
 

@@ -1,11 +1,16 @@
 """Configuration of a Transfusion model (Zhou et al., arXiv 2408.11039)."""
 
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+from .hub_transfusion import AUTO_MAP, CUSTOM_PIPELINES, TransfusionHubMixin, save_code
 
 # Table 2: layers, hidden size, heads; the SwiGLU width is 8/3 of the hidden size rounded up to a multiple of 256.
 # Llama 2's 32,000 tokens and, behind them, <BOI>, the patch placeholder and <EOI>.
@@ -64,7 +69,7 @@ def _preset_text_config(name: str) -> LlamaConfig:
 
 
 @strict
-class TransfusionConfig(PreTrainedConfig):
+class TransfusionConfig(TransfusionHubMixin, PreTrainedConfig):
     r"""
     Configuration of a [`TransfusionForCausalLMAndDiffusion`]: a decoder, the light image parts around it, the noise
     schedule and the special tokens. The defaults are the paper's 0.16B model (Table 2) over 32×32×8 latents.
@@ -162,6 +167,10 @@ class TransfusionConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None:
             self.text_config = _preset_text_config("0.16B")
+        if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+            # They stand for what is installed here: `pipeline()` would ask for trust in a copy of it.
+            kwargs.pop("auto_map", None)
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         # Mirrored, or a tied family loses its head on reload: transformers reads the outer config's flag.
         tied = self.text_config.tie_word_embeddings
@@ -201,6 +210,23 @@ class TransfusionConfig(PreTrainedConfig):
         if name not in _PRESETS:
             raise ValueError(f"`name` must be one of the presets {', '.join(_PRESETS)}; got {name!r}.")
         return cls(text_config=_preset_text_config(name), **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """
+        Writes `config.json`, beside it the code for loading with `trust_remote_code=True`, and a model card where the
+        folder has none. A model's `save_pretrained` calls it.
+
+        Args:
+            save_directory (`str` or `os.PathLike`)
+            push_to_hub (`bool`, defaults to `False`): Whether to upload it, too; `kwargs` are for `push_to_hub`.
+        """
+        saved = copy.copy(self)
+        saved.auto_map, saved.custom_pipelines = dict(AUTO_MAP), CUSTOM_PIPELINES
+        super(TransfusionConfig, saved).save_pretrained(save_directory)
+        save_code(save_directory)
+        self._save_card(save_directory, Path(save_directory).resolve().name)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -351,50 +377,8 @@ class TransfusionConfig(PreTrainedConfig):
             )
 
 
-# Of `from_pretrained`, what says where a checkpoint lies.
-HUB_ARGUMENTS = (
-    "cache_dir",
-    "force_download",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-
-
-def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> TransfusionConfig:
-    """
-    The configuration of the Transfusion that a language model becomes: its vocabulary grown by the three image tokens,
-    where `kwargs`, the fields of [`TransfusionConfig`], do not name others.
-
-    Raises:
-        ValueError: a quantised model.
-    """
-    if getattr(text_config, "quantization_config", None) is not None:
-        raise ValueError(
-            "`quantization_config`: a quantised language model cannot be converted; take the original, and quantise "
-            "the result when loading it."
-        )
-    text_config = copy.deepcopy(text_config)
-    size = getattr(text_config, "vocab_size", 0)
-    for offset, name in enumerate(("image_start_token_id", "image_token_id", "image_end_token_id")):
-        kwargs.setdefault(name, size + offset)
-        text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), kwargs[name] + 1)
-    return TransfusionConfig(text_config=text_config, **kwargs)
-
-
-def generation_values(generation_config: GenerationConfig) -> dict[str, Any]:
-    """What a language model's generation config sets, for `update`: nothing of the library's bookkeeping."""
-    values = generation_config.to_diff_dict().items()
-    return {k: v for k, v in values if v is not None and k != "transformers_version" and not k.startswith("_")}
-
-
 __all__ = [
-    "HUB_ARGUMENTS",
     "TransfusionConfig",
-    "causal_lm_config",
-    "generation_values",
     "paper_vae_config",
     "vae_arguments",
 ]

@@ -27,6 +27,7 @@ class TransfusionImageProcessor(TorchvisionBackend):
     ... )
     ```"""
 
+    _auto_class = "AutoImageProcessor"  # saved with its code
     model_input_names = ["pixel_values"]
     do_convert_rgb = True
     do_resize = True

@@ -2,18 +2,14 @@
 Transfusion (Zhou et al., arXiv 2408.11039): any decoder of transformers, the light image parts around it, two losses.
 """
 
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     Cache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -24,12 +20,10 @@ from transformers.utils import can_return_tuple
 from .attention_transfusion import VarlenPlan
 from .autoencoder_transfusion import FrozenLinear, TransfusionVAE
 from .configuration_transfusion import (
-    HUB_ARGUMENTS,
     TransfusionConfig,
-    causal_lm_config,
-    generation_values,
     vae_arguments,
 )
+from .conversion_transfusion import TransfusionConversionMixin
 from .diffusion_transfusion import (
     add_noise,
     content_seeds,
@@ -40,6 +34,7 @@ from .diffusion_transfusion import (
     sample_timesteps,
 )
 from .generation_transfusion import DRAWING_DEFAULTS, TransfusionGenerationMixin
+from .hub_transfusion import TransfusionHubMixin
 from .masking_transfusion import (
     check_attn_implementation,
     check_varlen_plan,
@@ -55,10 +50,13 @@ from .patching_transfusion import (
     TransfusionUNetPatchDecoder,
     TransfusionUNetPatchEncoder,
     apply_by_size,
-    fit_patch_parts,
     sincos_positions,
     stack_images,
 )
+
+if TYPE_CHECKING:
+    # Remote code that is loaded and saved again holds what its files name: with the model go processor and pipelines.
+    from .pipelines_transfusion import TextToImagePipeline  # noqa: F401
 
 # Decoders whose logits are `scale(lm_head(model(x)))` with what `_scale_logits` knows, all of whose layers are softmax
 # attention under a mask that the model takes prepared: a test holds each to its own `...ForCausalLM`.
@@ -70,11 +68,6 @@ SUPPORTED_TEXT_MODELS = (
 _HEADS_WITH_BIAS = ("phi",)
 
 
-def mean_row(rows: torch.Tensor) -> torch.Tensor:
-    """The mean of `(num_rows, ...)` over its rows, summed in float32 without a copy of all."""
-    return (sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)).to(rows.dtype)
-
-
 def _scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
     """What Cohere, Granite and Gemma do to their logits after the head."""
     if (scale := getattr(text_config, "logit_scale", None)) is not None:
@@ -84,6 +77,24 @@ def _scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.
     if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
         logits = torch.tanh(logits / cap) * cap
     return logits
+
+
+def _fused_lm_loss(
+    hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor, text_config: PreTrainedConfig
+) -> torch.Tensor:
+    """The sum over `(num_labels,)` targets by Liger, which makes the logits in pieces and keeps none."""
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise ImportError("`use_liger_loss` needs Liger; `pip install liger-kernel`.") from error
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    scale = getattr(text_config, "logit_scale", None) or 1.0
+    scale = scale / (getattr(text_config, "logits_scaling", None) or 1.0)
+    if scale != 1.0:  # no such family has a head with bias
+        hidden_states = hidden_states * scale
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap)(
+        head.weight, hidden_states, targets, head.bias
+    )
 
 
 @dataclass
@@ -123,7 +134,7 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_timesteps: torch.Tensor | None = None
 
 
-class TransfusionPreTrainedModel(PreTrainedModel):
+class TransfusionPreTrainedModel(TransfusionHubMixin, PreTrainedModel):
     """What transformers wants to know of every Transfusion model."""
 
     config: TransfusionConfig
@@ -133,7 +144,7 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     # The decoder adds its own layers at construction.
-    _no_split_modules = [
+    _no_split_modules: set[str] | list[str] = [
         "TransfusionLinearPatchEncoder",
         "TransfusionLinearPatchDecoder",
         "TransfusionUNetPatchEncoder",
@@ -420,9 +431,15 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 )
 
 
-class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, TransfusionGenerationMixin):
+class TransfusionForCausalLMAndDiffusion(
+    TransfusionConversionMixin, TransfusionPreTrainedModel, TransfusionGenerationMixin
+):
     """
     Transfusion with its LM head and both losses: reads text and images, writes text and draws images.
+
+    Attributes:
+        use_liger_loss (`bool`, defaults to `False`):
+            Where the LM head runs only at labels, to compute it and the LM loss by Liger's fused kernel.
 
     Raises:
         ValueError: as [`TransfusionModel`].
@@ -438,6 +455,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         has_bias = text_config.model_type in _HEADS_WITH_BIAS
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=has_bias)
         self._noise_scheduler = None
+        self.use_liger_loss = False
         # Otherwise the library ignores custom entries of `generation_config.json` on loading.
         self.generation_config._from_model_config = False
         for name, default in DRAWING_DEFAULTS.items():
@@ -449,89 +467,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         self.vae = None if config.vae_config is None else TransfusionVAE(**vae_arguments(config.vae_config))
         # FSDP takes its classes from here by default, and expects to find each.
         present = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = [name for name in self._no_split_modules if name in present]
-
-    @classmethod
-    def from_causal_lm(
-        cls,
-        pretrained_model_name_or_path: str | os.PathLike | PreTrainedModel,
-        pad_to_multiple_of: int | None = None,
-        attn_implementation: str | None = None,
-        **kwargs: Any,
-    ) -> "TransfusionForCausalLMAndDiffusion":
-        """
-        Makes a language model one that can learn to draw. Its text is as before: the weights are taken as they are,
-        the vocabulary grows by `<BOI>`, the placeholder of a patch and `<EOI>`, whose rows are the mean of the others.
-        Patches enter as large as its words, and the first prediction is 0.
-
-        Then `attach_vae(model, ...)`, where images are latents, and `TransfusionProcessor.for_model(model,
-        tokenizer)`. `conversion/convert_causal_lm.py` does all of it without holding the model in memory.
-
-        Args:
-            pretrained_model_name_or_path (`str`, `os.PathLike` or `PreTrainedModel`):
-                A folder, a repository of the Hub, or the language model itself, whose modules are then shared (and
-                given image weights with `untied_modalities`).
-            pad_to_multiple_of (`int`, *optional*): Pad the grown vocabulary to a multiple of this.
-            attn_implementation (`str`, *optional*)
-            kwargs: Fields of [`TransfusionConfig`], as `latent_channels` and `sample_size`; the others are for
-                `AutoModelForCausalLM.from_pretrained`: `dtype`, `revision`, `device_map` …
-
-        Raises:
-            ValueError: a model that is no decoder of a family in `SUPPORTED_TEXT_MODELS`, or is quantised.
-
-        Example:
-
-        ```python
-        >>> model = TransfusionForCausalLMAndDiffusion.from_causal_lm("HuggingFaceTB/SmolLM2-135M", sample_size=64)
-        ```"""
-        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TransfusionConfig.__annotations__}
-        source: Any = pretrained_model_name_or_path
-        is_loaded = isinstance(source, PreTrainedModel)
-        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        text_config = source.config if is_loaded else AutoConfig.from_pretrained(source, **where)
-        config = causal_lm_config(text_config, **fields)
-        with torch.device("meta"):  # refuses what cannot be converted before anything large is loaded
-            model = cls(config)
-        language_model = source if is_loaded else AutoModelForCausalLM.from_pretrained(source, **kwargs)
-        model.model.language_model = language_model.base_model
-        if config.untied_modalities:
-            untie_modalities(model.model.language_model)
-        model.lm_head = language_model.get_output_embeddings()
-        config.text_config = model.model.language_model.config
-        model.grow_vocabulary(config.image_end_token_id + 1, pad_to_multiple_of)
-        model.init_patch_parts()
-        model.generation_config.update(**generation_values(language_model.generation_config))
-        if attn_implementation is not None:
-            model.set_attn_implementation(attn_implementation)
-        return model.eval()
-
-    def init_patch_parts(self, embedding: torch.Tensor | None = None) -> None:
-        """
-        Patch encoder and decoder anew, as a trained language model needs them: see [`from_causal_lm`].
-
-        Args:
-            embedding (`torch.FloatTensor` of shape `(vocab, hidden)`, *optional*):
-                Whose size, device and dtype they get; default the model's own weights.
-        """
-        weight = self.get_input_embeddings().weight.detach() if embedding is None else embedding
-        parts = nn.ModuleList(type(part)(self.config) for part in (self.model.patch_encoder, self.model.patch_decoder))
-        parts.apply(self._init_weights).to(weight)
-        self.model.patch_encoder, self.model.patch_decoder = parts
-        std = math.sqrt(sum(rows.float().square().sum().item() for rows in weight.split(4096)) / weight.numel())
-        scale = getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0)
-        fit_patch_parts(*parts, self.config, std * scale)
-
-    def grow_vocabulary(self, num_tokens: int, pad_to_multiple_of: int | None = None) -> None:
-        """At least so many tokens. New rows of the embeddings, and of the head, are the mean of the others."""
-        before = self.config.text_config.vocab_size
-        if num_tokens <= before and pad_to_multiple_of is None:
-            return
-        self.resize_token_embeddings(max(num_tokens, before), pad_to_multiple_of, mean_resizing=False)
-        head = self.get_output_embeddings()
-        with torch.no_grad():
-            for rows in (self.get_input_embeddings().weight, head.weight, head.bias):
-                if rows is not None:
-                    rows[before:] = mean_row(rows[:before])
+        self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
     @property
     def noise_scheduler(self):
@@ -704,7 +640,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept]
-        logits = _scale_logits(self.lm_head(hidden_states), self.config.text_config)
+        is_fused = self.use_liger_loss and targets_of_text is not None and len(targets_of_text) > 0
+        logits = None if is_fused else _scale_logits(self.lm_head(hidden_states), self.config.text_config)
         predictions = outputs.image_predictions
         if predictions is not None:
             predictions = [_at_least_float32(stack) for stack in predictions]
@@ -714,10 +651,14 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         if labels is not None:
             num_labels = (labels[:, 1:] != -100).sum()
             num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-            num_items = num_items.to(logits.device).clamp(min=1)
-            lm_loss = self.loss_function(
-                logits, labels, self.config.text_config.vocab_size, num_items, shift_labels=targets_of_text
-            )
+            num_items = num_items.to(hidden_states.device).clamp(min=1)
+            if logits is None:
+                lm_loss = _fused_lm_loss(hidden_states, self.lm_head, targets_of_text, self.config.text_config)
+                lm_loss = lm_loss / num_items
+            else:
+                lm_loss = self.loss_function(
+                    logits, labels, self.config.text_config.vocab_size, num_items, shift_labels=targets_of_text
+                )
             # Without images to learn from, each image part still gets a gradient, of 0, and in its turn: without it,
             # or in another order than in other processes, DDP, FSDP2 and ZeRO-3 would wait for it.
             if blank_prediction is not None:
@@ -823,5 +764,4 @@ __all__ = [
     "TransfusionModel",
     "TransfusionModelOutputWithPast",
     "TransfusionPreTrainedModel",
-    "mean_row",
 ]

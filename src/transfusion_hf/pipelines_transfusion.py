@@ -3,6 +3,7 @@ Pipelines: transformers' tasks `"text-to-image"` and `"interleaved-generation"`,
 transformers' own `"any-to-any"`, `"image-text-to-text"` and `"text-generation"` work as they are.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .hub_transfusion import TransfusionHubMixin
 from .processing_transfusion import TransfusionProcessor
 
 
@@ -100,7 +102,7 @@ class InterleavedGenerationPipeline(_GeneratingPipeline):
         return self.processor.decode_interleaved(output.sequences[:, model_outputs["prompt_length"] :], output.images)
 
 
-class TransfusionPipeline:
+class TransfusionPipeline(TransfusionHubMixin):
     r"""
     Draws as the pipelines of diffusers do.
 
@@ -128,8 +130,9 @@ class TransfusionPipeline:
         of_files = {name: kwargs[name] for name in names if name in kwargs}
         return cls(model, AutoProcessor.from_pretrained(pretrained_model_name_or_path, **of_files))
 
-    def save_pretrained(self, save_directory: str) -> None:
-        self.model.save_pretrained(save_directory)
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Writes model and processor into one folder; `kwargs` are those of the model's `save_pretrained`."""
+        self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
 
     def to(self, *args: Any, **kwargs: Any) -> "TransfusionPipeline":

@@ -1,10 +1,12 @@
 """The exact `Trainer`, and what the stock one needs beside it."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
-from transformers import AutoConfig, Trainer, TrainerCallback, TrainerState
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import CONFIG_NAME
 
+from .hub_transfusion import save_code
 from .modality_transfusion import image_parameters
+from .model_card_transfusion import make_model_card
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from .patching_transfusion import TransfusionTimestepEmbedding
 
 
@@ -91,8 +98,9 @@ class TransfusionTrainer(Trainer):
 
     Raises:
         ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`, or
-            `dispatch_batches`, which would part images from their texts; a checkpoint of another model or adapter to
-            resume from; in training, a loss that is not finite, whose batch is then in the output folder.
+            `dispatch_batches`, which would part images from their texts; `use_liger_kernel` with a split LM head; a
+            checkpoint of another model or adapter to resume from; in training, a loss that is not finite, whose batch
+            is then in the output folder.
     """
 
     def __init__(
@@ -113,6 +121,12 @@ class TransfusionTrainer(Trainer):
                 "texts; leave it out of `accelerator_config`."
             )
         self.accelerator.dataloader_config.dispatch_batches = False  # what accelerate would choose for streams
+        if self.args.use_liger_kernel:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
+                raise ValueError("`use_liger_kernel` reads the LM head whole, and FSDP, DeepSpeed or TP split it.")
+            for module in self.model.modules():
+                if isinstance(module, TransfusionForCausalLMAndDiffusion):
+                    module.use_liger_loss = True
         if self.accelerator.is_fsdp2:
             plugin, mesh = self.accelerator.state.fsdp_plugin, self.accelerator.torch_device_mesh
             if plugin.mixed_precision_policy is not None:
@@ -260,6 +274,81 @@ class TransfusionTrainer(Trainer):
                 use_mtime=True,
             )
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # As text: a folder that others load shall hold nothing that is pickled.
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink()
+            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving:  # or else in the background, while it is renamed
+            if self.is_world_process_zero() and isinstance(self._unwrapped(), PreTrainedModel):
+                save_code(self.args.output_dir)
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes `README.md` into the output folder: [`make_model_card`] with what the training's state says, and the
+        last picture of [`TransfusionSamplesCallback`]. `push_to_hub` calls it.
+
+        Args:
+            language, license, tags (*optional*): As for `make_model_card`.
+            finetuned_from (`str`, *optional*): The base model; defaults to the repository that the model is from.
+            model_name (`str`, *optional*): Defaults to the repository, or the name of the output folder.
+            dataset_tags (`str` or `list[str]`, *optional*): The repositories of what it was trained on.
+            dataset (`str` or `list[str]`, *optional*): What it was evaluated on, in words.
+            tasks, dataset_args: Have no meaning here; an adapter's card is the library's, where they have.
+        """
+        model = self._unwrapped()
+        if not isinstance(model, PreTrainedModel):
+            given = (language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
+            return super().create_model_card(*given)
+        if not self.is_world_process_zero():
+            return
+        state, folder = self.state, Path(self.args.output_dir)
+        training = {"steps": state.global_step, "epochs": f"{state.epoch or 0:.4g}"}
+        training |= extract_hyperparameters_from_trainer(self)
+        seconds = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
+        if seconds:
+            training["seconds"] = round(seconds[-1])
+        training |= {name: version(name) for name in ("transformers", "torch", "diffusers")}
+        pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda file: int(file.stem.split("-")[1]))
+        name = model.config._name_or_path  # of a repository, it is what was trained further
+        if finetuned_from is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
+            finetuned_from = name
+        make_model_card(
+            model.config,
+            self.hub_model_id or model_name or folder.resolve().name,
+            num_parameters=model.num_parameters(),
+            license=license,
+            language=language,
+            base_model=finetuned_from,
+            datasets=dataset_tags,
+            dataset_name=dataset if isinstance(dataset, str) else ", ".join(dataset or []),
+            tags=[tags] if isinstance(tags, str) else tags or (),
+            training=training,
+            evaluation=_last_evaluation(state.log_history),
+            samples=pictures[-1].relative_to(folder).as_posix() if pictures else None,
+        ).save(folder / "README.md")
+
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
         self._eval_sums, start = self._new_sums(), time.perf_counter()
@@ -272,6 +361,19 @@ class TransfusionTrainer(Trainer):
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         self._train_sums.start_time += time.perf_counter() - start  # what an evaluation takes is no time of training
         return output
+
+
+def _last_evaluation(log_history: list[dict[str, Any]]) -> dict[str, float]:
+    """Losses and metrics of the last step at which there was an evaluation, of all its data sets."""
+    steps = [log.get("step") for log in log_history if any(name.startswith("eval_") for name in log)]
+    speeds = ("_runtime", "_per_second")
+    return {
+        name.removeprefix("eval_"): value
+        for log in log_history
+        if steps and log.get("step") == steps[-1]
+        for name, value in log.items()
+        if name.startswith("eval_") and not name.endswith(speeds)
+    }
 
 
 # What a run may change of its model's or adapter's configuration when it goes on, or what says nothing of the weights.

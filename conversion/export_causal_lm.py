@@ -1,0 +1,47 @@
+"""
+Writes the language model of a Transfusion on its own, as `AutoModelForCausalLM` loads it:
+
+    python conversion/export_causal_lm.py outputs/model outputs/language-model \
+        --vocab_size 49152 --tokenizer HuggingFaceTB/SmolLM2-135M
+
+`--vocab_size` cuts off what was added behind the original vocabulary. The tokenizer then is the original's, and else
+that of the checkpoint.
+"""
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import AutoTokenizer
+
+from transfusion_hf import TransfusionForCausalLMAndDiffusion
+from transfusion_hf.export import extract_causal_lm
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="folder or repository of a Transfusion")
+    parser.add_argument("output_dir", type=Path, help="must not exist: it is written whole or not at all")
+    parser.add_argument("--vocab_size", type=int, help="default: all of it, with the image tokens")
+    parser.add_argument("--tokenizer", help="default: the model's, where the vocabulary is not cut")
+    args = parser.parse_args(argv)
+    if args.output_dir.exists():
+        raise SystemExit(f"{args.output_dir} exists; choose another folder.")
+    source = args.tokenizer or (args.model if args.vocab_size is None else None)
+    tokenizer = None if source is None else AutoTokenizer.from_pretrained(source)
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(args.model, dtype="auto")
+    language_model = extract_causal_lm(model, args.vocab_size)
+    size = language_model.config.vocab_size
+    if tokenizer is not None and len(tokenizer) > size:
+        raise SystemExit(f"The tokenizer has {len(tokenizer)} tokens, and the vocabulary would have {size}.")
+    args.output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=args.output_dir.parent) as aside:
+        language_model.save_pretrained(Path(aside, "whole"))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(Path(aside, "whole"))
+        Path(aside, "whole").rename(args.output_dir)
+    print(f"written to {args.output_dir}" + (", without a tokenizer" if tokenizer is None else ""))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""
+Makes an existing checkpoint one that loads with `trust_remote_code=True` where transfusion_hf is not installed:
+
+    python conversion/export_remote_code.py outputs/model
+
+writes this version's code beside the weights and names it in `config.json` and `processor_config.json`; the weights
+stay as they are. `save_pretrained` does so by itself: this is for folders that older versions wrote.
+"""
+
+import argparse
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from transformers import AutoConfig, AutoProcessor
+from transformers.utils import CONFIG_NAME, PROCESSOR_NAME
+
+from transfusion_hf import TransfusionConfig
+
+
+def export_remote_code(folder: Path) -> None:
+    if not (folder / CONFIG_NAME).is_file():
+        raise SystemExit(f"{folder} holds no {CONFIG_NAME}; pass the folder of a checkpoint.")
+    config = AutoConfig.from_pretrained(folder)
+    if not isinstance(config, TransfusionConfig):
+        raise SystemExit(f"{folder} holds a {config.model_type!r}, not a Transfusion.")
+    with TemporaryDirectory(dir=folder) as aside:
+        config.save_pretrained(aside)
+        if (folder / PROCESSOR_NAME).is_file():
+            AutoProcessor.from_pretrained(folder).save_pretrained(aside)
+        # Last what names the code, when all of it is there.
+        for file in sorted(Path(aside).iterdir(), key=lambda file: file.name.endswith("config.json")):
+            if file.name != "README.md" or not (folder / file.name).exists():
+                os.replace(file, folder / file.name)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    export_remote_code(parser.parse_args(argv).folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""A language model of transformers becomes a Transfusion that can learn to draw."""
+
+import copy
+import math
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from .configuration_transfusion import TransfusionConfig
+from .modality_transfusion import untie_modalities
+from .patching_transfusion import fit_patch_parts
+
+# Of `from_pretrained`, what says where a checkpoint lies.
+_HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+
+
+def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> TransfusionConfig:
+    """
+    The configuration of the Transfusion that a language model becomes: its vocabulary grown by the three image tokens,
+    where `kwargs`, the fields of [`TransfusionConfig`], do not name others.
+
+    Raises:
+        ValueError: a quantised model.
+    """
+    if getattr(text_config, "quantization_config", None) is not None:
+        raise ValueError(
+            "`quantization_config`: a quantised language model cannot be converted; take the original, and quantise "
+            "the result when loading it."
+        )
+    text_config = copy.deepcopy(text_config)
+    size = getattr(text_config, "vocab_size", 0)
+    for offset, name in enumerate(("image_start_token_id", "image_token_id", "image_end_token_id")):
+        kwargs.setdefault(name, size + offset)
+        text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), kwargs[name] + 1)
+    return TransfusionConfig(text_config=text_config, **kwargs)
+
+
+def generation_values(generation_config: GenerationConfig) -> dict[str, Any]:
+    """What a language model's generation config sets, for `update`: nothing of the library's bookkeeping."""
+    values = generation_config.to_diff_dict().items()
+    return {k: v for k, v in values if v is not None and k != "transformers_version" and not k.startswith("_")}
+
+
+def mean_row(rows: torch.Tensor) -> torch.Tensor:
+    """The mean of `(num_rows, ...)` over its rows, summed in float32 without a copy of all."""
+    return (sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)).to(rows.dtype)
+
+
+class TransfusionConversionMixin:
+    """What the model class has for it."""
+
+    config: Any
+    model: Any
+    get_input_embeddings: Any
+    get_output_embeddings: Any
+    resize_token_embeddings: Any
+    _init_weights: Any
+
+    @classmethod
+    def from_causal_lm(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | PreTrainedModel,
+        pad_to_multiple_of: int | None = None,
+        attn_implementation: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        Makes a language model one that can learn to draw. Its text is as before: the weights are taken as they are,
+        the vocabulary grows by `<BOI>`, the placeholder of a patch and `<EOI>`, whose rows are the mean of the others.
+        Patches enter as large as its words, and the first prediction is 0.
+
+        Then `attach_vae(model, ...)`, where images are latents, and `TransfusionProcessor.for_model(model,
+        tokenizer)`. `conversion/convert_causal_lm.py` does all of it without holding the model in memory.
+
+        Args:
+            pretrained_model_name_or_path (`str`, `os.PathLike` or `PreTrainedModel`):
+                A folder, a repository of the Hub, or the language model itself, whose modules are then shared (and
+                given image weights with `untied_modalities`).
+            pad_to_multiple_of (`int`, *optional*): Pad the grown vocabulary to a multiple of this.
+            attn_implementation (`str`, *optional*)
+            kwargs: Fields of [`TransfusionConfig`], as `latent_channels` and `sample_size`; the others are for
+                `AutoModelForCausalLM.from_pretrained`: `dtype`, `revision`, `device_map` …
+
+        Raises:
+            ValueError: a model that is no decoder of a family in `SUPPORTED_TEXT_MODELS`, or is quantised.
+
+        Example:
+
+        ```python
+        >>> model = TransfusionForCausalLMAndDiffusion.from_causal_lm("HuggingFaceTB/SmolLM2-135M", sample_size=64)
+        ```"""
+        fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TransfusionConfig.__annotations__}
+        source: Any = pretrained_model_name_or_path
+        is_loaded = isinstance(source, PreTrainedModel)
+        where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+        text_config = source.config if is_loaded else AutoConfig.from_pretrained(source, **where)
+        config = causal_lm_config(text_config, **fields)
+        with torch.device("meta"):  # refuses what cannot be converted before anything large is loaded
+            model: Any = cls(config)  # type: ignore[call-arg]
+        language_model = source if is_loaded else AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        model.model.language_model = language_model.base_model
+        if config.untied_modalities:
+            untie_modalities(model.model.language_model)
+        model.lm_head = language_model.get_output_embeddings()
+        config.text_config = model.model.language_model.config
+        model.grow_vocabulary(config.image_end_token_id + 1, pad_to_multiple_of)
+        model.init_patch_parts()
+        model.generation_config.update(**generation_values(language_model.generation_config))
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
+        return model.eval()
+
+    def init_patch_parts(self, embedding: torch.Tensor | None = None) -> None:
+        """
+        Patch encoder and decoder anew, as a trained language model needs them: see [`from_causal_lm`].
+
+        Args:
+            embedding (`torch.FloatTensor` of shape `(vocab, hidden)`, *optional*):
+                Whose size, device and dtype they get; default the model's own weights.
+        """
+        weight = self.get_input_embeddings().weight.detach() if embedding is None else embedding
+        parts = nn.ModuleList(type(part)(self.config) for part in (self.model.patch_encoder, self.model.patch_decoder))
+        parts.apply(self._init_weights).to(weight)
+        self.model.patch_encoder, self.model.patch_decoder = parts
+        std = math.sqrt(sum(rows.float().square().sum().item() for rows in weight.split(4096)) / weight.numel())
+        scale = getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0)
+        fit_patch_parts(*parts, self.config, std * scale)
+
+    def grow_vocabulary(self, num_tokens: int, pad_to_multiple_of: int | None = None) -> None:
+        """At least so many tokens. New rows of the embeddings, and of the head, are the mean of the others."""
+        before = self.config.text_config.vocab_size
+        if num_tokens <= before and pad_to_multiple_of is None:
+            return
+        self.resize_token_embeddings(max(num_tokens, before), pad_to_multiple_of, mean_resizing=False)
+        head = self.get_output_embeddings()
+        with torch.no_grad():
+            for rows in (self.get_input_embeddings().weight, head.weight, head.bias):
+                if rows is not None:
+                    rows[before:] = mean_row(rows[:before])
+
+
+__all__ = ["TransfusionConversionMixin", "causal_lm_config", "generation_values", "mean_row"]

@@ -1,0 +1,99 @@
+"""The way back: the language model and the autoencoder of a Transfusion, each on its own."""
+
+import copy
+
+import torch
+from diffusers import AutoencoderKL
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from .configuration_transfusion import vae_arguments
+from .generation_transfusion import DRAWING_DEFAULTS
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
+
+
+def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int | None = None) -> PreTrainedModel:
+    """
+    The language model alone, of its own family's class: its logits are those that the Transfusion has for text.
+
+    Args:
+        model (`TransfusionForCausalLMAndDiffusion`): Its weights are shared, not copied.
+        vocab_size (`int`, *optional*):
+            The size to cut the vocabulary back to, as that of the model that it was made from: the rows behind go. A
+            padding token among them is forgotten.
+
+    Raises:
+        ValueError: a `vocab_size` that is too large, or leaves out the first or last token of a text; a model whose
+            weights are not those of its `text_config`, as one that is quantised.
+
+    Example:
+
+    ```python
+    >>> extract_causal_lm(model, vocab_size=49152).save_pretrained("outputs/language-model")
+    ```"""
+    text_config = copy.deepcopy(model.config.text_config)
+    generation_config = model.generation_config.to_dict()
+    for name in ("transformers_version", "_from_model_config", *DRAWING_DEFAULTS):
+        generation_config.pop(name, None)
+    if vocab_size is not None:
+        if not 1 <= vocab_size <= text_config.vocab_size:
+            raise ValueError(f"`vocab_size` must lie in 1 to {text_config.vocab_size}; got {vocab_size}.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            for place in (vars(text_config), generation_config):
+                value = place.get(name)
+                if value is None or max([value] if isinstance(value, int) else value) < vocab_size:
+                    continue
+                if name != "pad_token_id":
+                    raise ValueError(f"`vocab_size` is {vocab_size}, but `{name}` is {value}; leave it in.")
+                place[name] = None
+        text_config.vocab_size = vocab_size
+
+    text_config._attn_implementation = None  # what its own class takes
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(text_config)
+    given, weights, missing = model.state_dict(), {}, []
+    for key, expected in language_model.state_dict().items():
+        tensor = given.get(f"model.language_model.{key.removeprefix('model.')}" if key.startswith("model.") else key)
+        if tensor is not None and tensor.ndim and len(tensor) > len(expected):
+            tensor = tensor[: len(expected)].clone()  # rows of the vocabulary; safetensors takes no view
+        if tensor is None or tensor.shape != expected.shape:
+            missing.append(key)
+        else:
+            weights[key] = tensor
+    if missing:
+        raise ValueError(
+            f"`model` lacks {len(missing)} of the weights of a {text_config.model_type!r}, or has them in another "
+            f"shape: {', '.join(missing[:5])}. Merge adapters, and load it without quantisation."
+        )
+    language_model.load_state_dict(weights, assign=True)
+    language_model.tie_weights()
+    for name, buffer in list(language_model.named_buffers()):  # those that are not saved
+        if buffer.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            value = model.model.language_model.get_buffer(name.removeprefix("model."))
+            language_model.get_submodule(owner).register_buffer(attribute, value, persistent=False)
+    language_model.generation_config = GenerationConfig(**generation_config)
+    return language_model.train(model.training)
+
+
+def extract_vae(model: TransfusionForCausalLMAndDiffusion) -> AutoencoderKL:
+    """
+    The autoencoder alone, as diffusers has it, with its scale and shift; its weights are shared.
+
+    Raises:
+        ValueError: a model without one.
+
+    Example:
+
+    ```python
+    >>> extract_vae(model).save_pretrained("outputs/vae")
+    ```"""
+    vae_config = model.config.vae_config
+    if model.vae is None or vae_config is None:
+        raise ValueError("`model` has no autoencoder: its latents are the images themselves.")
+    with torch.device("meta"):
+        vae = AutoencoderKL(**vae_arguments(vae_config))
+    vae.load_state_dict(model.vae.state_dict(), assign=True)
+    return vae.eval()
+
+
+__all__ = ["extract_causal_lm", "extract_vae"]

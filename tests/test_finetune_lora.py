@@ -1,0 +1,469 @@
+"""`examples/finetune_lora.py`: LoRA on the decoder, patch parts beside it, and what PEFT does with a Transfusion."""
+
+import copy
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from test_trainer import collate, samples
+from test_vae import model_with_vae
+from torch import nn
+from transformers import AutoModelForMultimodalLM, AutoProcessor, TrainerCallback, TrainingArguments
+
+from transfusion_hf import (
+    TransfusionConfig,
+    TransfusionEMACallback,
+    TransfusionForCausalLMAndDiffusion,
+    TransfusionSamplesCallback,
+    TransfusionTrainer,
+)
+from transfusion_hf.shapes import ShapesDataset
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import finetune_lora
+
+ROOT = Path(__file__).parents[1]
+FIXTURE = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
+TIED = {"text": tiny.text_config(tie_word_embeddings=True)}
+MODELS = {
+    "linear": lambda: tiny.model(std=0.1),
+    "tied": lambda: tiny.model(std=0.1, **TIED),
+    "unet": lambda: tiny.model(std=0.3, **tiny.UNET),
+    "vae": lambda: model_with_vae(std=0.1),
+}
+PARTS = list(finetune_lora.PATCH_PARTS)
+
+
+def adapted(base, parts: str = "projections", std: float = 0.05, **kwargs) -> PeftModel:
+    """With an adapter that says something: PEFT's own begins at 0."""
+    model = finetune_lora.add_lora(base, finetune_lora.ModelArguments("x", train_patch_parts=parts, **kwargs)).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn(parameter.shape, generator=generator) * std
+    return model
+
+
+@torch.no_grad()
+def outputs(model) -> list[torch.Tensor]:
+    """Losses, logits, image predictions, and what is drawn from the same noise."""
+    output = model(**tiny.batch(0))
+    prompt = torch.tensor([[tiny.BOS, 5, 7, tiny.BOI], [tiny.BOS, 9, 8, tiny.BOI]])
+    drawn = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generator=torch.Generator().manual_seed(0),
+        num_inference_steps=3,
+        max_new_tokens=8,
+        pad_token_id=tiny.PAD,
+    )
+    return [output.loss, output.lm_loss, output.diffusion_loss, output.logits, *output.image_predictions] + [
+        image for row in drawn.images for image in row
+    ]
+
+
+def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def differs(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return all((a - b).abs().max() > 1e-5 for a, b in zip(actual, expected, strict=True))
+
+
+def targets_of(model: PeftModel) -> set[str]:
+    names = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    return {name.removeprefix("base_model.model.") for name in names}
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_lora_is_on_every_linear_layer_of_the_decoder_and_nowhere_else(kind, parts):
+    base = MODELS[kind]()
+    linears = {name for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    of_the_decoder = {name for name in linears if name.startswith("model.language_model.")}
+    model = adapted(base, parts)
+    assert targets_of(model) == of_the_decoder and len(of_the_decoder) == 14
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    beside = {name.split(".modules_to_save.")[0] for name in trained if ".lora_" not in name}
+    chosen = finetune_lora.PATCH_PARTS[parts] or []
+    assert beside == {f"base_model.model.model.{name}" for name in chosen}
+    assert (len(trained) == 2 * 14) == (parts == "none")
+
+
+@pytest.mark.parametrize("kind", ["linear", "unet"])
+def test_layers_named_by_hand_are_those_of_the_decoder_alone(kind):
+    model = adapted(MODELS[kind](), "all", target_modules=["q_proj", "v_proj", "proj", "linear_1", "time_emb_proj"])
+    of_layers = {f"model.language_model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")}
+    assert targets_of(model) == of_layers
+
+
+def test_patch_parts_that_are_none_are_refused():
+    with pytest.raises(ValueError, match="`train_patch_parts` must be one of projections, all, none; got 'false'"):
+        adapted(tiny.model(), "false")
+
+
+@pytest.mark.parametrize("patch_encoder", ["linear", "unet"])
+@pytest.mark.parametrize("preset", ["0.16B", "0.37B", "0.76B", "1.4B", "7B"])
+def test_less_than_five_percent_is_trained_at_the_papers_sizes(preset, patch_encoder):
+    shares = {}
+    for parts in ("projections", "all"):
+        with torch.device("meta"):
+            base = TransfusionForCausalLMAndDiffusion(
+                TransfusionConfig.from_preset(preset, patch_encoder=patch_encoder)
+            )
+            num_parameters = base.num_parameters()
+            arguments = finetune_lora.ModelArguments("x", lora_r=16, train_patch_parts=parts)
+            model = finetune_lora.add_lora(base, arguments)
+        counts = finetune_lora.count_parameters(model)
+        num_trained = model.num_parameters(only_trainable=True)
+        assert counts["parameters"] == num_parameters
+        assert counts["lora_parameters"] + counts["patch_parameters"] == num_trained
+        shares[parts] = num_trained / num_parameters
+    assert shares["projections"] < 0.05
+    # A whole U-Net of 0.27B parameters is too much but for the largest.
+    assert (shares["all"] < 0.05) == (patch_encoder == "linear" or preset == "7B")
+
+
+def test_the_vae_counts_for_nothing():
+    without = finetune_lora.count_parameters(adapted(tiny.model()))
+    assert finetune_lora.count_parameters(adapted(model_with_vae())) == without
+
+
+@pytest.mark.parametrize("with_images", [True, False], ids=["images", "text alone"])
+@pytest.mark.parametrize("kind", ["linear", "unet"])
+@pytest.mark.parametrize("parts", PARTS)
+def test_gradients_reach_the_adapter_and_nothing_else(kind, parts, with_images):
+    batch = tiny.batch(0)
+    if not with_images:
+        ids = torch.arange(3, 17).view(2, 7)
+        batch = {"input_ids": ids, "labels": ids}
+    model = adapted(MODELS[kind](), parts).train()
+    model(**batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        is_trained = ".lora_" in name or ".modules_to_save." in name
+        assert (parameter.grad is not None) == is_trained == parameter.requires_grad, name
+        if is_trained and (with_images or ".lora_" in name):
+            assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("with_images", [True, False], ids=["images", "text alone"])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant, with_images):
+    batch = tiny.batch(0)
+    if not with_images:
+        ids = torch.arange(3, 17).view(2, 7)
+        batch = {"input_ids": ids, "labels": ids}
+    plain = adapted(tiny.model(std=0.1)).train()
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed.enable_input_require_grads()
+    calls = []
+    for model in (plain, checkpointed):
+        layer = model.get_base_model().model.language_model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+        model(**batch).loss.backward()
+    assert len(calls) == 3  # once, and twice
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    for name, parameter in checkpointed.named_parameters():
+        if expected[name] is None:
+            assert parameter.grad is None
+        else:
+            torch.testing.assert_close(parameter.grad, expected[name], atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_an_adapter_goes_off_comes_back_and_is_merged(tmp_path, kind, parts):
+    # Convolutions may differ in the last bit from one place in memory to another.
+    exact = 0.0 if kind in ("linear", "tied") else 1e-6
+    base = MODELS[kind]()
+    plain = outputs(base)
+    base.save_pretrained(tmp_path / "base")
+    model = adapted(base, parts)
+    expected = outputs(model)
+    assert differs(expected, plain)
+    with model.disable_adapter():
+        assert_equal(outputs(model), plain, exact)
+    assert_equal(outputs(model), expected, exact)
+
+    model.save_pretrained(tmp_path / "adapter")
+    saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in saved.values()) == model.num_parameters(only_trainable=True)
+    fresh = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "base")
+    reloaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    assert_equal(outputs(reloaded), expected, max(exact, 1e-6))
+
+    merged = reloaded.merge_and_unload()
+    assert type(merged) is TransfusionForCausalLMAndDiffusion
+    assert_equal(outputs(merged), expected, 1e-5)
+    merged.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged")
+    assert set(loaded.state_dict()) == set(MODELS[kind]().state_dict())
+    assert_equal(outputs(loaded.eval()), expected, 1e-5)
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == (kind == "tied")
+
+
+def test_an_adapter_loads_by_its_folder_alone(tmp_path):
+    tiny.model(std=0.1).save_pretrained(tmp_path / "base")
+    base = AutoModelForMultimodalLM.from_pretrained(tmp_path / "base")
+    model = adapted(base, "all")
+    expected = outputs(model)
+    model.save_pretrained(tmp_path / "adapter")
+    for auto_class in (AutoModelForMultimodalLM, AutoPeftModelForCausalLM):
+        assert_equal(outputs(auto_class.from_pretrained(tmp_path / "adapter").eval()), expected, 1e-6)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("kind", ["linear", "unet"])
+def test_an_adapter_works_in_bfloat16(tmp_path, kind, parts):
+    MODELS[kind]().save_pretrained(tmp_path / "base")
+    base = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = adapted(base, parts)
+    expected = outputs(model)
+    model.save_pretrained(tmp_path / "adapter")
+    fresh = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    assert_equal(outputs(PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()), expected, 1e-6)
+    loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path / "adapter", dtype=torch.bfloat16)
+    assert_equal(outputs(loaded.eval())[3:4], expected[3:4], 0.05)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"image_guidance_scale": 1.0}], ids=["guided", "unguided"])
+@pytest.mark.parametrize("mode", ["interleaved", "text", "image"])
+def test_every_mode_of_generate_draws_and_writes_as_the_merged_model(mode, kwargs):
+    processor = AutoProcessor.from_pretrained(FIXTURE)
+    model = adapted(TransfusionForCausalLMAndDiffusion.from_pretrained(FIXTURE), "all", std=0.1)
+    merged = copy.deepcopy(model).merge_and_unload()
+    inputs = processor(text=["a seven<BOI>", "b"]) if mode == "interleaved" else processor(text=["a seven", "b"])
+    if mode == "interleaved":
+        kwargs = {**kwargs, "max_new_tokens": 30}
+    elif mode == "text":
+        kwargs = {"max_new_tokens": 8}
+
+    def run(model):
+        return model.generate(
+            **inputs,
+            generation_mode=mode,
+            num_inference_steps=3,
+            generator=[torch.Generator().manual_seed(i) for i in (0, 1)],
+            **kwargs,
+        )
+
+    actual, expected = run(model), run(merged)
+    with model.disable_adapter():
+        off, plain = run(model), run(TransfusionForCausalLMAndDiffusion.from_pretrained(FIXTURE))
+    if mode == "text":
+        assert torch.equal(actual, expected) and torch.equal(off, plain) and not torch.equal(actual, off)
+        return
+    assert torch.equal(actual.sequences, expected.sequences) and torch.equal(off.sequences, plain.sequences)
+    assert [len(row) for row in actual.images] == [len(row) for row in expected.images]
+    assert len(actual.images[0]) >= 1 and (mode == "interleaved" or len(actual.images[1]) == 1)
+    for rows, others, tolerance in ((actual, expected, 1e-4), (off, plain, 0.0)):
+        for row, other in zip(rows.images, others.images, strict=True):
+            for image, expected_image in zip(row, other, strict=True):
+                torch.testing.assert_close(image, expected_image, atol=tolerance, rtol=0)
+    assert (actual.images[0][0] - off.images[0][0]).abs().max() > 1e-3
+
+
+class _StopAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step == self.step
+
+
+def lora_trainer(folder, base, callbacks=(), parts: str = "projections", **kwargs) -> TransfusionTrainer:
+    torch.manual_seed(0)
+    model = finetune_lora.add_lora(base, finetune_lora.ModelArguments("x", train_patch_parts=parts, **kwargs))
+    args = TrainingArguments(
+        str(folder), max_steps=4, save_steps=2, learning_rate=0.01, per_device_train_batch_size=4,
+        remove_unused_columns=False, report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
+    )  # fmt: skip
+    return TransfusionTrainer(model, args, train_dataset=samples(8), data_collator=collate, callbacks=list(callbacks))
+
+
+@pytest.mark.parametrize("parts", ["projections", "all"])
+def test_a_run_with_an_average_is_resumed_bit_for_bit_and_saves_the_adapter_alone(tmp_path, parts):
+    def run(folder, stop: int, resume: bool = False):
+        callbacks = [TransfusionEMACallback(decay=0.9), _StopAt(stop)]
+        trainer = lora_trainer(tmp_path / folder, tiny.model(std=0.1), callbacks, parts, lora_dropout=0.1)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run("whole", 4)
+    stopped = run("parts", 2)
+    resumed = run("parts", 4, resume=True)
+    weights = [{n: p for n, p in t.model.named_parameters() if p.requires_grad} for t in (whole, stopped, resumed)]
+    assert all(torch.equal(value, weights[2][name]) for name, value in weights[0].items())
+    assert not any(torch.equal(value, weights[1][name]) for name, value in weights[0].items() if "lora_B" in name)
+    files = {file.name for file in (tmp_path / "parts" / "checkpoint-4").iterdir()}
+    assert {"adapter_model.safetensors", "ema.safetensors"} <= files and "model.safetensors" not in files
+    # At the end the average is in the place of the trained weights, that of the adapter and nothing else.
+    trained = load_file(tmp_path / "whole" / "checkpoint-4" / "adapter_model.safetensors")
+    whole.save_model(tmp_path / "final")
+    averaged = load_file(tmp_path / "final" / "adapter_model.safetensors")
+    assert all((trained[name] - value).abs().max() > 1e-6 for name, value in averaged.items())
+    frozen = dict(tiny.model(std=0.1).named_parameters())
+    for name, parameter in whole.model.get_base_model().named_parameters():
+        plain = name.replace(".base_layer", "").replace(".original_module", "")
+        if not parameter.requires_grad:
+            assert torch.equal(parameter, frozen[plain]), name
+
+
+def test_the_checkpoint_of_another_adapter_is_refused(tmp_path):
+    lora_trainer(tmp_path, tiny.model(std=0.1), [_StopAt(2)]).train()
+    differences = {
+        "`r` is 4 there and 8 here": {"lora_r": 8},
+        "`lora_alpha` is 8 there and 16 here": {"lora_alpha": 16},
+        "`modules_to_save` is": {"parts": "all"},
+        "`target_modules` is": {"target_modules": ["q_proj"]},
+    }
+    for message, kwargs in differences.items():
+        with pytest.raises(ValueError, match=f"is of another adapter: .*{message}"):
+            lora_trainer(tmp_path, tiny.model(std=0.1), **kwargs).train(resume_from_checkpoint=True)
+    plain = lora_trainer(tmp_path, tiny.model(std=0.1))
+    plain.model = plain.model_wrapped = tiny.model(std=0.1)
+    with pytest.raises(ValueError, match="is of an adapter, and the model has none"):
+        plain.train(resume_from_checkpoint=True)
+    file = tmp_path / "checkpoint-2" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["target_modules"].reverse()  # a set: PEFT saves it in any order
+    file.write_text(json.dumps(config))
+    lora_trainer(tmp_path, tiny.model(std=0.1), lora_dropout=0.1).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_frozen_parameters_count_four_flops_and_the_vae_none(tmp_path, parts):
+    num_parameters = tiny.model().num_parameters()
+    trainer = lora_trainer(tmp_path, model_with_vae(std=0.1), parts=parts)
+    num_trained = trainer.model.num_parameters(only_trainable=True)
+    trainer.train()
+    logs = next(entry for entry in trainer.state.log_history if "model_tflops_per_second" in entry)
+    counts = finetune_lora.count_parameters(trainer.model)
+    # The trained copies of patch parts stand in the place of those they were copied from.
+    frozen = num_parameters - counts["patch_parameters"]
+    expected = (6 * num_trained + 4 * frozen) * logs["tokens_per_second"] / 1e12
+    assert logs["model_tflops_per_second"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_samples_are_drawn_and_read_while_an_adapter_trains(tmp_path):
+    processor = AutoProcessor.from_pretrained(FIXTURE)
+    shape = ShapesDataset(8)[0]["image"]
+    dataset = [
+        {**processor(text=["a<image>"], images=[shape], return_labels=True), "noise_seeds": torch.tensor([i])}
+        for i in range(4)
+    ]
+    model = finetune_lora.add_lora(
+        TransfusionForCausalLMAndDiffusion.from_pretrained(FIXTURE), finetune_lora.ModelArguments("x")
+    )
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, remove_unused_columns=False, report_to="none",
+        disable_tqdm=True, use_cpu=True, save_strategy="no",
+    )  # fmt: skip
+    trainer = TransfusionTrainer(
+        model,
+        args,
+        train_dataset=dataset,
+        data_collator=lambda rows: {n: torch.cat([torch.as_tensor(row[n]) for row in rows]) for n in rows[0]},
+    )
+    callback = TransfusionSamplesCallback(
+        trainer, processor, ["a", "b"], images=[shape], interval=1, num_inference_steps=2, max_new_tokens=4
+    )
+    trainer.add_callback(callback)
+    trainer.train()
+    assert model.training
+    assert sorted(file.name for file in (tmp_path / "samples").iterdir()) == [
+        f"step-{n}.{kind}" for n in (1, 2) for kind in ("png", "txt")
+    ]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = {"image": [], "caption": []}
+    for sample in (ShapesDataset(16)[i] for i in range(16)):
+        buffer = io.BytesIO()
+        sample["image"].save(buffer, "png")
+        rows["image"].append({"bytes": buffer.getvalue(), "path": None})
+        rows["caption"].append(sample["text"])
+    Dataset.from_dict(rows).to_parquet(folder / "pictures-0.parquet")
+    return folder
+
+
+def arguments(folder: Path, data: Path, *extra: str) -> list[str]:
+    return [
+        "--model_name_or_path", FIXTURE, "--dataset", str(data / "pictures-*.parquet"), "--caption_column", "caption",
+        "--output_dir", str(folder), "--max_steps", "4", "--per_device_train_batch_size", "4", "--logging_steps", "1",
+        "--save_strategy", "steps", "--save_steps", "2", "--dataloader_num_workers", "1", "--disable_tqdm", "true",
+        "--use_cpu", "--resume_from_checkpoint", "true", *extra,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_the_example_trains_on_a_data_set_goes_on_and_merges(tmp_path, pictures, capsys, streaming):
+    extra = ("--streaming", streaming, "--merge", "true", "--ema_decay", "0.9")
+    whole = finetune_lora.main(arguments(tmp_path / "whole", pictures, *extra))
+    assert "of the model's" in capsys.readouterr().out
+    logs = [entry for entry in whole.state.log_history if "loss" in entry]
+    assert len(logs) == 4 and all({"lm_loss", "diffusion_loss"} <= set(entry) for entry in logs)
+    finetune_lora.main(arguments(tmp_path / "parts", pictures, *extra))
+    (tmp_path / "parts" / "checkpoint-4").rename(tmp_path / "gone")
+    finetune_lora.main(arguments(tmp_path / "parts", pictures, *extra))
+    adapters = [load_file(tmp_path / run / "adapter_model.safetensors") for run in ("whole", "parts")]
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+
+    processor = AutoProcessor.from_pretrained(tmp_path / "whole" / "merged")
+    merged = AutoModelForMultimodalLM.from_pretrained(tmp_path / "whole" / "merged")
+    base = AutoModelForMultimodalLM.from_pretrained(FIXTURE)
+    model = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "whole").eval()
+    inputs = processor(text=["a circle<image>"], images=[ShapesDataset(8)[0]["image"]])
+    with torch.no_grad():
+        logits = [m(**inputs).logits for m in (model, merged.eval(), base.eval())]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=1e-5)
+    assert (logits[2] - logits[0]).abs().max() > 1e-4
+
+
+def test_the_digits_are_those_of_the_quickstart_in_the_new_style():
+    import quickstart
+
+    for ours, theirs in zip(finetune_lora.load_digit_samples(), quickstart.load_split(), strict=True):
+        assert len(ours) == len(theirs)
+        for sample, other in zip(ours, theirs, strict=True):
+            assert sample["label"] == other["label"] and sample["image"].tobytes() == other["image"].tobytes()
+            word = finetune_lora.WORDS[sample["label"]]
+            assert finetune_lora.OLD_STYLE.format(word) == other["text"]
+            assert finetune_lora.NEW_STYLE.format(word) == sample["text"]
+
+
+@pytest.mark.slow
+def test_lora_teaches_a_new_style_of_captions_in_both_directions(tmp_path, quickstart_folder):
+    subprocess.run(
+        [sys.executable, ROOT / "examples" / "finetune_lora.py", "--model_name_or_path", quickstart_folder / "model",
+         "--output_dir", tmp_path, "--merge", "true"],
+        check=True,
+    )  # fmt: skip
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["before, new style"]["read_accuracy"] == 0 and results["before, new style"]["draw_accuracy"] < 0.9
+    assert results["new style"]["read_accuracy"] >= 0.9
+    assert results["new style"]["draw_accuracy"] >= 0.9
+    assert results["adapter off, old style"] == results["before, old style"]
+    assert results["before, old style"]["read_accuracy"] >= 0.95
+    assert results["trained_share"] < 0.05
+    assert results["train_steps"] <= 500
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged")
+    _, held_out = finetune_lora.load_digit_samples()
+    captions = finetune_lora.read(merged, processor, held_out)
+    right = [caption == sample["text"] for caption, sample in zip(captions, held_out, strict=True)]
+    assert sum(right) / len(right) == pytest.approx(results["new style"]["read_accuracy"], abs=0.01)
