@@ -14,6 +14,7 @@ from test_generation import SCRIPTS, Script, assert_rows_equal, generate, genera
 from test_modeling import FAMILIES
 from test_processes import launch
 from test_quickstart import ROOT, run
+from test_trainer import exact_trainer, uneven_samples
 from tiny import BOI, BOS, EOI, IMG
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -165,6 +166,11 @@ def test_a_token_costs_one_of_the_two_halves():
                 model(**features)
             flops.append(counter.get_total_flops())
         assert flops[0] == flops[1] > 0
+
+
+def test_the_trainer_counts_one_half_for_a_token(tmp_path):
+    trainers = [exact_trainer(model, tmp_path, uneven_samples()) for model in pair()]
+    assert trainers[0]._flops_per_token == trainers[1]._flops_per_token > 0
 
 
 @pytest.mark.parametrize("text", [tiny.text_config(), tiny.gemma3()], ids=["llama", "gemma3"])

@@ -48,6 +48,7 @@ from .pipelines_transfusion import (  # noqa: E402
 from .processing_transfusion import TransfusionProcessor, make_labels  # noqa: E402
 from .streamers import StreamedImage, TransfusionStreamer  # noqa: E402
 from .trainer import TransfusionEMACallback, TransfusionSamplesCallback, TransfusionTrainer  # noqa: E402
+from .training_plans import set_trainable  # noqa: E402
 from .vae import attach_vae, measure_latent_scale  # noqa: E402
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig)
@@ -81,6 +82,7 @@ __all__ = [
     "make_labels",
     "measure_latent_scale",
     "paper_vae_config",
+    "set_trainable",
     "set_varlen_kernel",
     "varlen_kernels",
 ]

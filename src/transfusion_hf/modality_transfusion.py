@@ -65,10 +65,12 @@ class ModalityRouter:
             return text(states) + 0.0 * image(torch.zeros_like(states[:1].narrow(seq_dim, 0, 1))).sum()
         flat = states.movedim(seq_dim, 1).flatten(0, 1)
         parts = []
+        # The indices follow the states: a model may be spread over devices.
         for module, rows in zip((text, image), self.rows, strict=True):
-            part = flat.index_select(0, rows)[None].movedim(1, seq_dim)  # one row of as many positions
+            part = flat.index_select(0, rows.to(flat.device))[None].movedim(1, seq_dim)  # one row of as many positions
             parts.append(module(part).movedim(seq_dim, 1)[0])
-        return torch.cat(parts).index_select(0, self.inverse).unflatten(0, self.shape).movedim(1, seq_dim)
+        whole = torch.cat(parts).index_select(0, self.inverse.to(flat.device))
+        return whole.unflatten(0, self.shape).movedim(1, seq_dim)
 
 
 class _View:
