@@ -7,7 +7,9 @@ at 1, rows of 4,096 tokens, λ = 5, as many tokens of text as of captioned image
         --text_dataset web/*.parquet --caption_dataset pictures/*.parquet --caption_column caption \
         --output_dir outputs/train --bf16 --per_device_train_batch_size 64 --dataloader_num_workers 4
 
-Without `--text_dataset`, on captioned images alone. `--config_overrides hidden_size=256,num_hidden_layers=4` makes
+Without `--text_dataset`, on captioned images alone. From a language model, converted by
+`conversion/convert_causal_lm.py`: `--model_name_or_path MODEL --training_plan image_parts`, then `image_weights`, then
+`all`, each from the output of the last. `--config_overrides hidden_size=256,num_hidden_layers=4` makes
 small models. All arguments of transformers' `TrainingArguments` are taken; `--resume_from_checkpoint true` goes on.
 """
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import load_dataset
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
@@ -32,6 +35,7 @@ from transfusion_hf import (
     TransfusionSamplesCallback,
     TransfusionTrainer,
     attach_vae,
+    set_trainable,
 )
 from transfusion_hf.data import TransfusionDataset
 from transfusion_hf.mixing import mix_by_tokens
@@ -39,7 +43,12 @@ from transfusion_hf.mixing import mix_by_tokens
 
 @dataclass
 class ModelArguments:
-    tokenizer_name: str = field(metadata={"help": "A folder or a repository of the Hub."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "A folder or a repository, for a new model."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A Transfusion to go on from, as `conversion/` makes them; it says what a new one is told."},
+    )
+    training_plan: str = field(default="all", metadata={"help": "'image_parts', 'image_weights' or 'all'."})
     preset: str = field(default="0.16B", metadata={"help": "One of the paper's sizes: 0.16B, 0.37B, 0.76B, 1.4B, 7B."})
     config_overrides: str = field(default="", metadata={"help": "Of the decoder's configuration, as 'a=1,b=2'."})
     vae_name_or_path: str | None = field(default=None, metadata={"help": "An AutoencoderKL; none: pixels."})
@@ -146,6 +155,17 @@ def build_model(args: ModelArguments, tokenizer: Any) -> tuple[Any, TransfusionP
     return model, TransfusionProcessor.for_model(model, tokenizer)
 
 
+def load_model(args: ModelArguments) -> tuple[Any, TransfusionProcessor]:
+    if (args.model_name_or_path is None) == (args.tokenizer_name is None):
+        raise ValueError("Pass `tokenizer_name`, for a new model, or `model_name_or_path`, to go on from one.")
+    if args.model_name_or_path is None:
+        return build_model(args, AutoTokenizer.from_pretrained(args.tokenizer_name))
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(
+        args.model_name_or_path, dtype=torch.float32, attn_implementation=args.attn_implementation
+    )
+    return model, TransfusionProcessor.from_pretrained(args.model_name_or_path)
+
+
 def split_model(model: Any, tp_size: int, args: TrainingArguments) -> Any:
     """The same weights, each layer over `tp_size` processes: transformers splits a model as it loads it."""
     if args.world_size % tp_size:
@@ -187,9 +207,10 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
     parser = HfArgumentParser((ModelArguments, DataArguments, PaperTrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(args=argv)
     set_seed(training_args.seed)
-    model, processor = build_model(model_args, AutoTokenizer.from_pretrained(model_args.tokenizer_name))
+    model, processor = load_model(model_args)
     if training_args.tp_size > 1:
         model = split_model(model, training_args.tp_size, training_args)
+    set_trainable(model, model_args.training_plan)
     callbacks = [] if training_args.ema_decay is None else [TransfusionEMACallback(decay=training_args.ema_decay)]
     trainer = TransfusionTrainer(
         model,

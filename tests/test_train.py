@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from datasets import Dataset
-from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, LlamaForCausalLM
 
-from transfusion_hf import modeling_transfusion
+from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor, modeling_transfusion
 from transfusion_hf.shapes import ShapesDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -131,6 +132,31 @@ def test_a_run_goes_on_where_it_was(tmp_path, data):
     parts = train.main(arguments(tmp_path / "parts", data, *data_arguments))
     expected = whole.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in parts.model.state_dict().items())
+
+
+@pytest.mark.parametrize("plan", ["image_parts", "image_weights", "all"])
+def test_a_language_model_goes_on_by_a_plan(tmp_path, data, plan):
+    language_model = LlamaForCausalLM(tiny.text_config(vocab_size=262, max_position_embeddings=192))
+    model = TransfusionForCausalLMAndDiffusion.from_causal_lm(
+        language_model, untied_modalities=["image"], latent_channels=3, sample_size=16
+    )
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    TransfusionProcessor.for_model(model, tokenizer).save_pretrained(tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = ["--model_name_or_path", str(tmp_path / "model"), "--training_plan", plan, "--warmup_steps", "0"]
+    trainer = train.main([*arguments(tmp_path / "run", data)[2:], "--attn_implementation", "sdpa", *options])
+    changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
+    text = {name for name in before if "patch" not in name and ".image." not in name}
+    image = {name for name in before if ".image." in name}
+    assert bool(changed & text) == (plan == "all") and bool(changed & image) == (plan != "image_parts")
+    assert any("patch_decoder" in name for name in changed)
+
+
+def test_a_model_is_new_or_one_to_go_on_from(tmp_path, data):
+    for options in (["--model_name_or_path", TINY], []):
+        with pytest.raises(ValueError, match="Pass `tokenizer_name`, for a new model, or `model_name_or_path`"):
+            train.main([*arguments(tmp_path, data)[0 if options else 2 :], *options])
 
 
 @pytest.mark.parametrize("overrides", ["hidden_size", "hidden_sizes=3"])
