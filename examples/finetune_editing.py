@@ -95,7 +95,7 @@ class EditingTrainingArguments(TrainingArguments):
     learning_rate: float = 2e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 50
-    max_steps: int = 1000
+    max_steps: int = 800
     per_device_train_batch_size: int = 32
     adam_beta2: float = 0.95
     weight_decay: float = 0.1
@@ -216,6 +216,7 @@ def draw(model: Any, processor: Any, samples: list[dict], batch_size: int = 50) 
     What the model makes of input image and instruction, by plain `generate()`: it decides itself to draw (`None` where
     it did not). The sample's own output image is not shown to it.
     """
+    max_new_tokens = model.config.num_patches(*model.config.latent_size) + 10  # the image, and a few words
     drawn: list[Any] = []
     for start in tqdm(range(0, len(samples), batch_size), desc="edit"):
         batch = samples[start : start + batch_size]
@@ -224,7 +225,9 @@ def draw(model: Any, processor: Any, samples: list[dict], batch_size: int = 50) 
             images=[sample["images"][0] for sample in batch],
         )
         generator = torch.Generator(model.device).manual_seed(start)
-        output = model.generate(**inputs.to(model.device), max_images=1, generator=generator)
+        output = model.generate(
+            **inputs.to(model.device), max_images=1, max_new_tokens=max_new_tokens, generator=generator
+        )
         drawn += [processor.image_processor.postprocess(row[:1])[0] if row else None for row in output.images]
     return drawn
 

@@ -102,12 +102,14 @@ def test_the_input_image_stays_clean_and_has_no_loss(run):
 
 
 def test_images_come_in_their_order_and_at_their_own_size(run):
-    sample = run[0].eval_dataset[0]
-    batch = run[0].data_collator([sample])
-    source, target = run[0].processing_class.image_processor.postprocess(batch["pixel_values"])
-    assert source.tobytes() == sample["images"][0].tobytes() and target.tobytes() == sample["images"][1].tobytes()
-    text = run[0].processing_class.batch_decode(batch["input_ids"])[0]
-    assert 0 < text.index("<EOI>") < text.index(sample["text"].split("<image>")[1].split()[0]) < text.rindex("<BOI>")
+    _, edits = editing.split_edits(24, NUM_HELD_OUT, (32, 32), run[0].args.seed)
+    batch = run[0].data_collator(run[0].eval_dataset)
+    pictures = run[0].processing_class.image_processor.postprocess(batch["pixel_values"])
+    texts = run[0].processing_class.batch_decode(batch["input_ids"])
+    for i, edit in enumerate(edits):
+        assert pictures[2 * i].tobytes() == draw_scene(edit.source).tobytes()
+        assert pictures[2 * i + 1].tobytes() == draw_scene(edit.target).tobytes()
+        assert texts[i].index("<EOI>") < texts[i].index(edit.instruction) < texts[i].rindex("<BOI>")
 
 
 def test_results_pictures_and_a_model_that_draws_are_left_behind(run):
