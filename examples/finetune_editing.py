@@ -7,9 +7,9 @@ is text as any other, and the output image is noised and learned. (The paper too
 
 Without `--dataset` the triples are made here, pictures of colored shapes: "make the circle blue", "remove the
 squares". Without `--model_name_or_path`, too, a model of about 1M parameters with random weights is made for them:
-this run trains from scratch, on a CPU in minutes. It is judged by `transfusion_hf.shapes.check_scene` on edits that
-are held out: scenes never trained on, and in them combinations of a look (color and kind) and what becomes of it that
-were never trained on either.
+this run trains from scratch, and with the defaults it learns to copy but not yet to obey (docs/training.md). It is
+judged by `transfusion_hf.shapes.check_scene` on edits that are held out: scenes never trained on, and in them
+combinations of a look (color and kind) and what becomes of it that were never trained on either.
 
     torchrun --nproc_per_node 8 examples/finetune_editing.py --model_name_or_path MODEL --dataset edits/*.parquet \
         --source_column input_image --instruction_column edit_prompt --target_column edited_image \
@@ -58,8 +58,7 @@ from transfusion_hf import (
 from transfusion_hf.data import TransfusionDataset
 from transfusion_hf.shapes import COLORS, KINDS, Edit, check_scene, draw_scene, sample_edit
 
-# By the first word of their instructions; of the four of `transfusion_hf.shapes` those that so small a model learns in
-# minutes.
+# By the first word of their instructions; of the four of `transfusion_hf.shapes` those that change a picture in place.
 EDITS = {"make": "recolor", "remove": "remove"}
 COLUMNS = ("input_image", "edit_prompt", "edited_image")
 
