@@ -51,7 +51,8 @@ def test_the_language_model_of_each_family_says_the_same(family, vocab_size, tmp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_exports_generate_and_keep_dtype_and_weights(dtype, tmp_path):
-    model = tiny.model(tiny.text_config("qwen3", tie_word_embeddings=True), dtype=dtype, vae_config=VAE)
+    text_config = tiny.text_config("qwen3", tie_word_embeddings=True)
+    model = tiny.model(text_config, dtype=dtype, vae_config=VAE, untied_modalities=["image"])
     model.generation_config.update(repetition_penalty=1.3, num_inference_steps=3)
     model.set_attn_implementation("transfusion_varlen")
     expected = model.generate(IDS, generation_mode="text", do_sample=False, max_new_tokens=8)

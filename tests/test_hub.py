@@ -48,7 +48,7 @@ def run(script: str, *arguments: str | Path, **environment: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with every part that there is: a VAE, a U-Net, a tokenizer; its weights are random."""
+    """A model with every part that there is: a VAE, a U-Net, image weights; its own weights are random."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     config = TransfusionConfig(
@@ -71,6 +71,7 @@ def folder(tmp_path_factory):
         latent_channels=2,
         sample_size=4,
         patch_encoder="unet",
+        untied_modalities=["image"],
         pos_embed_type="sincos",
         timestep_embedding_dim=16,
         image_start_token_id=0,  # for_model replaces these three

@@ -44,7 +44,7 @@ def test_the_cards_of_the_presets_are_valid_and_claim_no_weights(file, hub):
 
 def full_card() -> ModelCard:
     return make_model_card(
-        tiny.config(prediction_type="flow_prediction"),
+        tiny.config(prediction_type="flow_prediction", untied_modalities=["image"]),
         "someone/digits",
         num_parameters=1234567,
         license="mit",
@@ -75,6 +75,7 @@ def test_a_card_holds_what_is_given(hub):
         "| parameters | 1,234,567 |",
         "| images | 4 × 4 pixels where no size is asked for, 4 positions each |",
         "| diffusion | `flow_prediction`, 1000 steps, λ = 5 |",
+        "| image weights | projections, MLPs and norms of their own in each layer |",
         "| steps | 12 |",
         "| lm_loss/part | 0.5 |",
         "![Drawn by the model during its training](samples/step-12.png)",
@@ -91,7 +92,7 @@ def test_a_card_claims_nothing_that_is_not_given(hub):
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}  # no results without a data set
     assert "| loss | 1.25 |" in card.text and "is for its author to say" in card.text
     assert "| autoencoder | `AutoencoderKL`, 8 times smaller sides, scale 0.9 |" in card.text
-    assert "## Samples" not in card.text and "parameters" not in card.text
+    assert "## Samples" not in card.text and "image weights" not in card.text and "parameters" not in card.text
 
 
 @pytest.mark.parametrize(

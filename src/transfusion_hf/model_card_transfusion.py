@@ -128,6 +128,8 @@ def _facts(config: Any, num_parameters: int | None, has_weights: bool) -> list[t
                       + ("" if config.first_timestep else f" on `{config.beta_schedule}`")
                       + f", {config.num_train_timesteps} steps, λ = {config.diffusion_loss_weight:g}"),
     ]  # fmt: skip
+    if config.untied_modalities:
+        facts.append(("image weights", "projections, MLPs and norms of their own in each layer"))
     return facts if num_parameters is None else [("parameters", f"{num_parameters:,}"), *facts]
 
 
