@@ -20,6 +20,7 @@ from what_a_model_does import results
 import transfusion_hf
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, TransfusionProcessor
 from transfusion_hf.hub_transfusion import AUTO_MAP, CUSTOM_PIPELINES
+from transfusion_hf.modality_transfusion import image_parameters
 
 SOURCE = Path(transfusion_hf.__file__).parent
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
@@ -48,7 +49,7 @@ def run(script: str, *arguments: str | Path, **environment: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model with every part that there is: a VAE, a U-Net, a tokenizer; its weights are random."""
+    """A model with every part that there is: a VAE, a U-Net, image weights, a tokenizer; its weights are random."""
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     config = TransfusionConfig(
@@ -72,12 +73,16 @@ def folder(tmp_path_factory):
         sample_size=4,
         patch_encoder="unet",
         pos_embed_type="sincos",
+        untied_modalities=["image"],
         timestep_embedding_dim=16,
         image_start_token_id=0,  # for_model replaces these three
         image_token_id=1,
         image_end_token_id=2,
     )
     model = TransfusionForCausalLMAndDiffusion(config)
+    with torch.no_grad():
+        for _, image, _ in image_parameters(model):  # copies of the text's so far
+            image.mul_(1.3)
     processor = TransfusionProcessor.for_model(model, tokenizer)
     model.generation_config.num_inference_steps = 7
     saved = tmp_path_factory.mktemp("saved") / "a model-0.1"
