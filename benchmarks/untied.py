@@ -205,7 +205,7 @@ def main() -> None:
     tables = "\n\n".join(PARTS[part](args) for part in args.parts)
     text = (
         f"# Untied image weights\n\n{datetime.date.today()}, {hardware(torch.device('cpu'))}, torch "
-        f"{torch.__version__}, `python benchmarks/untied.py --parts {' '.join(args.parts)}`.\n\n{tables}\n"
+        f"{torch.__version__}, `python benchmarks/untied.py {' '.join(sys.argv[1:])}`.\n\n{tables}\n"
     )
     (args.output_dir / "untied.md").write_text(text)
     print(text)
