@@ -2,8 +2,6 @@
 
 import io
 import json
-import os
-import signal
 from itertools import count, islice
 
 import numpy as np
@@ -120,7 +118,13 @@ def test_a_run_that_was_broken_off_gives_the_same_bytes(tmp_path, kind):
         dataset = killed(dataset, 8)
     else:
         rows, to_sample = count(), dataset.to_sample
-        dataset.to_sample = lambda row: to_sample(row) if next(rows) < 8 else os.kill(os.getpid(), signal.SIGINT)
+
+        def killed_sample(row: dict) -> dict:
+            if next(rows) == 8:
+                raise KeyboardInterrupt
+            return to_sample(row)
+
+        dataset.to_sample = killed_sample
     with pytest.raises(KeyboardInterrupt):
         write_latents(model, processor, dataset, resumed, **sizes)
     assert list(shards(resumed)) == ["shard-00000.parquet", "shard-00001.parquet"]
