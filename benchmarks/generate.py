@@ -9,10 +9,8 @@ share of a denoising step that is spent outside of the model, and on what.
 Prints Markdown tables and writes them. `benchmarks/schedulers.py` says what the drawings are worth.
 """
 
-import argparse
 import contextlib
 import cProfile
-import datetime
 import importlib.util
 import io
 import pstats
@@ -23,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from ratios import Row, clock, compare, hardware, table
+from ratios import Row, clock, compare, parse_arguments, report, table
 from transformers import LlamaForCausalLM
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
@@ -234,27 +232,13 @@ PARTS = {"text": text_rows, "cache": cache_rows, "batch": batch_rows, "peer": pe
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    args = parse_arguments(__doc__, PARTS)
     rows, profile = [], ""
     for part in args.parts:
-        result = PARTS[part](device, args.rounds)
+        result = PARTS[part](args.device, args.rounds)
         more, profile = result if part == "overhead" else (result, profile)
         rows += more
-    text = (
-        f"# generate()\n\n{datetime.date.today()}, {hardware(device)}, torch {torch.__version__}, float32, `python "
-        f"benchmarks/generate.py`: random weights, {args.rounds} rounds. A ratio is the first's time over the "
-        f"second's.\n\n"
-        f"{table(rows)}\n\n{profile}"
-    )
-    (args.output_dir / "generate.md").write_text(text)
-    print(text)
+    report("generate()", "generate", f"{table(rows)}\n\n{profile}", args)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """Ratios of things timed in turn in one run, and the report on them: what the benchmarks share."""
 
+import argparse
+import datetime
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -51,3 +54,24 @@ def hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} shared {platform.machine().replace('_', '-')} cores, {torch.get_num_threads()} threads"
+
+
+def parse_arguments(description: str | None, parts: Iterable[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    return parser.parse_args()
+
+
+def report(title: str, name: str, body: str, args: argparse.Namespace) -> None:
+    """Prints the results of `benchmarks/<name>.py`, and writes them to `<name>.md`."""
+    text = (
+        f"# {title}\n\n{datetime.date.today()}, {hardware(args.device)}, torch {torch.__version__}, float32, `python "
+        f"benchmarks/{name}.py`: random weights, {args.rounds} rounds. A ratio is the first over the second.\n\n"
+        f"{body}\n"
+    )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / f"{name}.md").write_text(text)
+    print(text)

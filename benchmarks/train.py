@@ -8,15 +8,12 @@ installed); and the memory of a step with the logits of the labels alone against
 Prints a Markdown table and writes it. A step is forward, backward and AdamW.
 """
 
-import argparse
-import datetime
 import importlib.util
 from collections.abc import Callable
 from itertools import accumulate
-from pathlib import Path
 
 import torch
-from ratios import Row, compare, hardware, table
+from ratios import Row, compare, parse_arguments, report, table
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -175,23 +172,9 @@ PARTS = {"text": text_rows, "memory": memory_rows, "peer": peer_rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
-    args = parser.parse_args()
-    device = torch.device(args.device)
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    rows = [row for part in args.parts for row in PARTS[part](device, args.rounds)]
-    text = (
-        f"# A training step\n\n{datetime.date.today()}, {hardware(device)}, torch {torch.__version__}, float32, "
-        f"`python benchmarks/train.py`: random weights, {args.rounds} rounds. A ratio is the first over the "
-        f"second.\n\n"
-        f"{table(rows)}\n"
-    )
-    (args.output_dir / "train.md").write_text(text)
-    print(text)
+    args = parse_arguments(__doc__, PARTS)
+    rows = [row for part in args.parts for row in PARTS[part](args.device, args.rounds)]
+    report("A training step", "train", table(rows), args)
 
 
 if __name__ == "__main__":
