@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of TransfusionConfig")
     parser.add_argument("--pad_to_multiple_of", type=int, help="of the vocabulary")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is")
-    parser.add_argument("--max_shard_size", help="as '5GB'; default: as the largest file read")
+    parser.add_argument("--max_shard_size", help="as '5GB'; default: half the largest file read")
     parser.add_argument("--revision", help="of the model, on the Hub")
     for name in ("image_token", "image_start_token", "image_end_token"):
         parser.add_argument(f"--{name}", help="its text")

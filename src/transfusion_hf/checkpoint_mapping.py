@@ -181,7 +181,7 @@ def convert_causal_lm(
         vae (*optional*): As in [`attach_vae`].
         pad_to_multiple_of (`int`, *optional*): Pad the grown vocabulary to a multiple of this.
         dtype (`torch.dtype`, *optional*): Defaults to that of each tensor.
-        max_shard_size (`int` or `str`, *optional*): Defaults to that of the largest file read.
+        max_shard_size (`int` or `str`, *optional*): Of the files written; defaults to half the largest file read.
         revision (`str`, *optional*): On the Hub.
         image_tokens (`dict[str, str]`, *optional*):
             The texts of `image_token`, `image_start_token`, `image_end_token`, where not `<image>`, `<BOI>`, `<EOI>`.
@@ -242,7 +242,7 @@ def convert_causal_lm(
             )
             for member, key in sources.items()
         }
-        max_shard_size = max_shard_size or checkpoint.max_shard_bytes
+        max_shard_size = max_shard_size or checkpoint.max_shard_bytes // 2
         split = split_torch_state_dict_into_shards({**layout, **parts}, max_shard_size=max_shard_size)
         for name, members in tqdm(split.filename_to_tensors.items(), desc="write shards"):
             tensors = {}

@@ -278,7 +278,8 @@ def fit_patch_parts(encoder: nn.Module, decoder: nn.Module, config: TransfusionC
         encoder, decoder: One of each kind above.
         embedding_std (`float`): Root mean square of the token embeddings that the decoder is given.
     """
-    stack = torch.randn(16, config.latent_channels, *config.latent_size, device=encoder.proj.weight.device)
+    side = 4 * config.patch_size  # small images: those of the model may be many patches
+    stack = torch.randn(64, config.latent_channels, side, side, device=encoder.proj.weight.device)
     encoder.proj.bias.zero_()
     (patches,), _ = encoder([stack], torch.randint(config.num_train_timesteps, (len(stack),), device=stack.device))
     encoder.proj.weight.mul_(embedding_std / patches.float().square().mean().sqrt())
