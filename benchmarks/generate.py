@@ -21,7 +21,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from ratios import Row, clock, compare, parse_arguments, report, table
+from ratios import Row, clock, compare, num_passes, parse_arguments, report, table
 from transformers import LlamaForCausalLM
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
@@ -154,19 +154,6 @@ def against_peer(label, model, sizes, batch_size: int, num_steps: int, scale: fl
     )
     runs = {"generate": ours, "transfusion-pytorch's sample_many": theirs}
     return compare(f"drawing, {label}", runs, 1.0, remark, rounds, device)
-
-
-def num_passes(transformer: torch.nn.Module, run: Callable) -> tuple[int, int]:
-    """How often a run goes through the transformer, and with how many tokens in all."""
-    tokens: list[int] = []
-
-    def count(_, args, kwargs, __):
-        inputs = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
-        tokens.append(inputs.shape[0] * inputs.shape[1])
-
-    with transformer.register_forward_hook(count, with_kwargs=True):
-        run()
-    return len(tokens), sum(tokens)
 
 
 def overhead_rows(device: torch.device, rounds: int) -> tuple[list[Row], str]:

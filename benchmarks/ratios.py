@@ -40,6 +40,19 @@ def compare(what: str, runs: dict[str, Callable], bound: float, remark: str, rou
     return rows
 
 
+def num_passes(transformer: torch.nn.Module, run: Callable) -> tuple[int, int]:
+    """How often a run goes through the transformer, and with how many tokens in all."""
+    tokens: list[int] = []
+
+    def count(_, args, kwargs, __):
+        inputs = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
+        tokens.append(inputs.shape[0] * inputs.shape[1])
+
+    with transformer.register_forward_hook(count, with_kwargs=True):
+        run()
+    return len(tokens), sum(tokens)
+
+
 def table(rows: list[Row]) -> str:
     lines = ["| ratio | median | min–max | bound | | medians, and what was compared |", "|---|---|---|---|---|---|"]
     for what, ratios, bound, remark in rows:

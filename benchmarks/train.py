@@ -13,7 +13,7 @@ from collections.abc import Callable
 from itertools import accumulate
 
 import torch
-from ratios import Row, compare, parse_arguments, report, table
+from ratios import Row, compare, num_passes, parse_arguments, report, table
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -145,7 +145,7 @@ def against_peer(label, config, sizes, batch_size: int, num_words: int, device, 
     ours = train_step(model, lambda: model(**batch).loss)
     theirs = train_step(peer, lambda: peer(samples))
     numbers = [sum(p.numel() for p in m.parameters()) for m in (model, peer)]
-    tokens = [num_tokens(m, run) for m, run in ((model.model.language_model, ours), (peer.transformer, theirs))]
+    tokens = [num_passes(m, run)[1] for m, run in ((model.model.language_model, ours), (peer.transformer, theirs))]
     remark = (
         f"{batch_size} rows of {num_words} words and {side * side} patches; parameters {numbers[0]:,} / "
         f"{numbers[1]:,}, tokens {tokens[0]:,} / {tokens[1]:,}"
@@ -153,19 +153,6 @@ def against_peer(label, config, sizes, batch_size: int, num_words: int, device, 
     return compare(
         f"text and images, {label}", {"ours": ours, "transfusion-pytorch": theirs}, 0.5, remark, rounds, device
     )
-
-
-def num_tokens(transformer: torch.nn.Module, run: Callable) -> int:
-    """What goes through the transformer in a run, in all its passes."""
-    counts: list[int] = []
-
-    def count(_, args, kwargs, __):
-        inputs = kwargs["inputs_embeds"] if "inputs_embeds" in kwargs else args[0]
-        counts.append(inputs.shape[0] * inputs.shape[1])
-
-    with transformer.register_forward_hook(count, with_kwargs=True):
-        run()
-    return sum(counts)
 
 
 PARTS = {"text": text_rows, "memory": memory_rows, "peer": peer_rows}
