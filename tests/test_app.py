@@ -265,11 +265,19 @@ class Visit:
         self.prompt = page.locator(".multimodal-textbox textarea, textarea").last
         self.prompt.wait_for()
 
+    def fill(self, field, value):
+        """A page that is still opening takes back what is filled in, be there a new value or not."""
+        field.fill(value)
+        self.page.wait_for_timeout(300)
+        while field.input_value() != value:
+            field.fill(value)
+            self.page.wait_for_timeout(300)
+
     def set(self, mode=None, **settings):
         if mode is not None:
             self.page.get_by_label(mode, exact=True).check()
         for label, value in settings.items():
-            self.page.get_by_label(label.replace("_", " ")).first.fill(value)
+            self.fill(self.page.get_by_label(label.replace("_", " ")).first, value)
             self.page.keyboard.press("Tab")
 
     def choose(self, scheduler):
@@ -281,12 +289,7 @@ class Visit:
             self.page.locator("input[type=file]").last.set_input_files(file)
             self.page.locator(".thumbnail-item").wait_for()
         num_sent = self.page.get_by_test_id("user").count()
-        # Gradio empties the prompt a while after it has opened it, be there a new text or not.
-        self.prompt.fill(text)
-        self.page.wait_for_timeout(300)
-        while self.prompt.input_value() != text:
-            self.prompt.fill(text)
-            self.page.wait_for_timeout(300)
+        self.fill(self.prompt, text)
         self.prompt.press("Enter")
         self.page.wait_for_function(
             "n => document.querySelectorAll('[data-testid=user]').length > n", arg=num_sent, timeout=60_000
@@ -384,11 +387,19 @@ def test_errors_are_shown_and_the_page_works_on(visit, picture, broken, tmp_path
     assert visit.page.get_by_test_id("bot").count() == 2
 
 
-def test_the_stop_button_stops_the_model(visit):
+def test_the_stop_button_stops_the_model(visit, model, monkeypatch):
+    # A machine may be so fast, or its browser so slow, that a thousand steps are over before one is seen.
+    def pause(*_):
+        time.sleep(0.05)
+        return {}
+
+    monkeypatch.setattr(model.generation_config, "callback_on_step_end", pause, raising=False)
     before = set(threading.enumerate())
     visit.set(mode="draw", steps="1000", preview_interval="1", max_new_tokens="6")
     visit.send("a seven")
-    visit.page.get_by_text(re.compile(r"step \d+ of 1000")).wait_for()
+    step = visit.page.get_by_text(re.compile(r"step \d+ of \d+"))
+    step.wait_for()
+    assert step.inner_text().endswith("of 1000")
     visit.page.locator(".stop-button").click()
     visit.wait()
     (step,) = re.findall(r"step (\d+) of 1000", visit.page.locator(".bubble-wrap").inner_text())
