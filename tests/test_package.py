@@ -50,9 +50,11 @@ MAY_IMPORT = {
         "patching",
         "generation",
         "hub",
+        "lm_loss",
         "pipelines",  # by name only, see there
     },
     "modality_transfusion": set(),
+    "lm_loss_transfusion": set(),
     "conversion_transfusion": {"configuration", "modality", "patching"},
     "image_processing_transfusion": set(),
     "processing_transfusion": {"hub", "image_processing"},

@@ -17,6 +17,7 @@ from transfusion_hf import (
     TransfusionTrainer,
     make_labels,
 )
+from transfusion_hf import lm_loss_transfusion as lm_loss
 
 IMAGE = [tiny.BOI] + [tiny.IMG] * 4 + [tiny.EOI]
 
@@ -396,6 +397,37 @@ def test_without_logits_the_losses_and_gradients_are_the_same():
         torch.testing.assert_close(*losses)
         for one, other in zip(*gradients, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+
+
+def test_the_logits_become_their_own_gradient(monkeypatch):
+    monkeypatch.setattr(lm_loss, "_PIECE", 40)  # pieces of 5 rows
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(12, 8, generator=generator, dtype=torch.float64)
+    targets = torch.randint(8, (12,), generator=generator)
+    expected = values.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(expected, targets, reduction="sum").mul(0.5).backward()
+    leaf = values.clone().requires_grad_()
+    logits, places = leaf * 1, []
+    logits.register_hook(lambda gradient: places.append(gradient.data_ptr()))
+    loss = lm_loss.sum_cross_entropy_(logits, targets) * 0.5
+    loss.backward(retain_graph=True)
+    torch.testing.assert_close(leaf.grad, expected.grad, rtol=0, atol=1e-12)
+    assert places == [logits.data_ptr()]
+    with pytest.raises(RuntimeError, match=r"goes backward once\. Pass `skip_logits=False`"):
+        loss.backward()
+    rounded = values.bfloat16()
+    before = rounded.clone()
+    torch.testing.assert_close(
+        lm_loss.sum_cross_entropy_(rounded, targets),
+        torch.nn.functional.cross_entropy(before.float(), targets, reduction="sum"),
+    )
+    assert torch.equal(rounded, before)
+
+
+def test_a_loss_function_of_the_users_own_is_called():
+    model = tiny.model().train()
+    model.loss_function = lambda logits, labels, vocab_size, num_items, shift_labels: logits.sum() * 0 + 7
+    assert model(**collate_uneven(uneven_samples())).lm_loss == 7
 
 
 def test_skip_logits_needs_labels():

@@ -11,7 +11,6 @@ from torch import nn
 from transformers import (
     AutoModel,
     Cache,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -35,6 +34,7 @@ from .diffusion_transfusion import (
 )
 from .generation_transfusion import DRAWING_DEFAULTS, TransfusionGenerationMixin
 from .hub_transfusion import TransfusionHubMixin
+from .lm_loss_transfusion import scale_logits, sum_cross_entropy_, sum_cross_entropy_by_liger
 from .masking_transfusion import (
     check_attn_implementation,
     check_varlen_plan,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     # Remote code that is loaded and saved again holds what its files name: with the model go processor and pipelines.
     from .pipelines_transfusion import TextToImagePipeline  # noqa: F401
 
-# Decoders whose logits are `scale(lm_head(model(x)))` with what `_scale_logits` knows, all of whose layers are softmax
+# Decoders whose logits are `scale(lm_head(model(x)))` with what `scale_logits` knows, all of whose layers are softmax
 # attention under a mask that the model takes prepared: a test holds each to its own `...ForCausalLM`.
 SUPPORTED_TEXT_MODELS = (
     "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite",
@@ -66,35 +66,6 @@ SUPPORTED_TEXT_MODELS = (
     "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _HEADS_WITH_BIAS = ("phi",)
-
-
-def _scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
-    """What Cohere, Granite and Gemma do to their logits after the head."""
-    if (scale := getattr(text_config, "logit_scale", None)) is not None:
-        logits = logits * scale
-    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
-        logits = logits / divisor
-    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
-
-
-def _fused_lm_loss(
-    hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor, text_config: PreTrainedConfig
-) -> torch.Tensor:
-    """The sum over `(num_labels,)` targets by Liger, which makes the logits in pieces and keeps none."""
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except ImportError as error:
-        raise ImportError("`use_liger_loss` needs Liger; `pip install liger-kernel`.") from error
-    cap = getattr(text_config, "final_logit_softcapping", None)
-    scale = getattr(text_config, "logit_scale", None) or 1.0
-    scale = scale / (getattr(text_config, "logits_scaling", None) or 1.0)
-    if scale != 1.0:  # no such family has a head with bias
-        hidden_states = hidden_states * scale
-    return LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap)(
-        head.weight, hidden_states, targets, head.bias
-    )
 
 
 @dataclass
@@ -641,7 +612,7 @@ class TransfusionForCausalLMAndDiffusion(
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept]
         is_fused = self.use_liger_loss and targets_of_text is not None and len(targets_of_text) > 0
-        logits = None if is_fused else _scale_logits(self.lm_head(hidden_states), self.config.text_config)
+        logits = None if is_fused else scale_logits(self.lm_head(hidden_states), self.config.text_config)
         predictions = outputs.image_predictions
         if predictions is not None:
             predictions = [_at_least_float32(stack) for stack in predictions]
@@ -653,12 +624,16 @@ class TransfusionForCausalLMAndDiffusion(
             num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
             num_items = num_items.to(hidden_states.device).clamp(min=1)
             if logits is None:
-                lm_loss = _fused_lm_loss(hidden_states, self.lm_head, targets_of_text, self.config.text_config)
+                lm_loss = sum_cross_entropy_by_liger(
+                    hidden_states, self.lm_head, targets_of_text, self.config.text_config
+                )
                 lm_loss = lm_loss / num_items
-            else:
+            elif targets_of_text is None or hasattr(self, "_loss_function"):  # the latter is what a user has set
                 lm_loss = self.loss_function(
                     logits, labels, self.config.text_config.vocab_size, num_items, shift_labels=targets_of_text
                 )
+            else:
+                lm_loss = sum_cross_entropy_(logits, targets_of_text) / num_items
             # Without images to learn from, each image part still gets a gradient, of 0, and in its turn: without it,
             # or in another order than in other processes, DDP, FSDP2 and ZeRO-3 would wait for it.
             if blank_prediction is not None:
