@@ -47,7 +47,8 @@ from .pipelines_transfusion import (  # noqa: E402
 )
 from .processing_transfusion import TransfusionProcessor, make_labels  # noqa: E402
 from .streamers import StreamedImage, TransfusionStreamer  # noqa: E402
-from .trainer import TransfusionEMACallback, TransfusionSamplesCallback, TransfusionTrainer  # noqa: E402
+from .trainer import TransfusionTrainer  # noqa: E402
+from .trainer_callbacks import TransfusionEMACallback, TransfusionSamplesCallback  # noqa: E402
 from .training_plans import set_trainable  # noqa: E402
 from .vae import attach_vae, measure_latent_scale  # noqa: E402
 

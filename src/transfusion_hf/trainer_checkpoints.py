@@ -1,0 +1,228 @@
+"""
+A `Trainer` whose checkpoints are whole or not there, and are what they are taken for: resumed from, pushed, described.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers.modelcard import extract_hyperparameters_from_trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.utils import CONFIG_NAME
+
+from .hub_transfusion import save_code
+from .model_card_transfusion import make_model_card
+from .trainer_callbacks import TransfusionEMACallback
+
+
+class WholeCheckpointsTrainer(Trainer):
+    """
+    The `Trainer` that writes a checkpoint aside, in `incomplete/`, and then renames it: one that bears its name is
+    whole, and a run that was killed at any moment goes on with `resume_from_checkpoint=True`. Nothing that it writes
+    is pickled. [`TransfusionTrainer`] is one.
+
+    Raises:
+        ValueError: a checkpoint of another model or adapter to resume from.
+    """
+
+    _is_saving = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
+            _check_same_model(self._unwrapped().config, folder)
+            _check_same_adapter(self._unwrapped(), folder)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _unwrapped(self) -> Any:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any):
+        # The library would take a finished run that is resumed one step further.
+        if self.state.global_step < self.state.max_steps:
+            return super()._run_epoch(*args, **kwargs)
+        self.control.should_training_stop = True
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return str(Path(folder, "incomplete")) if self._is_saving else folder
+
+    def _save_checkpoint(self, model, trial):
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        aside = folder / "incomplete"
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(folder / name)
+        self._is_saving = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._is_saving = False
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TransfusionEMACallback):
+                callback.save(aside / name, self.state)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if (folder / name).exists():  # of an earlier run
+                (folder / name).rename(aside / "replaced")
+            (aside / name).rename(folder / name)
+            shutil.rmtree(aside)
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            # As text: a folder that others load shall hold nothing that is pickled.
+            folder = Path(output_dir or self.args.output_dir)
+            (folder / TRAINING_ARGS_NAME).unlink()
+            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._is_saving:  # or else in the background, while it is renamed
+            if self.is_world_process_zero() and isinstance(self._unwrapped(), PreTrainedModel):
+                save_code(self.args.output_dir)
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Writes `README.md` into the output folder: [`make_model_card`] with what the training's state says, and the
+        last picture of [`TransfusionSamplesCallback`]. `push_to_hub` calls it.
+
+        Args:
+            language, license, tags (*optional*): As for `make_model_card`.
+            finetuned_from (`str`, *optional*): The base model; defaults to the repository that the model is from.
+            model_name (`str`, *optional*): Defaults to the repository, or the name of the output folder.
+            dataset_tags (`str` or `list[str]`, *optional*): The repositories of what it was trained on.
+            dataset (`str` or `list[str]`, *optional*): What it was evaluated on, in words.
+            tasks, dataset_args: Have no meaning here; an adapter's card is the library's, where they have.
+        """
+        model = self._unwrapped()
+        if not isinstance(model, PreTrainedModel):
+            given = (language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
+            return super().create_model_card(*given)
+        if not self.is_world_process_zero():
+            return
+        state, folder = self.state, Path(self.args.output_dir)
+        training = {"steps": state.global_step, "epochs": f"{state.epoch or 0:.4g}"}
+        training |= extract_hyperparameters_from_trainer(self)
+        seconds = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
+        if seconds:
+            training["seconds"] = round(seconds[-1])
+        training |= {name: version(name) for name in ("transformers", "torch", "diffusers")}
+        pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda file: int(file.stem.split("-")[1]))
+        name = model.config._name_or_path  # of a repository, it is what was trained further
+        if finetuned_from is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
+            finetuned_from = name
+        make_model_card(
+            model.config,
+            self.hub_model_id or model_name or folder.resolve().name,
+            num_parameters=model.num_parameters(),
+            license=license,
+            language=language,
+            base_model=finetuned_from,
+            datasets=dataset_tags,
+            dataset_name=dataset if isinstance(dataset, str) else ", ".join(dataset or []),
+            tags=[tags] if isinstance(tags, str) else tags or (),
+            training=training,
+            evaluation=_last_evaluation(state.log_history),
+            samples=pictures[-1].relative_to(folder).as_posix() if pictures else None,
+        ).save(folder / "README.md")
+
+
+def _last_evaluation(log_history: list[dict[str, Any]]) -> dict[str, float]:
+    """Losses and metrics of the last step at which there was an evaluation, of all its data sets."""
+    steps = [log.get("step") for log in log_history if any(name.startswith("eval_") for name in log)]
+    speeds = ("_runtime", "_per_second")
+    return {
+        name.removeprefix("eval_"): value
+        for log in log_history
+        if steps and log.get("step") == steps[-1]
+        for name, value in log.items()
+        if name.startswith("eval_") and not name.endswith(speeds)
+    }
+
+
+# What a run may change of its model's or adapter's configuration when it goes on, or what says nothing of the weights.
+_MAY_DIFFER = {
+    "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "diffusion_loss_weight", "dtype",
+    "eos_token_id", "initializer_range", "pad_token_id", "transformers_version", "use_cache",
+    # Of an adapter.
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
+    "task_type",
+}  # fmt: skip
+
+
+def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name in sorted({*saved, *current} - _MAY_DIFFER):
+        there, here = saved.get(name), current.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            yield from _differences(there, here, f"{prefix}{name}.")
+        elif there != here:
+            yield f"`{prefix}{name}` is {there!r} there and {here!r} here"
+
+
+def _check_same_model(config: Any, folder: str | Path) -> None:
+    """The library would load what fits of another model's weights, and pass over the rest with a warning."""
+    if not Path(folder, CONFIG_NAME).exists():  # of an adapter, or no checkpoint, which the library says
+        return
+    differences = list(_differences(AutoConfig.from_pretrained(folder).to_dict(), config.to_dict()))
+    if differences:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {folder} is of another model: {'; '.join(differences[:5])}. Resume with the "
+            "model that was trained there, or begin a new run in another `output_dir`."
+        )
+
+
+def _check_same_adapter(model: Any, folder: str | Path) -> None:
+    """The library would load another adapter's weights where they fit, and scale them by this one's `lora_alpha`."""
+    file = Path(folder, "adapter_config.json")
+    if not file.exists():
+        return
+    if not hasattr(model, "peft_config"):
+        raise ValueError(
+            f"`resume_from_checkpoint`: {folder} is of an adapter, and the model has none. Resume with the model that "
+            "was trained there, made by `peft.get_peft_model`."
+        )
+    saved, current = json.loads(file.read_text()), model.peft_config[model.active_adapter].to_dict()
+    for config in (saved, current):
+        for name, value in config.items():
+            if isinstance(value, (list, set)):  # saved in any order
+                config[name] = sorted(value, key=str)
+    differences = list(_differences(saved, {name: current.get(name) for name in saved}))
+    if differences:
+        raise ValueError(
+            f"`resume_from_checkpoint`: {folder} is of another adapter: {'; '.join(differences[:5])}. Resume with the "
+            "adapter that was trained there, or begin a new run in another `output_dir`."
+        )
+
+
+__all__ = ["WholeCheckpointsTrainer"]
