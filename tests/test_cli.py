@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from transfusion_hf.cli import main
 
@@ -29,6 +30,19 @@ def test_draw_writes_a_picture_that_the_seed_decides(tmp_path, capsys):
 def test_caption_prints_text(picture, capsys):
     assert main(["caption", TINY, picture, "--device", "cpu", "--max_new_tokens", "3"]) == 0
     assert capsys.readouterr().out.strip()
+
+
+def test_a_seed_decides_a_caption_that_is_sampled(tmp_path, picture, capsys):
+    model = AutoModelForMultimodalLM.from_pretrained(TINY)
+    model.generation_config.do_sample = True
+    model.save_pretrained(tmp_path / "model")
+    AutoProcessor.from_pretrained(TINY).save_pretrained(tmp_path / "model")
+    command = ["caption", str(tmp_path / "model"), picture, "--device", "cpu", "--max_new_tokens", "8", "--seed"]
+    captions = []
+    for seed in "001":
+        assert main([*command, seed]) == 0
+        captions.append(capsys.readouterr().out)
+    assert captions[0] == captions[1] != captions[2]
 
 
 def test_edit_writes_a_picture(tmp_path, picture):

@@ -458,7 +458,10 @@ def transfusion_varlen_attention(
     batch, _, seq, dim = query.shape
     num_queries, num_keys = batch * seq, batch * key.shape[2]
     if varlen_plan is None:
-        raise ValueError(f"`{VARLEN_ATTENTION}` needs the plan that `TransfusionModel` makes; elsewhere use 'sdpa'.")
+        raise ValueError(
+            f"`{VARLEN_ATTENTION}` needs the plan that `TransfusionModel` makes; elsewhere, and for decoders whose "
+            "layers do not hand it on, as StableLM's, use 'sdpa'."
+        )
     if (varlen_plan.num_queries, varlen_plan.num_keys) != (num_queries, num_keys):
         raise ValueError(
             f"`varlen_plan` is for {varlen_plan.num_queries} queries and {varlen_plan.num_keys} keys, but there are "

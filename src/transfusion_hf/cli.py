@@ -96,9 +96,9 @@ def _draw(args: argparse.Namespace, model: Any, processor: Any, generator: torch
     print(args.output)
 
 
-def _caption(args: argparse.Namespace, model: Any, processor: Any) -> None:
+def _caption(args: argparse.Namespace, model: Any, processor: Any, generator: torch.Generator | None) -> None:
     inputs = processor(text=[processor.image_token + args.prompt], images=[_open(args.picture)]).to(model.device)
-    ids = model.generate(**inputs, generation_mode="text", max_new_tokens=args.max_new_tokens)
+    ids = model.generate(**inputs, generation_mode="text", generator=generator, max_new_tokens=args.max_new_tokens)
     (text,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     print(text.strip())
 
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         generator = None if args.seed is None else torch.Generator(args.device).manual_seed(args.seed)
         if args.command == "caption":
-            _caption(args, model, processor)
+            _caption(args, model, processor, generator)
         elif args.command == "chat":
             _chat(args, model, processor, generator)
         else:
