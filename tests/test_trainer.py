@@ -1,6 +1,9 @@
 """The stock `Trainer` and the exact one: micro-batches, reproducible evaluation, the average of the weights."""
 
+import inspect
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import tiny
@@ -9,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import integration_utils
 
 from transfusion_hf import (
     TransfusionEMACallback,
@@ -18,6 +22,7 @@ from transfusion_hf import (
     make_labels,
 )
 from transfusion_hf import lm_loss_transfusion as lm_loss
+from transfusion_hf.trainer_callbacks import log_pictures
 
 IMAGE = [tiny.BOI] + [tiny.IMG] * 4 + [tiny.EOI]
 
@@ -478,8 +483,36 @@ def test_samples_are_drawn_and_read_and_change_nothing(tmp_path):
     assert Image.open(folder / "step-2.png").size == (16, 8)
     (events,) = (tmp_path / "True" / "runs").glob("*/events*")
     seen = EventAccumulator(str(events)).Reload()
-    assert set(seen.Tags()["images"]) == {"samples/a seven", "samples/b"}
+    assert set(seen.Tags()["images"]) == {"samples/a seven", "samples/b", "samples/read 0"}
+    assert "samples/read 0/text/text_summary" in seen.Tags()["tensors"]
     assert [event.step for event in seen.Images("samples/b")] == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("callback_class", "name", "call"),
+    [
+        ("WandbCallback", "_wandb", "log"),
+        ("TrackioCallback", "_trackio", "log"),
+        ("SwanLabCallback", "_swanlab", "log"),
+        ("MLflowCallback", "_ml_flow", "log_image"),
+        ("CometCallback", "_experiment", "log_image"),
+        ("ClearMLCallback", "_clearml_task", "get_logger().report_image"),
+        ("DVCLiveCallback", "live", "log_image"),
+    ],
+)
+def test_samples_go_to_every_tracker_that_takes_pictures(callback_class, name, call):
+    """By stand-ins, under the names that transformers' callbacks have."""
+    assert f"self.{name} = " in inspect.getsource(getattr(integration_utils, callback_class))
+    stand_in, image = MagicMock(), Image.new("RGB", (2, 2), "red")
+    log_pictures(SimpleNamespace(**{name: stand_in}), {"samples/a": (image, "a"), "samples/read 0": (image, "red")}, 3)
+    seen = [made for made in stand_in.mock_calls if made[0] == call]
+    if call == "log":  # all in one
+        ((_, (logged,), _),) = seen
+        assert set(logged) == {"samples/a", "samples/read 0", "train/global_step"} and logged["train/global_step"] == 3
+        assert [made.kwargs for made in stand_in.Image.mock_calls] == [{"caption": "a"}, {"caption": "red"}]
+    else:
+        assert len(seen) == 2 and "samples/a" in str(seen[0]) and "samples/read 0" in str(seen[1])
+    log_pictures(SimpleNamespace(**{name: None}), {"samples/a": (image, "a")}, 3)
 
 
 def test_samples_need_an_interval(tmp_path):

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -136,8 +137,8 @@ def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 class TransfusionSamplesCallback(TrainerCallback):
     r"""
     Shows every so many steps what the model draws and reads: prompts as pictures, the same noise each time, and images
-    with their captions. Into `samples/step-N.png` of the output folder, and to TensorBoard and Weights & Biases where
-    the `Trainer` reports there. The training itself goes on as if nothing had been drawn.
+    with their captions. Into `samples/step-N.png` of the output folder, and to the trackers of `report_to` that take
+    pictures. The training itself goes on as if nothing had been drawn.
 
     Args:
         trainer (`Trainer`): The one it is added to.
@@ -219,16 +220,42 @@ class TransfusionSamplesCallback(TrainerCallback):
             grid.save(folder / f"step-{step}.png")
         if captions:
             (folder / f"step-{step}.txt").write_text("\n".join(captions) + "\n")
+        pictures = {prompt: (image, prompt) for prompt, image in zip(self.prompts, drawn, strict=True)}
+        pictures |= {f"read {i}": pair for i, pair in enumerate(zip(self.images, captions, strict=False))}
         for callback in self.trainer.callback_handler.callbacks:
-            if (writer := getattr(callback, "tb_writer", None)) is not None:
-                for prompt, image in zip(self.prompts, drawn, strict=True):
-                    writer.add_image(f"samples/{prompt}", pil_to_tensor(image), step)
-                if captions:
-                    writer.add_text("samples/captions", "\n\n".join(captions), step)
-            if (wandb := getattr(callback, "_wandb", None)) is not None and wandb.run is not None:
-                pictures = [wandb.Image(image, caption=text) for text, image in zip(self.prompts, drawn, strict=True)]
-                read = [wandb.Image(image, caption=text) for text, image in zip(captions, self.images, strict=False)]
-                wandb.log({"samples/drawn": pictures, "samples/read": read, "train/global_step": step})
+            log_pictures(callback, {f"samples/{name}": pair for name, pair in pictures.items()}, step)
+
+
+def log_pictures(callback: TrainerCallback, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
+    """
+    To the tracker that a callback of transformers holds: TensorBoard, Weights & Biases, Trackio, SwanLab, MLflow (and
+    DagsHub), Comet, ClearML, DVCLive. Nothing, where it holds none, or one without pictures.
+
+    Args:
+        callback (`TrainerCallback`)
+        pictures (`dict[str, tuple[PIL.Image.Image, str]]`): By name, each with a caption.
+        step (`int`)
+    """
+
+    def tracker(name: str) -> Any:
+        return getattr(callback, name, None)
+
+    for name in ("_wandb", "_trackio", "_swanlab"):  # one interface
+        if (module := tracker(name)) is not None and getattr(callback, "_initialized", True):
+            images = {key: module.Image(image, caption=text) for key, (image, text) in pictures.items()}
+            module.log({**images, "train/global_step": step})
+    for key, (image, text) in pictures.items():
+        if (writer := tracker("tb_writer")) is not None:
+            writer.add_image(key, pil_to_tensor(image), step)
+            writer.add_text(f"{key}/text", text, step)
+        if (mlflow := tracker("_ml_flow")) is not None:
+            mlflow.log_image(image, f"{key}/{step}.png")
+        if (experiment := tracker("_experiment")) is not None:
+            experiment.log_image(image, name=f"{key}: {text}", step=step)
+        if (task := tracker("_clearml_task")) is not None:
+            task.get_logger().report_image(key, text, iteration=step, image=np.asarray(image))
+        if (live := tracker("live")) is not None:
+            live.log_image(f"{key}.png", image)
 
 
 __all__ = ["TransfusionEMACallback", "TransfusionNoiseCallback", "TransfusionSamplesCallback"]
