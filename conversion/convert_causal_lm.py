@@ -35,11 +35,13 @@ def parse_fields(pairs: list[str]) -> dict:
 
 
 @torch.no_grad()
-def check(model: str, output_dir: Path) -> None:
-    """Both models in memory, on the same ids."""
-    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    converted = TransfusionForCausalLMAndDiffusion.from_pretrained(output_dir, dtype=torch.float32)
-    ids = torch.randint(original.config.vocab_size, (1, 64))
+def check(model: str, output_dir: Path, revision: str | None) -> None:
+    """Both models in memory, in float32 after the converted one's dtype, on the same ids."""
+    converted = TransfusionForCausalLMAndDiffusion.from_pretrained(output_dir)
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=converted.dtype, revision=revision)
+    converted, original = converted.float(), original.float()
+    ids = torch.randint(converted.config.image_start_token_id, (1, 64))
+    ids = ids.clamp(max=original.config.vocab_size - 1)
     expected, logits = original(ids).logits, converted(ids).logits[..., : original.config.vocab_size]
     error = (expected - logits).abs().max().item()
     print(f"largest difference of the text logits: {error:.2g}")
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(f"written to {args.output_dir}")
     if args.check:
-        check(args.model, args.output_dir)
+        check(args.model, args.output_dir, args.revision)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,16 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_modeling import FAMILIES
-from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, LlamaConfig
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    Gemma3Config,
+    LlamaConfig,
+    LlavaConfig,
+    T5Config,
+)
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor
 from transfusion_hf.checkpoint_mapping import causal_lm_key, convert_causal_lm, transfusion_key
@@ -227,6 +236,8 @@ def set_config(folder: Path, **values) -> None:
     [
         (spoil_index, "holds neither model.safetensors nor model.safetensors.index.json; found: model-00001"),
         (spoil_shard, r"model-00002-of-00004.safetensors is missing, cut off or no safetensors"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_'), "is cut off or no index"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{}"), "is cut off or no index"),
         (spoil_missing_shard, r"model-00002-of-00004.safetensors is missing, cut off or no safetensors"),
         (spoil_dtype, "is of type I8; expected one of F64, F32, F16, BF16"),
         (spoil_name, r"missing: .*model.*\d+ in all\); unknown: modle"),
@@ -256,6 +267,78 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, folder):
     ):
         with pytest.raises(ValueError, match=message):
             convert_causal_lm(folder, tmp_path / "converted", tokenizer=tokenizer, **IMAGES)
+
+
+def test_a_tokenizer_of_another_model_of_the_same_size_is_refused(tmp_path, folder, tokenizer):
+    rows = tokenizer.backend_tokenizer.to_str()
+    vocabulary = json.loads(rows)
+    tokens = vocabulary["model"]["vocab"]
+    (a, i), (b, j) = list(tokens.items())[-2:]
+    tokens[a], tokens[b] = j, i
+    other = type(tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(vocabulary)), pad_token="<pad>")
+    assert len(other) == len(tokenizer)
+    with pytest.raises(ValueError, match="is that of another model: 2 tokens of the model's own have other ids in it"):
+        convert_causal_lm(folder, tmp_path / "converted", tokenizer=other, **IMAGES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+@pytest.mark.parametrize("num_tokens", [-40, 1])
+def test_rows_and_tokens_may_differ_in_number(tmp_path, num_tokens):
+    """Qwen2.5 has spare rows, and Gemma 3 of 1B a token more than rows."""
+    tokenizer = quickstart.train_tokenizer()
+    original = causal_lm(vocab_size=len(tokenizer) - num_tokens)
+    original.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    convert_causal_lm(tmp_path / "lm", tmp_path / "converted", **IMAGES)
+    converted = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "converted")
+    same_text(original, converted, torch.randint(3, 60, (2, 9)))
+    assert converted.config.image_start_token_id >= len(quickstart.train_tokenizer())
+    rows = converted.get_input_embeddings().weight
+    assert torch.equal(rows[: len(original.lm_head.weight)], original.get_input_embeddings().weight)
+    assert len(rows) == max(len(original.lm_head.weight), len(quickstart.train_tokenizer()) + 3)
+
+
+def test_in_memory_a_checkpoint_must_be_whole_too(tmp_path, folder):
+    rewrite(folder, lambda tensors: {f"{name}_": value for name, value in tensors.items()})
+    with pytest.raises(ValueError, match=r"does not fit its configuration. Tensors missing: .*; unknown: "):
+        TransfusionForCausalLMAndDiffusion.from_causal_lm(folder, **IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"predction_type": "sample"}, "TransfusionConfig has no field `predction_type`"),
+        ({"dtype": "bfloat16"}, "`dtype` must be one of torch.float64"),
+        ({"dtype": torch.int8}, "`dtype` must be one of torch.float64"),
+    ],
+)
+def test_arguments_that_are_none_are_refused(tmp_path, folder, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        convert_causal_lm(folder, tmp_path / "converted", **kwargs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+def test_a_generation_config_that_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, folder):
+    (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    with pytest.raises(ValueError, match=r"generation_config.json could not be saved again; mend it"):
+        convert_causal_lm(folder, tmp_path / "parent" / "converted", **IMAGES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
+
+
+def test_a_link_to_an_empty_folder_is_written_through(tmp_path, folder):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    convert_causal_lm(folder, tmp_path / "link", **IMAGES)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").exists()
+    assert str(tmp_path) not in (tmp_path / "real" / "config.json").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "llama", "real"]
+
+
+@pytest.mark.parametrize("config", [LlavaConfig(), Gemma3Config(), T5Config()], ids=lambda config: config.model_type)
+def test_what_is_no_decoder_is_named(tmp_path, folder, config):
+    config.save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"'{config.model_type}' is not supported"):
+        convert_causal_lm(folder, tmp_path / "converted", **IMAGES)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(tmp_path, folder):

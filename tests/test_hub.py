@@ -198,6 +198,14 @@ def test_a_push_is_one_commit_of_safetensors(hub, folder):
             assert files[name] == (folder / name).read_bytes()
 
 
+def test_new_weights_take_the_place_of_the_old(hub, folder):
+    files = hub.files("someone/again")
+    check_repository(files)
+    assert [name for name in files if "safetensors" in name] == ["model.safetensors"]
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert "processor_config.json" in files and hub.commits("someone/again") == 3
+
+
 def test_with_the_package_its_own_code_is_used(folder):
     """No trust is asked for: the copies stand for what is installed."""
     assert type(pipeline("text-to-image", model=str(folder))).__module__ == "transfusion_hf.pipelines_transfusion"
@@ -218,8 +226,9 @@ def test_a_push_brings_a_card_and_keeps_the_one_that_is_there(hub):
 
 
 def test_a_training_is_pushed_with_a_card_of_its_own(hub):
-    first, _, last = hub.repos["someone/trained"][1:]  # each checkpoint once it is whole, and the end
-    for files in (first, last):
+    first, second, last = hub.repos["someone/trained"][1:]  # each checkpoint once it is whole, and the end
+    for files in (first, second, last):
+        check_repository(files)
         assert CODE | {"config.json", "model.safetensors", "processor_config.json"} <= set(files)
     assert not [name for name in last if "checkpoint" in name or "incomplete" in name]
     card = ModelCard(last["README.md"].decode())

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from .conversion_transfusion import causal_lm_config, generation_values, mean_row
+from .configuration_transfusion import TransfusionConfig
+from .conversion_transfusion import causal_lm_config, generation_values, mean_row, unfit_message
 from .modality_transfusion import IMAGE, image_name
 from .model_card_transfusion import make_model_card
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
+from .modeling_transfusion import TransfusionForCausalLMAndDiffusion, check_text_config
 from .processing_transfusion import TransfusionProcessor
 from .vae import attach_vae
 
@@ -47,6 +48,9 @@ def causal_lm_key(key: str) -> str | None:
 @contextmanager
 def written_whole(folder: Path) -> Iterator[Path]:
     """A folder to write into that takes the name `folder` at the end, or disappears where that is not reached."""
+    folder = folder.resolve()
+    if folder.is_mount():
+        raise ValueError(f"`output_dir` {folder} is a mount point, which cannot be renamed to; choose a folder in it.")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"`output_dir` {folder} is not empty; choose another, or empty it.")
     aside = folder.with_name(f".{folder.name}.incomplete")
@@ -54,12 +58,12 @@ def written_whole(folder: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
+        if folder.exists():
+            folder.rmdir()
+        aside.rename(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if folder.exists():
-        folder.rmdir()
-    aside.rename(folder)
 
 
 class SafetensorsCheckpoint:
@@ -94,7 +98,10 @@ class SafetensorsCheckpoint:
     def _find(folder: Path) -> tuple[list[str], set[str]]:
         """The files, and the tensors that an index promises."""
         if (folder / INDEX).exists():
-            weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+            try:
+                weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise ValueError(f"{folder / INDEX} is cut off or no index: {error!r}. Get it again.") from error
             return sorted(set(weight_map.values())), set(weight_map)
         if (folder / SINGLE).exists():
             return [SINGLE], set()
@@ -147,9 +154,8 @@ def check_keys(checkpoint: SafetensorsCheckpoint, expected: dict[str, torch.Tens
         "unknown": sorted(set(keys) - set(wanted)),
         "of another shape": [key for key in keys if key in wanted and checkpoint.shapes[key] != wanted[key].shape],
     }
-    said = [f"{what}: {', '.join(names[:5])} ({len(names)} in all)" for what, names in problems.items() if names]
-    if said:
-        raise ValueError(f"The checkpoint does not fit its configuration. Tensors {'; '.join(said)}.")
+    if any(problems.values()):
+        raise ValueError(unfit_message(problems))
     return keys
 
 
@@ -190,8 +196,15 @@ def convert_causal_lm(
     Raises:
         ValueError: before anything is written, for a model that is no supported decoder, a quantised one, a checkpoint
             that is not complete or does not fit its configuration, a tokenizer that is not the model's or already has
-            the image tokens.
+            the image tokens, an unknown field or `dtype`, a generation config that cannot be saved.
     """
+    unknown = sorted(set(kwargs) - set(TransfusionConfig.__annotations__))
+    if unknown:
+        raise ValueError(
+            f"TransfusionConfig has no field {', '.join(f'`{name}`' for name in unknown)}; see its fields."
+        )
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES.values()))}; got {dtype!r}.")
     source = Path(pretrained_model_name_or_path)
     if not source.is_dir():
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -199,16 +212,19 @@ def convert_causal_lm(
             snapshot_download(str(pretrained_model_name_or_path), revision=revision, allow_patterns=patterns)
         )
     text_config = AutoConfig.from_pretrained(source)
-    size = getattr(text_config, "vocab_size", 0)
-    tokenizer = source if tokenizer is None else tokenizer
+    check_text_config(text_config)
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    has_own = tokenizer is None or (source / "tokenizer_config.json").exists()
+    own = AutoTokenizer.from_pretrained(source) if has_own else None
+    tokenizer = own if tokenizer is None else tokenizer
     tokens = {**IMAGE_TOKENS, **(image_tokens or {})}
-    _check_tokenizer(tokenizer, tokens, size)
+    _check_tokenizer(tokenizer, own, tokens, text_config.vocab_size)
 
     first = len(tokenizer)  # where `for_model` puts them
     ids = {f"{name}_id": first + i for i, name in enumerate(tokens)}
     config = causal_lm_config(text_config, **{**ids, **kwargs})
+    config.text_config._name_or_path = ""  # where it lay here
     with torch.device("meta"):
         model = TransfusionForCausalLMAndDiffusion(config)
         original = AutoModelForCausalLM.from_config(text_config)
@@ -216,34 +232,41 @@ def convert_causal_lm(
     keys = check_keys(checkpoint, original.state_dict(), text_config.tie_word_embeddings)
     del original
 
+    model.init_patch_parts(checkpoint[EMBEDDING])
+    if vae is not None:
+        attach_vae(model, vae)
+    model.grow_vocabulary(config.text_config.vocab_size, pad_to_multiple_of)
+    kwargs = {"pad_to_multiple_of": pad_to_multiple_of, **tokens}
+    processor = TransfusionProcessor.for_model(model, tokenizer, **kwargs)
+    if (source / "generation_config.json").exists():
+        model.generation_config.update(**generation_values(GenerationConfig.from_pretrained(source)))
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            raise ValueError(
+                f"{source / 'generation_config.json'} could not be saved again; mend it. {error}"
+            ) from error
+    num_rows = config.text_config.vocab_size
+    config.dtype = dtype or checkpoint.dtypes[EMBEDDING]
+    for part in (model.model.patch_encoder, model.model.patch_decoder):
+        part.to(config.dtype)
+    parts = {key: value for key, value in model.state_dict().items() if not value.is_meta}
+    sources = {transfusion_key(key): key for key in keys}
+    names = model.state_dict()  # with `untied_modalities` image weights begin as copies
+    sources |= {image_name(name): key for name, key in sources.items() if image_name(name) in names}
+    layout = {
+        member: torch.empty(
+            num_rows if key in (EMBEDDING, HEAD, HEAD_BIAS) else checkpoint.shapes[key][0],
+            *checkpoint.shapes[key][1:],
+            dtype=dtype or checkpoint.dtypes[key],
+            device="meta",
+        )
+        for member, key in sources.items()
+    }
+    max_shard_size = max_shard_size or checkpoint.max_shard_bytes // 2
+    split = split_torch_state_dict_into_shards({**layout, **parts}, max_shard_size=max_shard_size)
+
     with written_whole(Path(output_dir)) as folder:
-        model.init_patch_parts(checkpoint[EMBEDDING])
-        if vae is not None:
-            attach_vae(model, vae)
-        model.grow_vocabulary(config.text_config.vocab_size, pad_to_multiple_of)
-        kwargs = {"pad_to_multiple_of": pad_to_multiple_of, **tokens}
-        processor = TransfusionProcessor.for_model(model, tokenizer, **kwargs)
-        if (source / "generation_config.json").exists():
-            model.generation_config.update(**generation_values(GenerationConfig.from_pretrained(source)))
-        num_rows = config.text_config.vocab_size
-        config.dtype = dtype or checkpoint.dtypes[EMBEDDING]
-        for part in (model.model.patch_encoder, model.model.patch_decoder):
-            part.to(config.dtype)
-        parts = {key: value for key, value in model.state_dict().items() if not value.is_meta}
-        sources = {transfusion_key(key): key for key in keys}
-        names = model.state_dict()  # with `untied_modalities` image weights begin as copies
-        sources |= {image_name(name): key for name, key in sources.items() if image_name(name) in names}
-        layout = {
-            member: torch.empty(
-                num_rows if key in (EMBEDDING, HEAD, HEAD_BIAS) else checkpoint.shapes[key][0],
-                *checkpoint.shapes[key][1:],
-                dtype=dtype or checkpoint.dtypes[key],
-                device="meta",
-            )
-            for member, key in sources.items()
-        }
-        max_shard_size = max_shard_size or checkpoint.max_shard_bytes // 2
-        split = split_torch_state_dict_into_shards({**layout, **parts}, max_shard_size=max_shard_size)
         for name, members in tqdm(split.filename_to_tensors.items(), desc="write shards"):
             tensors = {}
             # What is copied first, while nothing else is in memory.
@@ -265,17 +288,24 @@ def convert_causal_lm(
         processor.save_pretrained(folder)
 
 
-def _check_tokenizer(tokenizer: Any, tokens: dict[str, str], vocab_size: int) -> None:
+def _check_tokenizer(tokenizer: Any, own: Any, tokens: dict[str, str], vocab_size: int) -> None:
+    """`own` is the tokenizer that lies beside the model, if any."""
     vocabulary = tokenizer.get_vocab()
     clashes = [token for token in tokens.values() if token in vocabulary]
     if clashes:
         raise ValueError(
             f"`tokenizer` already has {', '.join(clashes)}; choose other names, as `image_token='<picture>'`."
         )
-    if not vocab_size // 2 < len(tokenizer) <= vocab_size:
+    # Gemma 3 of 1B has a token more than rows.
+    if not vocab_size // 2 < len(tokenizer) <= vocab_size + 8:
         raise ValueError(
             f"`tokenizer` has {len(tokenizer)} tokens but the model {vocab_size}; it is that of another model. Pass "
             "the right one."
+        )
+    if own is not None and (differ := [t for t, i in own.get_vocab().items() if vocabulary.get(t) != i]):
+        raise ValueError(
+            f"`tokenizer` is that of another model: {len(differ)} tokens of the model's own have other ids in it, as "
+            f"{differ[0]!r}. Pass the right one, or none."
         )
 
 

@@ -52,6 +52,12 @@ def generation_values(generation_config: GenerationConfig) -> dict[str, Any]:
     return {k: v for k, v in values if v is not None and k != "transformers_version" and not k.startswith("_")}
 
 
+def unfit_message(problems: dict[str, list[str]]) -> str:
+    """What is wrong with a checkpoint's tensors, by name."""
+    said = [f"{what}: {', '.join(names[:5])} ({len(names)} in all)" for what, names in problems.items() if names]
+    return f"The checkpoint does not fit its configuration. Tensors {'; '.join(said)}."
+
+
 def mean_row(rows: torch.Tensor) -> torch.Tensor:
     """The mean of `(num_rows, ...)` over its rows, summed in float32 without a copy of all."""
     return (sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)).to(rows.dtype)
@@ -78,7 +84,8 @@ class TransfusionConversionMixin:
         """
         Makes a language model one that can learn to draw. Its text is as before: the weights are taken as they are,
         the vocabulary grows by `<BOI>`, the placeholder of a patch and `<EOI>`, whose rows are the mean of the others.
-        Patches enter as large as its words, and the first prediction is 0.
+        Patches enter as large as its words, and the first prediction is 0. Where the embedding has more rows than the
+        tokenizer has tokens, `image_start_token_id` and its like may name spare ones; those stay as they are.
 
         Then `attach_vae(model, ...)`, where images are latents, and `TransfusionProcessor.for_model(model,
         tokenizer)`. `conversion/convert_causal_lm.py` does all of it without holding the model in memory.
@@ -93,7 +100,8 @@ class TransfusionConversionMixin:
                 `AutoModelForCausalLM.from_pretrained`: `dtype`, `revision`, `device_map` …
 
         Raises:
-            ValueError: a model that is no decoder of a family in `SUPPORTED_TEXT_MODELS`, or is quantised.
+            ValueError: a model that is no decoder of a family in `SUPPORTED_TEXT_MODELS`, or is quantised; a
+                checkpoint that is not complete or does not fit its configuration.
 
         Example:
 
@@ -108,7 +116,16 @@ class TransfusionConversionMixin:
         config = causal_lm_config(text_config, **fields)
         with torch.device("meta"):  # refuses what cannot be converted before anything large is loaded
             model: Any = cls(config)  # type: ignore[call-arg]
-        language_model = source if is_loaded else AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        language_model = source
+        if not is_loaded:
+            language_model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+            problems = {
+                "missing": sorted(found["missing_keys"]),
+                "unknown": sorted(found["unexpected_keys"]),
+                "of another shape": sorted(key for key, *_ in found["mismatched_keys"]),
+            }
+            if any(problems.values()):  # the library would fill in random weights
+                raise ValueError(unfit_message(problems))
         model.model.language_model = language_model.base_model
         if config.untied_modalities:
             untie_modalities(model.model.language_model)
@@ -150,4 +167,4 @@ class TransfusionConversionMixin:
                     rows[before:] = mean_row(rows[:before])
 
 
-__all__ = ["TransfusionConversionMixin", "causal_lm_config", "generation_values", "mean_row"]
+__all__ = ["TransfusionConversionMixin", "causal_lm_config", "generation_values", "mean_row", "unfit_message"]

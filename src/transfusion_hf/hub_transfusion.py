@@ -4,12 +4,13 @@ says so. It then loads with `trust_remote_code=True` where this package is not i
 """
 
 import os
+import re
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedConfig
 
@@ -32,6 +33,8 @@ CUSTOM_PIPELINES = {
         ("interleaved-generation", "InterleavedGenerationPipeline"),
     )
 }
+
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 
 def save_code(save_directory: str | os.PathLike) -> None:
@@ -67,7 +70,8 @@ class TransfusionHubMixin:
         tags: list[str] | None = None,
     ) -> Any:
         """
-        Uploads what `save_pretrained` writes, in one commit, into a repository that is made if there is none.
+        Uploads what `save_pretrained` writes, in one commit, into a repository that is made if there is none. New
+        weights take the place of the old, in however many files those are.
 
         Args:
             repo_id (`str`): `"name"`, or `"organization/name"`.
@@ -98,10 +102,16 @@ class TransfusionHubMixin:
                 card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
                 card.save(card_file)
             # Not `upload_folder`, which cuts large folders into several commits: no one shall find half of a model.
-            files = sorted(file for file in Path(folder).rglob("*") if file.is_file())
+            files = {f.relative_to(folder).as_posix(): f for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+            operations: list[Any] = [CommitOperationAdd(name, file) for name, file in files.items()]
+            if any(_WEIGHTS.fullmatch(name) for name in files):
+                # One file would be taken in place of new shards, and of old shards nothing would ever be read.
+                there = api.list_repo_files(repo_id, revision=revision)
+                old = [name for name in there if _WEIGHTS.fullmatch(name) and name not in files]
+                operations += [CommitOperationDelete(name) for name in old]
             return api.create_commit(
                 repo_id,
-                [CommitOperationAdd(file.relative_to(folder).as_posix(), file) for file in files],
+                operations,
                 commit_message=commit_message or f"Upload {type(self).__name__}",
                 commit_description=commit_description,
                 revision=revision,

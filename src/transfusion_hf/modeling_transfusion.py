@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoModel,
     Cache,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -66,6 +67,18 @@ SUPPORTED_TEXT_MODELS = (
     "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _HEADS_WITH_BIAS = ("phi",)
+
+
+def check_text_config(text_config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for what is no decoder of a supported family."""
+    if text_config.model_type not in SUPPORTED_TEXT_MODELS:
+        raise ValueError(
+            f"`text_config.model_type` {text_config.model_type!r} is not supported. Recurrent, linear-attention, "
+            "mixture-of-experts and encoder-decoder families cannot be made right, others have not been verified; "
+            f"use one of {', '.join(SUPPORTED_TEXT_MODELS)}."
+        )
+    if getattr(text_config, "use_bidirectional_attention", False) or not getattr(text_config, "is_causal", True):
+        raise ValueError("`text_config` is that of an encoder, bidirectional over text; pass a causal decoder's.")
 
 
 @dataclass
@@ -180,14 +193,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         super().__init__(config)
         config.validate_transfusion()
         text_config = config.text_config
-        if text_config.model_type not in SUPPORTED_TEXT_MODELS:
-            raise ValueError(
-                f"`text_config.model_type` {text_config.model_type!r} is not supported. Recurrent, linear-attention, "
-                "mixture-of-experts and encoder-decoder families cannot be made right, others have not been verified; "
-                f"use one of {', '.join(SUPPORTED_TEXT_MODELS)}."
-            )
-        if getattr(text_config, "use_bidirectional_attention", False) or not getattr(text_config, "is_causal", True):
-            raise ValueError("`text_config` is that of an encoder, bidirectional over text; pass a causal decoder's.")
+        check_text_config(text_config)
         check_attn_implementation(text_config._attn_implementation)
         self.language_model = AutoModel.from_config(text_config)
         if config.untied_modalities:
@@ -739,4 +745,5 @@ __all__ = [
     "TransfusionModel",
     "TransfusionModelOutputWithPast",
     "TransfusionPreTrainedModel",
+    "check_text_config",
 ]

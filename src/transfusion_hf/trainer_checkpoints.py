@@ -10,27 +10,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
-from transformers.utils import CONFIG_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import CONFIG_NAME, PushInProgress
 
-from .hub_transfusion import save_code
 from .model_card_transfusion import make_model_card
 from .trainer_callbacks import TransfusionEMACallback
+
+# Of a checkpoint, what is no part of the model, or is written for the whole run.
+_OF_THE_RUN = (TRAINER_STATE_NAME, TransfusionEMACallback.FILE_NAME, "README.md")
 
 
 class WholeCheckpointsTrainer(Trainer):
     """
     The `Trainer` that writes a checkpoint aside, in `incomplete/`, and then renames it: one that bears its name is
-    whole, and a run that was killed at any moment goes on with `resume_from_checkpoint=True`. Nothing that it writes
-    is pickled. [`TransfusionTrainer`] is one.
+    whole, and a run that was killed at any moment goes on with `resume_from_checkpoint=True`. What others load is not
+    pickled; the states of optimizer and generators, for resuming, are. [`TransfusionTrainer`] is one.
 
     Raises:
         ValueError: a checkpoint of another model or adapter to resume from.
     """
 
+    push_in_progress: Any
     _is_saving = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
@@ -96,10 +100,39 @@ class WholeCheckpointsTrainer(Trainer):
             (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if not self._is_saving:  # or else in the background, while it is renamed
-            if self.is_world_process_zero() and isinstance(self._unwrapped(), PreTrainedModel):
-                save_code(self.args.output_dir)
-            super()._push_from_checkpoint(checkpoint_folder)
+        """As the library's, without pickled arguments, and not before the checkpoint has its name."""
+        args, output_dir, folder = self.args, Path(self.args.output_dir), Path(checkpoint_folder)
+        if self._is_saving or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+            return
+        is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_pushing and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        # The checkpoint may be deleted before the upload ends. Without what only a resumed run needs.
+        for file in folder.iterdir():
+            is_model = file.suffix not in (".pt", ".pth") and file.name not in _OF_THE_RUN
+            if is_model and file.is_file():
+                shutil.copyfile(file, output_dir / file.name)
+        upload = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
+        message = f"Training in progress, step {self.state.global_step}"
+        ignored = ["_*", "incomplete/*", f"{PREFIX_CHECKPOINT_DIR}-*"]
+        jobs = [
+            HfApi().upload_folder(
+                folder_path=output_dir, commit_message=message, ignore_patterns=ignored, run_as_future=True, **upload
+            )
+        ]
+        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
+            message = f"{message}, checkpoint"
+            jobs.append(
+                HfApi().upload_folder(
+                    folder_path=folder, path_in_repo=name, commit_message=message, run_as_future=True, **upload
+                )
+            )
+        if is_pushing:
+            self.push_in_progress.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
 
     def create_model_card(
         self,
