@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoProcessor, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoProcessor, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import integration_utils
 
 from transfusion_hf import (
@@ -316,7 +316,7 @@ def collate_uneven(rows: list[dict]) -> dict:
 
 
 def exact_trainer(model, folder, dataset, **kwargs) -> TransfusionTrainer:
-    stock = trainer(model, folder, dataset, data_collator=collate_uneven, **kwargs)
+    stock = trainer(model, folder, dataset, data_collator=collate_uneven, eval_dataset=dataset, **kwargs)
     return TransfusionTrainer(
         model,
         stock.args,
@@ -551,3 +551,30 @@ def test_a_checkpoint_of_another_model_is_refused_and_that_of_the_same_is_not(tm
     resumed = run(tiny.model(diffusion_loss_weight=1.0))  # the run's to choose
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert resumed.state.global_step == 2
+
+
+@pytest.mark.parametrize("strategy", ["steps", "best"])
+def test_the_best_checkpoint_is_kept_named_and_loaded_at_the_end(tmp_path, strategy):
+    def run(model, max_steps):
+        one = exact_trainer(
+            model, tmp_path, uneven_samples(), max_steps=max_steps, eval_strategy="steps", eval_steps=1,
+            save_strategy=strategy, save_steps=1, save_total_limit=2, load_best_model_at_end=True,
+            metric_for_best_model="loss",
+        )  # fmt: skip
+        # Step 2 is the best one.
+        one.evaluate = lambda *args, **kwargs: {"eval_loss": abs(one.state.global_step - 2)}
+        return one
+
+    model = tiny.model(std=0.1)
+    trained = run(model, 6)
+    trained.train()
+    best, last = tmp_path / "checkpoint-2", tmp_path / f"checkpoint-{6 if strategy == 'steps' else 2}"
+    for folder in {best, last}:
+        assert TrainerState.load_from_json(str(folder / "trainer_state.json")).best_model_checkpoint == str(best)
+    assert trained.state.best_model_checkpoint == str(best)
+    stored = load_file(best / "model.safetensors")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in stored.items())
+    resumed = tiny.model(std=0.1)
+    run(resumed, 8).train(resume_from_checkpoint=True)
+    assert best.exists()
+    assert all(torch.equal(resumed.state_dict()[name], value) for name, value in stored.items())

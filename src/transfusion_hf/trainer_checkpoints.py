@@ -65,13 +65,18 @@ class WholeCheckpointsTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(folder / name)
         self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self._is_saving = False
+        best_step = self.state.best_global_step
+        best = folder / f"{PREFIX_CHECKPOINT_DIR}-{best_step}"
+        if best_step and (best_step == self.state.global_step or best.exists()):
+            # The library found it aside, and has written so, where it does not stay.
+            self.state.best_model_checkpoint = str(best)
+            if self.args.should_save:
+                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TransfusionEMACallback):
                 callback.save(aside / name, self.state)
