@@ -53,12 +53,14 @@ def test_edit_writes_a_picture(tmp_path, picture):
 
 
 def test_chat_answers_and_shows_pictures(tmp_path, picture, capsys, monkeypatch):
-    lines = f"hello\n/image {picture}\n/image {tmp_path / 'none.png'}\nwhat is it?\n\n/quit\nnever read\n"
+    lines = ["hello", f"/image {picture}", f"/image {tmp_path / 'none.png'}", "what is it?", "an <image> too many"]
+    lines = "\n".join([*lines, "", "/quit", "never read", ""])
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     command = ["chat", TINY, "--device", "cpu", "--max_new_tokens", "4", "-o", str(tmp_path / "c.png")]
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "/quit" in printed and "none.png is no picture that can be read" in printed
+    assert "markers <image>" in printed
 
 
 @pytest.mark.parametrize(
@@ -68,10 +70,13 @@ def test_chat_answers_and_shows_pictures(tmp_path, picture, capsys, monkeypatch)
         (["draw", TINY, "a", "--scheduler", "None"], "`scheduler` must name a scheduler of diffusers"),
         (["caption", TINY, "nowhere.png"], "nowhere.png is no picture that can be read"),
         (["draw", "/nowhere/at/all", "a"], "nowhere"),
+        (["draw", TINY, "a", "-o", "seven.jpgg"], "`--output` seven.jpgg has no suffix of a picture"),
+        (["draw", TINY, "a", "--dtype", "foo"], "`--dtype` must be 'auto' or of torch, as 'bfloat16'; got 'foo'"),
+        (["draw", TINY, "a", "--device", "nowhere"], "nowhere"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_status(arguments, message, capsys):
-    assert main([*arguments, "--device", "cpu"]) == 1
+    assert main([arguments[0], "--device", "cpu", *arguments[1:]]) == 1
     assert message in capsys.readouterr().err
 
 

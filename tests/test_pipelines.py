@@ -56,6 +56,45 @@ def test_any_to_any_draws_one_image_for_each_prompt(any_to_any, model, processor
         assert result["generated_image"].tobytes() == image.tobytes()
 
 
+@pytest.fixture
+def eager_to_draw():
+    """It would say <BOI> at once."""
+    model = AutoModelForMultimodalLM.from_pretrained(TINY)
+    model.generation_config.sequence_bias = [[[model.config.image_start_token_id], 1e4]]
+    model.model.patch_decoder.register_forward_hook(lambda *_: pytest.fail("it draws"))
+    return model
+
+
+def test_who_asks_for_text_gets_text_whatever_the_model_would_rather_do(eager_to_draw, processor):
+    kwargs = {"model": eager_to_draw, "processor": processor, "tokenizer": processor.tokenizer}
+    write = pipeline("any-to-any", **kwargs)
+    (result,) = write(text="draw", max_new_tokens=4)
+    assert result["generated_text"].startswith("draw")
+    (result,) = write(text=CHAT, max_new_tokens=4)
+    assert result["generated_text"][-1]["role"] == "assistant"
+    (result,) = pipeline("text-generation", **kwargs)("draw", max_new_tokens=4)
+    assert result["generated_text"].startswith("draw")
+
+
+def test_any_to_any_keeps_prompts_and_answers_together(any_to_any):
+    prompts = ["QQQ", "ZZZ"]
+    kwargs = {"max_new_tokens": 3, "generate_kwargs": {"num_return_sequences": 2, "do_sample": True}}
+    results = any_to_any(text=prompts, **kwargs)
+    assert [r["generated_text"][:3] for r in results] == ["QQQ", "QQQ", "ZZZ", "ZZZ"]
+    results = any_to_any(text=prompts, max_new_tokens=3, return_tensors=True)
+    assert [len(r["generated_token_ids"]) for r in results] == [7, 7]  # <s>, three of the prompt, three new
+    chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in prompts]
+    alone = [any_to_any(text=chat, max_new_tokens=3)[0] for chat in chats]
+    together = any_to_any(text=chats, max_new_tokens=3, batch_size=2)
+    assert [result for (result,) in together] == alone
+    kwargs = {"generation_mode": "image", "batch_size": 2, "generate_kwargs": {**QUICK, "generator": seeded()}}
+    first, second = (result["generated_image"] for (result,) in any_to_any(text=chats, **kwargs))
+    assert first.size == (8, 8) and first.tobytes() != second.tobytes()
+    kwargs["generate_kwargs"] = {**QUICK, "num_return_sequences": 2, "do_sample": True}
+    with pytest.raises(ValueError, match=r"made 4 images of 2 prompts, and this task gives one for each"):
+        any_to_any(text=prompts, generation_mode="image", generate_kwargs=kwargs["generate_kwargs"])
+
+
 @pytest.mark.parametrize("task", ["any-to-any", "image-text-to-text"])
 def test_chats_with_images_are_answered(task):
     kwargs = {"generation_mode": "text"} if task == "any-to-any" else {}
@@ -144,3 +183,14 @@ def test_a_chat_template_of_the_tokenizer_gets_images_in_both_directions():
     assert text == "[user|<image>what][assistant|this <image>][user|thanks][bot|"
     inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
     assert len(inputs["pixel_values"]) == 2
+
+
+def test_images_and_markers_must_be_as_many(model, processor):
+    pipe = TransfusionPipeline(model, processor)
+    for prompt, number, message in (
+        ("draw", 2, "`image` holds 1 images but `prompt` marks 0 by <image>"),
+        ("<image><image>", 2, "`image` holds 1 images but `prompt` marks 2 by <image>"),
+        ("<image>", 0, "`num_images_per_prompt` must be at least 1; got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipe(prompt, image=RED, num_images_per_prompt=number)

@@ -73,7 +73,7 @@ def _open(file: Path) -> Image.Image:
         picture = Image.open(file)
         picture.load()  # a file that was cut off shows only then
         return picture
-    except (OSError, UnidentifiedImageError) as error:
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{file} is no picture that can be read: {error}") from error
 
 
@@ -121,9 +121,14 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, generator: torch
             continue
         messages.append({"role": "user", "content": [*shown, {"type": "text", "text": line}]})
         shown = []
-        inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(model.device)
+        try:
+            inputs = processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            ).to(model.device)
+        except ValueError as error:  # as a marker without its picture: the conversation goes on without the line
+            print(error)
+            messages.pop()
+            continue
         answer: list[dict[str, Any]] = []
         pieces = TransfusionStreamer(processor).generate(
             model, **inputs, max_new_tokens=args.max_new_tokens, generator=generator, **_drawing_kwargs(args)
@@ -147,6 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status, 1 with a line on stderr for what an error says."""
     args = _parse_args(argv)
     try:
+        output = getattr(args, "output", None)
+        if output is not None and output.suffix.lower() not in Image.registered_extensions():
+            raise ValueError(f"`--output` {output} has no suffix of a picture; call it, for example, drawing.png.")
+        if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+            raise ValueError(f"`--dtype` must be 'auto' or of torch, as 'bfloat16'; got {args.dtype!r}.")
         if args.command == "app":
             from .app import launch_app  # needs Gradio, which the others do not
         model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
@@ -161,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _chat(args, model, processor, generator)
         else:
             _draw(args, model, processor, generator)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # the last as of an unknown device
         print(f"transfusion: {error}", file=sys.stderr)
         return 1
     return 0

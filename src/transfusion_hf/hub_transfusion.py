@@ -31,6 +31,7 @@ CUSTOM_PIPELINES = {
     for task, name in (
         ("text-to-image", "TextToImagePipeline"),
         ("interleaved-generation", "InterleavedGenerationPipeline"),
+        ("any-to-any", "TransfusionAnyToAnyPipeline"),
     )
 }
 

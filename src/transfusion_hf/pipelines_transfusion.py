@@ -1,6 +1,6 @@
 """
-Pipelines: transformers' tasks `"text-to-image"` and `"interleaved-generation"`, and one with the manners of diffusers.
-transformers' own `"any-to-any"`, `"image-text-to-text"` and `"text-generation"` work as they are.
+Pipelines: the tasks `"text-to-image"` and `"interleaved-generation"`, and one with the manners of diffusers; and
+transformers' own `"any-to-any"` and `"text-generation"`, which write where they are not told to draw.
 """
 
 import os
@@ -12,10 +12,44 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Pipeline
-from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines import PIPELINE_REGISTRY, AnyToAnyPipeline, TextGenerationPipeline
 
 from .hub_transfusion import TransfusionHubMixin
 from .processing_transfusion import TransfusionProcessor
+
+
+class _WritingMixin:
+    """They tell a model of any mode but text's, and `generate()` would draw, and the picture be thrown away."""
+
+    model: Any
+
+    def _prepare_generate_kwargs(self, generate_kwargs: dict[str, Any], **overrides: Any) -> dict[str, Any]:
+        kwargs = super()._prepare_generate_kwargs(generate_kwargs, **overrides)  # type: ignore[misc]
+        given = getattr(kwargs.get("generation_config"), "generation_mode", None)
+        if self.model.config.model_type == "transfusion" and given is None:
+            kwargs.setdefault("generation_mode", "text")
+        return kwargs
+
+
+class TransfusionTextGenerationPipeline(_WritingMixin, TextGenerationPipeline):
+    """The task `"text-generation"`; of other models what it was."""
+
+
+class TransfusionAnyToAnyPipeline(_WritingMixin, AnyToAnyPipeline):
+    """The task `"any-to-any"`, in batches too; of other models what it was."""
+
+    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+        outputs = super()._forward(model_inputs, generate_kwargs)
+        images = getattr(outputs["generated_sequence"], "images", None)
+        if images is not None:
+            if len(images) != len(outputs["input_ids"]):
+                raise ValueError(
+                    f"`num_return_sequences` made {len(images)} images of {len(outputs['input_ids'])} prompts, and "
+                    "this task gives one for each; use the task 'text-to-image'."
+                )
+            # In a form that the library can cut into rows again.
+            outputs["generated_sequence"] = [image for row in images for image in row]
+        return outputs
 
 
 class _GeneratingPipeline(Pipeline):
@@ -180,10 +214,13 @@ class TransfusionPipeline(TransfusionHubMixin):
             kwargs: As for `generate()`.
 
         Raises:
-            ValueError: an unknown `output_type`, and what `generate()` refuses.
+            ValueError: an unknown `output_type`, images that are not as many as the markers, and what `generate()`
+                refuses.
         """
         if output_type not in ("pil", "pt"):
             raise ValueError(f"`output_type` must be 'pil' or 'pt'; got {output_type!r}.")
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be at least 1; got {num_images_per_prompt}.")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if negative_prompt is not None:
             negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
@@ -238,8 +275,15 @@ class TransfusionPipeline(TransfusionHubMixin):
         return features["pixel_values"].repeat_interleave(repeats, dim=0)
 
     def _by_prompt(self, prompts: list[str], images: Any) -> list[list[Any]]:
-        pictures = iter(images if isinstance(images, (list, tuple)) else [images])
-        return [[next(pictures) for _ in range(text.count(self.processor.image_token))] for text in prompts]
+        pictures = images if isinstance(images, (list, tuple)) else [images]
+        num_marked = sum(text.count(self.processor.image_token) for text in prompts)
+        if len(pictures) != num_marked:
+            raise ValueError(
+                f"`image` holds {len(pictures)} images but `prompt` marks {num_marked} by "
+                f"{self.processor.image_token}; pass one image per marker."
+            )
+        remaining = iter(pictures)
+        return [[next(remaining) for _ in range(text.count(self.processor.image_token))] for text in prompts]
 
 
 for _task, _class in (
@@ -249,6 +293,17 @@ for _task, _class in (
     PIPELINE_REGISTRY.register_pipeline(
         _task, pipeline_class=_class, pt_model=AutoModelForMultimodalLM, type="multimodal"
     )
+for _task, _class in (
+    ("any-to-any", TransfusionAnyToAnyPipeline),
+    ("text-generation", TransfusionTextGenerationPipeline),
+):
+    PIPELINE_REGISTRY.supported_tasks[_task] = {**PIPELINE_REGISTRY.supported_tasks[_task], "impl": _class}
 
 
-__all__ = ["InterleavedGenerationPipeline", "TextToImagePipeline", "TransfusionPipeline"]
+__all__ = [
+    "InterleavedGenerationPipeline",
+    "TextToImagePipeline",
+    "TransfusionAnyToAnyPipeline",
+    "TransfusionPipeline",
+    "TransfusionTextGenerationPipeline",
+]

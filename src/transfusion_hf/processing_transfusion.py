@@ -300,7 +300,8 @@ class TransfusionProcessor(TransfusionHubMixin, ProcessorMixin):
         What `generate()` returned, in the modality asked for.
 
         Args:
-            generated_outputs (`TransfusionGenerateOutput` or `torch.LongTensor`)
+            generated_outputs (`TransfusionGenerateOutput` or `torch.LongTensor`):
+                In mode `"image"` also the images alone, one of each row.
             skip_special_tokens (`bool`, defaults to `True`)
             generation_mode (`str`, *optional*):
                 `"text"` or `None`: a string per row. `"image"`: the one image of each row. `"interleaved"`: see
@@ -314,6 +315,8 @@ class TransfusionProcessor(TransfusionHubMixin, ProcessorMixin):
             return self.batch_decode(sequences, skip_special_tokens=skip_special_tokens, **kwargs)
         images = getattr(generated_outputs, "images", None)
         if generation_mode == "image":
+            if isinstance(generated_outputs, list) or getattr(generated_outputs, "ndim", 0) == 4:
+                images = [[image] for image in generated_outputs]
             if images is None or any(len(row) != 1 for row in images):
                 found = "no images" if images is None else f"{[len(row) for row in images]} images"
                 raise ValueError(
