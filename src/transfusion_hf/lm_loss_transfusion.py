@@ -47,6 +47,7 @@ class _CrossEntropyInPlace(torch.autograd.Function):
         return gradient.mul_(grad_output), None
 
 
+@torch.compiler.disable  # a compiled graph cannot hold a function that keeps what it overwrote
 def sum_cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     The sum of −log softmax(logits)[target], in at least float32. In place: float32 or float64 logits hold nothing of
