@@ -31,11 +31,21 @@ class WholeCheckpointsTrainer(Trainer):
     pickled; the states of optimizer and generators, for resuming, are. [`TransfusionTrainer`] is one.
 
     Raises:
-        ValueError: a checkpoint of another model or adapter to resume from.
+        ValueError: FSDP with state dicts in shards; a checkpoint of another model or adapter to resume from.
     """
 
     push_in_progress: Any
     _is_saving = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            kind = self.accelerator.state.fsdp_plugin.state_dict_type.name
+            if kind != "FULL_STATE_DICT":  # the library then saves no model, and says nothing
+                raise ValueError(
+                    f"`fsdp_state_dict_type` is {kind}, of which no model would be saved that can be loaded; set it "
+                    "to FULL_STATE_DICT in accelerate's configuration, or `state_dict_type` in `fsdp_config`."
+                )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         folder = resume_from_checkpoint
