@@ -8,9 +8,11 @@ import socket
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 SCRIPTS = Path(__file__).parent / "fixtures"
@@ -139,3 +141,15 @@ def test_fsdp2_has_the_gradients_of_one_process(tmp_path, dtype):
     largest = max(float(gradient.abs().max()) for gradient in one["gradients"].values())
     for name, gradient in one["gradients"].items():
         assert (two["gradients"][name] - gradient).abs().max() <= tolerance * largest, name
+
+
+def test_under_fsdp2_samples_are_those_of_one_process_and_a_model_in_shards_is_refused(tmp_path):
+    for num_processes in (1, 2):
+        (tmp_path / str(num_processes)).mkdir()
+        launch(tmp_path, num_processes, "samples_fsdp2.py", str(tmp_path / str(num_processes)))
+    one, two = (tmp_path / name / "samples" for name in "12")
+    pixels = [np.asarray(Image.open(folder / "step-1.png")).astype(int) for folder in (one, two)]
+    assert np.abs(pixels[0] - pixels[1]).max() <= 1
+    assert (one / "step-1.txt").read_text() == (two / "step-1.txt").read_text()
+    refusal = (tmp_path / "2" / "refusal").read_text()
+    assert refusal.startswith("`fsdp_state_dict_type` is SHARDED_STATE_DICT") and "FULL_STATE_DICT" in refusal

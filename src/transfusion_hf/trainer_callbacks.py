@@ -197,7 +197,10 @@ class TransfusionSamplesCallback(TrainerCallback):
             return []
         generators = [torch.Generator(model.device).manual_seed(self.seed + i) for i in range(len(self.prompts))]
         inputs = self.processor(text=self.prompts).to(model.device)
-        output = model.generate(**inputs, generation_mode="image", generator=generators, **self.generate_kwargs)
+        # Where parameters are sharded, the library lets processes wait for the longest of them, which drawing does not
+        # take: all draw the same, in as many steps. Captions, whose words decide when they end, do wait.
+        kwargs = {"generator": generators, "synced_gpus": False, **self.generate_kwargs}
+        output = model.generate(**inputs, generation_mode="image", **kwargs)
         return self.processor.post_process_multimodal_output(output, generation_mode="image")
 
     def _caption(self, model: Any) -> list[str]:
