@@ -118,11 +118,41 @@ def best_prediction(noise_scheduler, prediction_type: str, x_t: torch.Tensor, t:
     ]
 
 
+def test_steps_end_at_0_however_many_they_are():
+    """Each grid from 0.98·T or above down, without a t twice, as far as its scheduler's last step reaches to 0."""
+    noise_scheduler = make_noise_scheduler(tiny.config())
+    for name in SCHEDULERS:
+        for steps in (*range(2, 110), *range(110, 1000, 37), 999):
+            if name == "DDIMScheduler" and steps * (1000 // steps) < 980:
+                continue  # refused
+            scheduler = make_sampling_scheduler(noise_scheduler, name, steps, torch.device("cpu"))
+            timesteps, stride = scheduler.timesteps, 1000 // steps
+            assert len(timesteps) == steps and 980 <= timesteps[0] <= 999 and (timesteps.diff() < 0).all()
+            assert timesteps[-1] <= (stride if name == "DDIMScheduler" else 3 * stride)
+
+
+def test_what_a_scheduler_cannot_divide_is_refused_with_the_nearest_it_can():
+    noise_scheduler, cpu = make_noise_scheduler(tiny.config()), torch.device("cpu")
+    for name, steps, nearest in (
+        ("DDIMScheduler", 300, "250 or 327"),
+        ("DDIMScheduler", 600, "500 or 980"),
+        ("DPMSolverMultistepScheduler", 1000, "999"),
+    ):
+        message = rf"`num_inference_steps={steps}` cannot .* {name}; the nearest that can: {nearest}\."
+        with pytest.raises(ValueError, match=message):
+            make_sampling_scheduler(noise_scheduler, name, steps, cpu)
+
+
+# DDIM refuses the many that are not near a divisor of 1,000.
+MANY = {name: (28, 250, 500, 980) if name == "DDIMScheduler" else (60, 300, 600) for name in SCHEDULERS}
+
+
 @pytest.mark.parametrize("error", [0.0, 0.01])
 @pytest.mark.parametrize(
     ("prediction_type", "name", "steps"),
     [
         *((kind, name, steps) for kind in PREDICTION_TYPES[:3] for name, steps in SCHEDULERS.items()),
+        *(("epsilon", name, steps) for name, many in MANY.items() for steps in many),
         *(("flow_prediction", name, steps) for name, steps in FLOW_SCHEDULERS.items()),
     ],
 )

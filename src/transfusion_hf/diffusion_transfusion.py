@@ -58,34 +58,30 @@ def make_sampling_scheduler(
     Args:
         noise_scheduler (`SchedulerMixin`): That of the training.
         scheduler (`SchedulerMixin` or `str`, *optional*):
-            A diffusers scheduler, or the name of its class, then made from the model's own schedule to begin at 0.98·T
-            or above, however few the steps, and to clip x_0 if the training's does and it can (Euler's cannot).
+            A diffusers scheduler, or the name of its class, then made from the model's own schedule to go from 0.98·T
+            or above to 0, however many the steps, and to clip x_0 if the training's does and it can (Euler's cannot).
             Defaults to the DDPM sampler of the paper; for flow matching to Euler's.
         num_inference_steps (`int`): 1 to T.
 
     Raises:
-        ValueError: an unknown name, a schedule or prediction type other than the model's, steps out of range.
+        ValueError: an unknown name, a schedule or prediction type other than the model's, steps out of range or, with
+            a scheduler such as DDIM's by name, so many that it cannot go from noise to 0 in them.
     """
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train_timesteps:
         raise ValueError(f"`num_inference_steps` must be 1 to {num_train_timesteps}; got {num_inference_steps}.")
     sampler: Any = scheduler
     own = noise_scheduler.config
-    if scheduler is None or isinstance(scheduler, str):
+    is_named = scheduler is None or isinstance(scheduler, str)
+    if is_named:
         scheduler_class = _scheduler_class(scheduler or type(noise_scheduler).__name__)
         accepted = inspect.signature(scheduler_class).parameters
         changes: dict[str, Any] = {}
         if is_flow(noise_scheduler):
             if "use_flow_sigmas" in accepted:
                 changes = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-        else:
-            sampler = scheduler_class.from_config(own)
-            sampler.set_timesteps(num_inference_steps)
-            # "leading" steps begin at noise only if they are many; few are moved up.
-            offset = int(0.98 * num_train_timesteps) - int(sampler.timesteps[0])
-            changes = {"steps_offset": offset} if offset > 0 else {}
-            if own.clip_sample and "clip_sample" not in accepted and "thresholding" in accepted:
-                changes["thresholding"] = True  # at the `sample_max_value` of 1, its default, it clips to [−1, 1]
+        elif own.clip_sample and "clip_sample" not in accepted and "thresholding" in accepted:
+            changes = {"thresholding": True}  # at the `sample_max_value` of 1, its default, it clips to [−1, 1]
         sampler = scheduler_class.from_config(own, **changes)
     remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
     wanted = "flow_prediction" if is_flow(noise_scheduler) else own.prediction_type
@@ -100,6 +96,8 @@ def make_sampling_scheduler(
         raise ValueError(
             f"`scheduler` ({type(sampler).__name__}) has another noise schedule than the model; {remedy}."
         )
+    if is_named and not is_flow(noise_scheduler):
+        sampler = _from_noise_to_0(sampler, noise_scheduler.betas, num_inference_steps)
     sampler = copy.deepcopy(sampler)
     sampler.set_timesteps(num_inference_steps, device=device)
     return sampler
@@ -264,6 +262,34 @@ def sampling_step_kwargs(scheduler: SchedulerMixin, generator: Any) -> dict[str,
     accepted = inspect.signature(scheduler.step).parameters
     kwargs = {"generator": generator, "use_clipped_model_output": True}
     return {name: value for name, value in kwargs.items() if name in accepted}
+
+
+def _from_noise_to_0(sampler: Any, betas: torch.Tensor, num_steps: int) -> Any:
+    """The sampler with steps that begin at 0.98·T or above and end at 0."""
+    num_train_timesteps = len(betas)
+    first = int(0.98 * num_train_timesteps)
+    # DDIM's kind goes from t to t − T // steps, on no other grid than "leading".
+    has_any_grid = hasattr(sampler, "sigmas") or hasattr(sampler, "previous_timestep")
+
+    def offset(steps: int) -> int | None:
+        """How far to move "leading" steps up, to begin at noise; `None` if they would then end too early."""
+        sampler.set_timesteps(steps)
+        missing = max(0, first - int(sampler.timesteps[0]))
+        return missing if missing <= num_train_timesteps // steps * (2 if has_any_grid else 1) else None
+
+    moved = offset(num_steps)
+    if moved is not None:
+        return type(sampler).from_config(sampler.config, **({"steps_offset": moved} if moved else {}))
+    if has_any_grid and num_steps <= first:
+        # Evenly over the model's schedule without its end.
+        kept = {"num_train_timesteps": first + 1, "trained_betas": betas[: first + 1].tolist()}
+        return type(sampler).from_config(sampler.config, **kept, timestep_spacing="linspace")
+    fewer, more = range(num_steps - 1, 0, -1), range(num_steps + 1, num_train_timesteps + 1)
+    nearest = [next((steps for steps in side if offset(steps) is not None), None) for side in (fewer, more)]
+    raise ValueError(
+        f"`num_inference_steps={num_steps}` cannot be divided evenly from noise to 0 by {type(sampler).__name__}; the "
+        f"nearest that can: {' or '.join(str(steps) for steps in nearest if steps)}."
+    )
 
 
 def _scheduler_class(name: str) -> Any:
