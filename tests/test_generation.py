@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import BOI, BOS, EOI, EOS, IMG, PAD
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
@@ -645,6 +645,27 @@ def test_a_scheduler_of_another_schedule_or_prediction_is_refused():
         generate(model, inputs, scheduler=other)
     with pytest.raises(ValueError, match="prediction type 'flow_prediction', this one predicts 'epsilon'"):
         generate(model, inputs, scheduler=FlowMatchEulerDiscreteScheduler())
+
+
+def test_a_scheduler_of_another_flow_is_refused():
+    model, inputs = tiny.model(prediction_type="flow_prediction"), prompts([4, BOI])
+    with pytest.raises(ValueError, match="prediction type 'epsilon', this one predicts 'flow_prediction'"):
+        generate(model, inputs, scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True))
+    for other in (
+        FlowMatchEulerDiscreteScheduler(num_train_timesteps=500),
+        DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+        DPMSolverMultistepScheduler(500, prediction_type="flow_prediction", use_flow_sigmas=True),
+    ):
+        with pytest.raises(ValueError, match=r"has another noise schedule than the model; make it with .*from_config"):
+            generate(model, inputs, scheduler=other)
+    own = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    assert torch.isfinite(generate(model, inputs, scheduler=own).images[0][0]).all()
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, 7, object()])
+def test_what_is_no_scheduler_is_refused(scheduler):
+    with pytest.raises(ValueError, match="`scheduler` must be a diffusers scheduler, its class name or `None`; got"):
+        generate(tiny.model(), prompts([4, BOI]), scheduler=scheduler)
 
 
 def test_caches_that_cannot_give_up_a_steps_keys_are_refused():

@@ -84,15 +84,24 @@ def make_sampling_scheduler(
             changes = {"thresholding": True}  # at the `sample_max_value` of 1, its default, it clips to [−1, 1]
         sampler = scheduler_class.from_config(own, **changes)
     remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
+    if not isinstance(sampler, SchedulerMixin):
+        raise ValueError(
+            f"`scheduler` must be a diffusers scheduler, its class name or `None`; got {sampler!r}; {remedy}."
+        )
+    # Of diffusers' own flow matching the config says no type; multistep samplers need both, flow sigmas and the type.
+    is_flow_only = type(sampler).__name__.startswith("FlowMatch")
     wanted = "flow_prediction" if is_flow(noise_scheduler) else own.prediction_type
-    sampled = "flow_prediction" if is_flow(sampler) else sampler.config.get("prediction_type")
+    sampled = "flow_prediction" if is_flow_only else sampler.config.get("prediction_type")
     if sampled != wanted:
         raise ValueError(
             f"`scheduler` samples a model of prediction type {sampled!r}, this one predicts {wanted!r}; {remedy}."
         )
-    schedules = [getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in (sampler, noise_scheduler)]
-    is_same = schedules[0].shape == schedules[1].shape and torch.allclose(*schedules, atol=1e-6)
-    if not is_flow(noise_scheduler) and not is_same:
+    is_same = is_flow(sampler) == is_flow(noise_scheduler)
+    is_same = is_same and sampler.config.get("num_train_timesteps") == num_train_timesteps
+    if is_same and not is_flow(noise_scheduler):
+        schedules = [getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in (sampler, noise_scheduler)]
+        is_same = schedules[0].shape == schedules[1].shape and torch.allclose(*schedules, atol=1e-6)
+    if not is_same:
         raise ValueError(
             f"`scheduler` ({type(sampler).__name__}) has another noise schedule than the model; {remedy}."
         )
