@@ -18,7 +18,7 @@ from test_generation import (
     prompts,
 )
 from tiny import BOI, BOS, EOS, IMG
-from transformers import CompileConfig, LogitsProcessorList
+from transformers import CompileConfig, DynamicCache, LogitsProcessorList
 
 from transfusion_hf.denoising_transfusion import DrawingLayer
 
@@ -228,6 +228,45 @@ def test_an_exception_in_a_callback_leaves_everything_usable():
     with pytest.raises(KeyboardInterrupt):
         generate(model, prompts([BOS, 4, BOI]), generation_mode="image", callback_on_step_end=fail)
     again = generate(model, prompts([BOS, 4, BOI]), generation_mode="image", generator=generators(1))
+    assert torch.equal(again.images[0][0], expected.images[0][0])
+
+
+@pytest.mark.parametrize("mode", ["image", "interleaved"])
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_call_that_is_stopped_leaves_a_cache_handed_in_as_it_was(mode, turn):
+    model, cache, stop_at = tiny.model(), DynamicCache(), [-1]
+
+    def stop(model, step, *args):
+        if step == stop_at[0]:
+            raise KeyboardInterrupt
+
+    kwargs = {"generation_mode": mode, "callback_on_step_end": stop, "max_new_tokens": 12}
+    kwargs |= {"past_key_values": cache, "return_dict_in_generate": True, "suppress_tokens": [EOS]}
+
+    def draw(prompt, **changes):
+        return generate(model, prompts(prompt), generator=generators(1), **{**kwargs, **changes})
+
+    prompt = [BOS, 4, 5, BOI]
+    if turn == 2:
+        prompt = [*draw(prompt).sequences[0].tolist(), 7, BOI]
+    filled = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    for stop_at[0], change, error in (
+        (STEPS - 1, {}, KeyboardInterrupt),
+        (1, {}, KeyboardInterrupt),
+        (-1, {"negative_prompt_ids": torch.tensor([[4, BOI, IMG]])}, ValueError),
+    ):
+        with pytest.raises(error):
+            draw(prompt, **change)
+        assert len(cache.layers) == len(filled)
+        for layer, (keys, values) in zip(cache.layers, filled, strict=True):
+            assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)
+    stop_at[0] = -1
+    again = draw(prompt)
+    fresh = DynamicCache()
+    if turn == 2:
+        draw([BOS, 4, 5, BOI], past_key_values=fresh)
+    expected = draw(prompt, past_key_values=fresh)
+    assert torch.equal(again.sequences, expected.sequences)
     assert torch.equal(again.images[0][0], expected.images[0][0])
 
 

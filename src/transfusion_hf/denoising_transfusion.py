@@ -5,7 +5,8 @@ Time runs from t = T − 1, noise, down to t = 0. Each step overwrites the patch
 and in the cache. Guidance has *branches*, further contexts of the same image; all of them go through one pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,21 @@ def move_columns(states: torch.Tensor, ends: torch.LongTensor, length: int) -> t
     columns = torch.arange(length, device=states.device) + (ends.to(states.device) - length)[:, None]
     columns = columns.clamp(min=0)[:, None, :, None]
     return states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
+
+
+@contextmanager
+def undone_on_error(cache: DynamicCache | None) -> Iterator[None]:
+    """Whatever stops or refuses the call inside, the cache is what it was: the same call can be made again."""
+    layers: list[Any] = [] if cache is None else cache.layers
+    # Keys and values are replaced, never written to: to remember them costs nothing.
+    before = [(layer.keys, layer.values, layer.is_initialized) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        del layers[len(before) :]
+        for layer, states in zip(layers, before, strict=True):
+            layer.keys, layer.values, layer.is_initialized = states
+        raise
 
 
 class DrawingLayer(CacheLayerMixin):
@@ -409,4 +425,12 @@ class DenoisingLoop:
                 main.update(*drawn, index)
 
 
-__all__ = ["DenoisingLoop", "DrawingLayer", "GuidanceBranches", "align", "move_columns", "positions_of"]
+__all__ = [
+    "DenoisingLoop",
+    "DrawingLayer",
+    "GuidanceBranches",
+    "align",
+    "move_columns",
+    "positions_of",
+    "undone_on_error",
+]

@@ -38,7 +38,7 @@ from transformers.generation import (
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, logging
 
-from .denoising_transfusion import DenoisingLoop, GuidanceBranches, align, move_columns, positions_of
+from .denoising_transfusion import DenoisingLoop, GuidanceBranches, align, move_columns, positions_of, undone_on_error
 from .masking_transfusion import image_block_ids
 from .patching_transfusion import stack_images
 
@@ -358,7 +358,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         if synced_gpus:
             raise ValueError("`synced_gpus` keeps step with text only; use `generation_mode='text'`.")
         decoder = _InterleavedDecoder(self, input_ids, generation_config, streamer, model_kwargs)
-        return decoder.run(logits_processor, stopping_criteria)
+        with undone_on_error(decoder.cache):
+            return decoder.run(logits_processor, stopping_criteria)
 
     def _with_generator(self, logits_processor, generation_config, rows: "_Rows | None") -> LogitsProcessorList:
         if generation_config.generator is None or not generation_config.do_sample:
