@@ -39,6 +39,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, logging
 
 from .denoising_transfusion import DenoisingLoop, GuidanceBranches, align, move_columns, positions_of, undone_on_error
+from .diffusion_transfusion import make_sampling_scheduler
 from .masking_transfusion import image_block_ids
 from .patching_transfusion import stack_images
 
@@ -267,6 +268,9 @@ class TransfusionGenerationMixin(GenerationMixin):
         generation_config._negative_prompt = tuple(kwargs.get(name) for name in names)
         if generation_config.generation_mode != "text":
             self._check_guidance(generation_config)
+            # Before anything is read, and though perhaps nothing will be drawn.
+            steps = generation_config.num_inference_steps
+            make_sampling_scheduler(self.noise_scheduler, generation_config.scheduler, steps, self.device)
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         # Placeholders and <EOI> are appended by the decoder, never sampled (§3). First of all, so that what is sampled
         # from is a distribution without them.
