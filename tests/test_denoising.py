@@ -368,7 +368,18 @@ def test_a_variation_takes_its_share_of_the_steps_from_the_noised_image():
             {"init_image": torch.zeros(1, 2, 4, 4), "strength": 0.0},
             r"`strength` must lie above 0 and up to 1; got 0\.0",
         ),
-        ({"init_image": torch.zeros(1, 2, 4, 8)}, r"`init_image` must have shape \(1, channels, 4, 4\)"),
+        (
+            {"init_image": torch.zeros(1, 2, 4, 8), "strength": 0.5},
+            r"`init_image` must have shape \(1, 2, 4, 4\).*got \(1, 2, 4, 8\)",
+        ),
+        *(
+            (
+                {"init_image": torch.zeros(1, channels, 4, 4), "strength": 0.5},
+                rf"`init_image` must have shape \(1, 2, 4, 4\).*got \(1, {channels}, 4, 4\)",
+            )
+            for channels in (1, 3)
+        ),
+        ({"init_image": torch.zeros(1, 2, 4, 4)}, "`init_image` does nothing at a `strength` of 1; lower it"),
         (
             {"init_image": torch.zeros(1, 2, 4, 4), "mask_image": torch.zeros(1, 2, 4, 4)},
             r"`mask_image` must have shape \(1, 1, 4, 4\)",

@@ -295,6 +295,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         if generation_config.init_image is None:
             if generation_config.mask_image is not None or generation_config.strength != 1:
                 raise ValueError("`mask_image` and `strength` need an `init_image` to begin with.")
+        elif generation_config.mask_image is None and generation_config.strength == 1:
+            raise ValueError("`init_image` does nothing at a `strength` of 1; lower it, or pass a `mask_image`.")
         if not 0 < generation_config.strength <= 1:
             raise ValueError(f"`strength` must lie above 0 and up to 1; got {generation_config.strength}.")
         max_images = generation_config.max_images
@@ -567,10 +569,12 @@ class _InterleavedDecoder:
         if len(set(self.sizes)) > 1:
             raise ValueError("`init_image` is of one size for all rows; pass one `height` and `width`.")
         size = tuple(side * factor for side in self.sizes[0])
-        if image.ndim != 4 or image.shape[0] != batch_size or tuple(image.shape[2:]) != size:
+        vae = self.model.vae
+        wanted = (batch_size, self.config.latent_channels if vae is None else vae.config.in_channels, *size)
+        if tuple(image.shape) != wanted:
             raise ValueError(
-                f"`init_image` must have shape ({batch_size}, channels, {size[0]}, {size[1]}), one image for each row "
-                f"in the size of the drawing; got {tuple(image.shape)}."
+                f"`init_image` must have shape {wanted}, one image for each row in the size of the drawing; got "
+                f"{tuple(image.shape)}."
             )
         (known,) = self.model.encode_images(image.to(self.device))
         if mask is None:
