@@ -394,3 +394,14 @@ def test_a_variation_takes_its_share_of_the_steps_from_the_noised_image():
 def test_guidance_that_makes_no_sense_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny.model(), prompts([BOS, 5, BOI]), **{"generation_mode": "image", **change})
+
+
+def test_negative_prompts_have_the_positions_that_prompts_have():
+    model, longest = tiny.model(tiny.text_config(max_position_embeddings=10)), [BOS, 5, 6, 7, 8]
+    kwargs = {"generation_mode": "image", "max_new_tokens": 5}
+    for ids in (longest, [*longest, BOI]):  # 5 tokens, <BOI> and 4 patches
+        output = generate(model, prompts([BOS, 5, BOI]), negative_prompt_ids=torch.tensor([ids]), **kwargs)
+        assert torch.isfinite(output.images[0][0]).all()
+    message = "`negative_prompt_ids` has 6 tokens for row 0.* are 11, and `max_position_embeddings` is 10"
+    with pytest.raises(ValueError, match=message):
+        generate(model, prompts([BOS, 5, BOI]), negative_prompt_ids=torch.tensor([[*longest, 9]]), **kwargs)

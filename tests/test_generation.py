@@ -414,6 +414,10 @@ def test_max_images_keeps_a_row_from_drawing_more():
         assert [len(row) for row in output.images] == [most, min(most, 1), 0]
     with pytest.raises(ValueError, match="`max_images` must be 0 or more, or None; got -1"):
         generate(model, inputs, max_images=-1)
+    with pytest.raises(ValueError, match="`max_images` is 0, but prompt 1 asks for an image"):
+        generate(model, prompts([3, 30], [4, BOI]), max_images=0)
+    with pytest.raises(ValueError, match="`max_images` is 0, but prompt 0 asks for an image"):
+        generate(model, inputs, max_images=0, generation_mode="image")
 
 
 def test_stopping_criteria_of_the_user_end_a_row_for_good():

@@ -160,8 +160,20 @@ class GuidanceBranches:
             prefixes = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
             # One that ends at <BOI> already.
             prefixes = [row[:-1] if len(row) and row[-1] == boi else row for row in prefixes]
+            self._check_positions(prefixes)
         self.contexts.append([torch.cat([prefix, boi]) for prefix in prefixes])
         self.latents.append([[] for _ in prefixes])
+
+    def _check_positions(self, prefixes: list[torch.LongTensor]) -> None:
+        """The other contexts are no longer than their prompts."""
+        num_positions = getattr(self.decoder.config.text_config, "max_position_embeddings", None)
+        for row, (prefix, needed) in enumerate(zip(prefixes, self.decoder.image_lengths, strict=True)):
+            if num_positions is not None and len(prefix) + needed > num_positions:  # <BOI> and the patches
+                raise ValueError(
+                    f"`negative_prompt_ids` has {len(prefix)} tokens for row {row}, which with <BOI> and the patches "
+                    f"of an image are {len(prefix) + needed}, and `max_position_embeddings` is {num_positions}; "
+                    "shorten the negative prompt."
+                )
 
     def _add_images_alone(self) -> None:
         """The images of each prompt without its text."""

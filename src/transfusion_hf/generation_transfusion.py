@@ -610,6 +610,8 @@ class _InterleavedDecoder:
         else:
             self.rows.parked |= ends_at_boi
         for row in self.rows.parked.nonzero()[:, 0].tolist():
+            if self.generation_config.max_images == 0:
+                raise ValueError(f"`max_images` is 0, but prompt {row} asks for an image; raise it, or pass no <BOI>.")
             if (shortage := self._shortage(row)) is not None:
                 raise ValueError(f"{shortage}; prompt {row} asks for one.")
         num_cached = 0 if self.cache is None else self.cache.get_seq_length()
