@@ -405,3 +405,28 @@ def test_negative_prompts_have_the_positions_that_prompts_have():
     message = "`negative_prompt_ids` has 6 tokens for row 0.* are 11, and `max_position_embeddings` is 10"
     with pytest.raises(ValueError, match=message):
         generate(model, prompts([BOS, 5, BOI]), negative_prompt_ids=torch.tensor([[*longest, 9]]), **kwargs)
+
+
+def test_a_streamer_hears_the_steps_that_are_taken():
+    class Heard:
+        preview_interval = 1
+
+        def __init__(self):
+            self.counts = []
+
+        def put(self, value):
+            pass
+
+        def put_image(self, image, step, num_steps):
+            self.counts.append((step, num_steps))
+
+        def end(self):
+            pass
+
+    for strength, num_steps in ((0.5, 5), (1.0, 10)):
+        heard, changes = Heard(), {"init_image": torch.zeros(1, 2, 4, 4), "strength": strength}
+        generate(
+            tiny.model(), prompts([BOS, 5, BOI]), generation_mode="image", num_inference_steps=10, streamer=heard,
+            **(changes if strength < 1 else {}),
+        )  # fmt: skip
+        assert heard.counts == [(step + 1, num_steps) for step in range(num_steps)]

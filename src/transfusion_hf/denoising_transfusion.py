@@ -276,6 +276,7 @@ class DenoisingLoop:
         if is_cached:
             self._copy_prefixes()
         self.block_masks: dict[int, Any] = {}
+        self.num_steps = 0  # of the last `run`
         # The steps alone: what else there is, is called once for an image and with other arguments.
         options = decoder.generation_config.compile_config
         self.step_model = self.model.model
@@ -328,20 +329,20 @@ class DenoisingLoop:
                     scheduler.set_begin_index(start)
                 timesteps = timesteps[start:]
                 x_t = at_timestep(scheduler, known, noise, timesteps[0])
-        num_steps = len(timesteps)
+        self.num_steps = len(timesteps)
         steps = logging.tqdm(timesteps, desc="draw", leave=False, disable=not config.progress_bar)
         for i, t in enumerate(steps):
             x_in = model_input(scheduler, x_t, t)
-            is_guided = config.guidance_start <= i / num_steps < config.guidance_end
+            is_guided = config.guidance_start <= i / self.num_steps < config.guidance_end
             num_contexts = 1 + len(self.branches) if is_guided else 1
             predictions = list(self._predict(x_in, t, num_contexts).chunk(num_contexts))
             eps = predictions[0]
             if num_contexts > 1:
                 eps = self.branches.combine(predictions, config.guidance_rescale)
-            self._preview(i + 1, num_steps, x_in, eps, t)
+            self._preview(i + 1, x_in, eps, t)
             x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
             if mask is not None:
-                is_last = i + 1 == num_steps
+                is_last = i + 1 == self.num_steps
                 kept = known if is_last else at_timestep(scheduler, known, noise, timesteps[i + 1])
                 x_t = torch.where(mask, x_t, kept)
             if config.callback_on_step_end is not None:
@@ -349,13 +350,13 @@ class DenoisingLoop:
                 x_t = (changed or {}).get("latents", x_t)
         return x_t
 
-    def _preview(self, step: int, num_steps: int, x_in: torch.Tensor, prediction: torch.Tensor, t) -> None:
+    def _preview(self, step: int, x_in: torch.Tensor, prediction: torch.Tensor, t) -> None:
         if hasattr(self.decoder.streamer, "check"):
             self.decoder.streamer.check()
         interval = getattr(self.decoder.streamer, "preview_interval", None)
-        if interval is not None and step % interval == 0 and step < num_steps:
+        if interval is not None and step % interval == 0 and step < self.num_steps:
             x_0 = predicted_x_0(self.model.noise_scheduler, x_in[:1], prediction[:1], t)
-            self.decoder.streamer.put_image(self.model.decode_latents(x_0)[0], step, num_steps)
+            self.decoder.streamer.put_image(self.model.decode_latents(x_0)[0], step, self.num_steps)
 
     def _predict(self, x_t: torch.Tensor, t: torch.Tensor, num_contexts: int) -> torch.Tensor:
         """One pass: ε of every row in its first contexts, `(rows · num_contexts, channels, height, width)`."""

@@ -762,8 +762,7 @@ class _InterleavedDecoder:
         )
         ends_here = self.generation_config.generation_mode == "image"
         if hasattr(self.streamer, "put_image"):
-            num_steps = self.generation_config.num_inference_steps
-            self.streamer.put_image(images[0], num_steps, num_steps)
+            self.streamer.put_image(images[0], loop.num_steps, loop.num_steps)
         for i, row in enumerate(rows):
             self._append(row, image)
             self.images[row].append(images[i])
