@@ -249,6 +249,8 @@ def test_a_call_that_is_stopped_leaves_a_cache_handed_in_as_it_was(mode, turn):
     prompt = [BOS, 4, 5, BOI]
     if turn == 2:
         prompt = [*draw(prompt).sequences[0].tolist(), 7, BOI]
+    elif mode == "interleaved":  # text comes first
+        prompt, kwargs["logits_processor"] = [BOS, 4, 30], LogitsProcessorList([Script(SCRIPTS)])
     filled = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
     for stop_at[0], change, error in (
         (STEPS - 1, {}, KeyboardInterrupt),
