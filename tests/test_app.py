@@ -336,7 +336,7 @@ WATCH = """() => {
 
 
 def test_a_drawing_appears_by_its_previews(visit, model, processor, tmp_path):
-    visit.set(mode="draw", steps="60", seed="5", preview_interval="3")
+    visit.set(mode="draw", steps="50", seed="5", preview_interval="3")
     visit.choose("DDIMScheduler")
     visit.page.evaluate(WATCH)
     image = visit.draw("a seven")
@@ -344,7 +344,7 @@ def test_a_drawing_appears_by_its_previews(visit, model, processor, tmp_path):
     assert len(steps) >= 2 and steps == sorted(steps) and all(step % 3 == 0 for step in steps)
     assert num_shown >= 2 and len(visit.pictures()) == 1
     assert "step" not in visit.page.locator(".bubble-wrap").inner_text()
-    assert image.format == "PNG" and image.tobytes() == drawn(model, processor, "a seven", 60, 3.0, 5)
+    assert image.format == "PNG" and image.tobytes() == drawn(model, processor, "a seven", 50, 3.0, 5)
     size = visit.page.locator("[data-testid=bot] img").evaluate("i => [i.naturalWidth, i.naturalHeight, i.width]")
     assert size == [8, 8, 256], "8 pixels, shown large"
     visit.page.screenshot(path=tmp_path / "app.png")
