@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "patching_transfusion": {"configuration_transfusion"},
     "autoencoder_transfusion": {"patching"},
     "denoising_transfusion": {"diffusion", "masking"},
-    "generation_transfusion": {"configuration", "denoising", "masking", "patching"},
+    "generation_transfusion": {"configuration", "denoising", "diffusion", "masking", "patching"},
     "modeling_transfusion": {
         "configuration",
         "attention",
