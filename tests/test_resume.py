@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from test_trainer import collate_uneven, uneven_samples
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import TransfusionEMACallback, TransfusionTrainer
+from transfusion_hf.data import TransfusionDataset
 
 STEPS = 58  # no whole number of epochs
 
@@ -123,3 +125,57 @@ def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path, data):
     assert resumed.state.global_step == STEPS == len(losses(tmp_path))
     expected = finished.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
+
+
+def train_on_texts(
+    folder: Path, data: str, texts: list[str], resume=None, callbacks=(), **kwargs
+) -> TransfusionTrainer:
+    """Each text stands for a sample; empty ones are broken rows."""
+    rows = Dataset.from_dict({"text": texts})
+    rows = rows.to_iterable_dataset() if data == "streaming" else rows
+
+    def collate(batch: list[dict]) -> dict:
+        return collate_unseeded([uneven_samples()[int(row["text"])] for row in batch])
+
+    args = TrainingArguments(
+        str(folder), learning_rate=1e-2, remove_unused_columns=False, report_to="none", disable_tqdm=True,
+        use_cpu=True, **{"save_steps": 1, "per_device_train_batch_size": 2, **kwargs},
+    )  # fmt: skip
+    trainer = TransfusionTrainer(
+        tiny.model(std=0.1), args, train_dataset=TransfusionDataset.from_text(rows, shuffle=True),
+        data_collator=collate, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("data", ["map", "streaming"])
+@pytest.mark.filterwarnings("ignore:Skipped")
+def test_a_run_takes_as_many_short_passes_as_its_steps_need_and_goes_on_in_any_of_them(tmp_path, data):
+    texts = ["0", "", "1", "2", "3", "4", "", "5", "6", "7"]  # five batches of two, of which four come
+    whole = train_on_texts(tmp_path / "whole", data, texts, max_steps=14)
+    assert whole.state.global_step == 14 and whole.state.epoch > 3
+    expected = whole.model.state_dict()
+    for step in (8, 9):  # between two passes, and within one
+        folder = str(tmp_path / "whole" / f"checkpoint-{step}")
+        resumed = train_on_texts(tmp_path / "resumed", data, texts, folder, max_steps=14, save_strategy="no")
+        assert resumed.state.global_step == 14
+        assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items()), step
+
+
+class StartsWithoutGradient(TrainerCallback):
+    num_seen = 0
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        assert not any(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+        self.num_seen += 1
+
+
+@pytest.mark.filterwarnings("ignore:Skipped")
+def test_micro_batches_too_few_for_a_step_do_not_count_in_the_next_pass(tmp_path):
+    watch = StartsWithoutGradient()
+    train_on_texts(
+        tmp_path, "map", ["0", "2", "3", ""], callbacks=[watch], max_steps=2, per_device_train_batch_size=1,
+        gradient_accumulation_steps=2, save_strategy="no",
+    )  # fmt: skip
+    assert watch.num_seen == 3  # of one step there was but half

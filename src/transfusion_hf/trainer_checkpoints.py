@@ -3,8 +3,10 @@ A `Trainer` whose checkpoints are whole or not there, and are what they are take
 """
 
 import json
+import math
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +16,13 @@ from huggingface_hub import HfApi
 from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    HubStrategy,
+    get_last_checkpoint,
+    has_length,
+    rotate_checkpoints,
+)
 from transformers.utils import CONFIG_NAME, PushInProgress
 
 from .model_card_transfusion import make_model_card
@@ -52,6 +60,8 @@ class WholeCheckpointsTrainer(Trainer):
         if folder is True:
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
+            state = Path(folder, TRAINER_STATE_NAME)
+            self._resumed_max_steps = json.loads(state.read_text())["max_steps"] if state.exists() else 0
             _check_same_model(self._unwrapped().config, folder)
             _check_same_adapter(self._unwrapped(), folder)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -59,11 +69,36 @@ class WholeCheckpointsTrainer(Trainer):
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
+    def set_initial_training_values(self, args, dataloader):
+        num_epochs, *values = super().set_initial_training_values(args, dataloader)
+        self._batches_per_epoch = values[4] if has_length(dataloader) else None
+        # Where broken rows are left out, passes are shorter than the data set says, and it takes more of them.
+        return sys.maxsize if args.max_steps > 0 else num_epochs, *values
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        # The library computes from the number of steps where in the data a run stands, as if all passes had the length
+        # that it is told, and those of a stream no end. The state's `epoch` is counted.
+        epoch, num_batches = super()._init_training_state(*args, **kwargs)
+        if self.state.epoch:
+            size = self._batches_per_epoch
+            if size is None:
+                size = self._resumed_max_steps * self.args.gradient_accumulation_steps
+            epoch = math.ceil(self.state.epoch) - 1
+            position = round((self.state.epoch - epoch) * size)
+            if position == self._batches_per_epoch:
+                epoch, position = epoch + 1, 0
+            if not self.args.ignore_data_skip:
+                num_batches = position - position % self.args.gradient_accumulation_steps
+        return epoch, num_batches
+
     def _run_epoch(self, *args: Any, **kwargs: Any):
         # The library would take a finished run that is resumed one step further.
         if self.state.global_step < self.state.max_steps:
-            return super()._run_epoch(*args, **kwargs)
-        self.control.should_training_stop = True
+            super()._run_epoch(*args, **kwargs)
+            # Micro-batches too few for a step, at the end of a pass, are no part of the next one's first.
+            self.model.zero_grad()
+        else:
+            self.control.should_training_stop = True
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
