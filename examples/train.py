@@ -200,7 +200,8 @@ def build_dataset(args: DataArguments, processor: TransfusionProcessor, seed: in
             load(args.text_dataset, args.streaming), text_column=args.text_column, **kwargs
         )
         sources, ratios = [text, captions], [1 - args.image_share, args.image_share]
-    return mix_by_tokens(sources, processor, ratios=ratios, stopping_strategy="all_exhausted")
+    # How long a training takes, its steps say.
+    return mix_by_tokens(sources, processor, ratios=ratios, stopping_strategy="never")
 
 
 def main(argv: list[str] | None = None) -> TransfusionTrainer:

@@ -525,6 +525,28 @@ def test_a_source_that_is_repeated_within_an_epoch_has_an_order_of_its_own_each_
         next(samples)
 
 
+@pytest.mark.parametrize("kind", ["map", "streams"])
+def test_an_endless_mixture_goes_on_beyond_its_first_pass_at_the_very_next_sample(kind):
+    def fresh():
+        sources = [text_set(4), text_set(10).map(lambda row: {"text": f"b {row['text']}"})]
+        if kind == "streams":
+            sources = [rows.to_iterable_dataset(num_shards=2) for rows in sources]
+        sources = [TransfusionDataset.from_text(rows, shuffle=True, buffer_size=3) for rows in sources]
+        return mix_by_tokens(sources, length_fn=lambda sample: 1, stopping_strategy="never")
+
+    whole, mixed = texts(islice(fresh(), 70)), fresh()
+    # Each source in turn, and each of its passes whole, in an order of its own.
+    for source, length in ((whole[::2], 4), (whole[1::2], 10)):
+        passes = [source[start : start + length] for start in range(0, len(source) - length + 1, length)]
+        assert len(passes) >= 3 and len(set(map(tuple, passes))) > 1 and len({tuple(sorted(p)) for p in passes}) == 1
+    samples = iter(mixed)
+    for taken in range(50):
+        resumed = fresh()
+        resumed.load_state_dict(json.loads(json.dumps(mixed.state_dict())))
+        assert texts(islice(resumed, 20)) == whole[taken : taken + 20]
+        next(samples)
+
+
 def test_workers_mix_their_own_parts_and_count_together(processor):
     sources = [TransfusionDataset.from_text(stream_of(4)), captions_source(captions_set(30))]
     mixed = mix_by_tokens(sources, processor, stopping_strategy="all_exhausted_without_replacement")
@@ -580,7 +602,7 @@ ONE = TransfusionDataset.from_text(text_set())
         ([ONE], {"ratios": [0]}, "`ratios` must hold a positive number"),
         ([ONE], {"length_fn": None}, "Pass one of `processor` and `length_fn`"),
         ([ONE], {"processor": "both"}, "Pass one of `processor` and `length_fn`"),
-        ([ONE], {"stopping_strategy": "never"}, "`stopping_strategy` must be one of .*; got 'never'"),
+        ([ONE], {"stopping_strategy": "once"}, "`stopping_strategy` must be one of .*; got 'once'"),
     ],
 )
 def test_bad_mixtures_are_refused(sources, kwargs, message):

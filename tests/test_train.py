@@ -3,6 +3,7 @@
 import io
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,14 @@ def test_a_run_goes_on_where_it_was(tmp_path, data):
     parts = train.main(arguments(tmp_path / "parts", data, *data_arguments))
     expected = whole.model.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in parts.model.state_dict().items())
+
+
+def test_the_data_of_a_training_never_end(data):
+    processor = AutoProcessor.from_pretrained(TINY)
+    args = train.DataArguments(
+        str(data / "pictures-*.parquet"), str(data / "text-*.parquet"), caption_column="caption"
+    )
+    assert sum(1 for _ in islice(train.build_dataset(args, processor, 0), 150)) == 150  # of 46 rows
 
 
 @pytest.mark.parametrize("plan", ["image_parts", "image_weights", "all"])

@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from .data import NUM_SLOTS, ResumableDataset, TransfusionDataset, images_of
 from .processing_transfusion import TransfusionProcessor
 
-STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement")
+STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement", "never")
 
 
 def count_tokens(sample: dict[str, Any], processor: TransfusionProcessor) -> int:
@@ -107,7 +107,7 @@ class _TokenMixture(ResumableDataset):
                         "shards than there are workers; then use fewer, or split it into more files."
                     )
                 ended[behind] = 1
-                if self.stopping_strategy == "first_exhausted" or all(ended):
+                if self.stopping_strategy == "first_exhausted" or (self.stopping_strategy != "never" and all(ended)):
                     return
                 if not is_finite:
                     rounds[behind] += 1
@@ -149,7 +149,7 @@ def mix_by_tokens(
             As in `datasets.interleave_datasets`: the pass ends with the first source that does; or, with
             `"all_exhausted"`, when each has ended once, the shorter ones being repeated; or, with
             `"all_exhausted_without_replacement"`, when all have, each sample given once and the ratio kept only as
-            long as none has ended.
+            long as none has ended. `"never"` repeats each source without end, for a training that counts steps.
 
     Returns:
         A `torch.utils.data.IterableDataset` of samples.
