@@ -245,6 +245,43 @@ def test_broken_rows_can_raise_and_say_which(streamed, shuffle):
         list(dataset)
 
 
+def broken_after_three() -> IterableDataset:
+    return captions_set(6).map(
+        lambda row, i: {"image": {"bytes": b"none", "path": None} if i == 3 else row["image"]}, with_indices=True
+    ).to_iterable_dataset()  # fmt: skip
+
+
+@pytest.mark.parametrize("on_error", ["skip", "raise"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda stream: stream.rename_column("id", "number"),
+        lambda stream: stream.filter(lambda row: True),
+        lambda stream: stream.filter(lambda row: row["id"] >= 1003),  # the first row is broken
+        lambda stream: stream.map(lambda row: row),
+    ],
+)
+def test_a_broken_image_that_a_stream_decodes_itself_says_what_to_do(changed, on_error):
+    with pytest.raises(
+        ValueError, match=r"before it could be left out \(Unidenti.*`stream.decode\(False\)` come first"
+    ):
+        list(captions_source(changed(broken_after_three()), on_error=on_error))
+
+
+@pytest.mark.filterwarnings("ignore:Skipped")
+def test_a_stream_that_decodes_nothing_may_be_changed_before():
+    for stream in (broken_after_three(), broken_after_three().decode(False).filter(lambda row: True)):
+        assert len(list(captions_source(stream))) == 5
+
+
+def test_an_error_of_a_streams_own_steps_stays_what_it_is():
+    def fail(row):
+        raise OSError("no network")
+
+    with pytest.raises(OSError, match="no network"):
+        list(captions_source(captions_set().to_iterable_dataset().map(fail)))
+
+
 def test_a_document_or_an_edit_with_one_broken_image_is_broken():
     documents = Dataset.from_dict(
         {"texts": [["a", None], ["a"], ["a", "b"], [None], []], "images": [[None, PNG], [PNG], [None], [b""], []]}

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,22 @@ def _without_decoding(dataset: Any) -> Any:
         elif isinstance(getattr(feature, "feature", None), hf_datasets.Image):
             dataset = dataset.cast_column(name, hf_datasets.List(bare))
     return dataset
+
+
+def _read_rows(stream: Any) -> Iterator[dict[str, Any]]:
+    """Of a stream whose steps want images, `datasets` decodes them before they come here."""
+    try:
+        yield from stream
+    except Exception as error:
+        decoding = hf_datasets.Image.decode_example.__code__
+        if all(frame.f_code is not decoding for frame, _ in walk_tb(error.__traceback__)):
+            raise
+        raise ValueError(
+            "`dataset` holds an image that cannot be read, and a `map`, `filter` or `rename_column` of it met it "
+            f"before it could be left out ({type(error).__name__}: {error}). Pass the stream as it was before (the "
+            "columns' names are arguments, rows are made into samples by `to_sample`), or let `stream.decode(False)` "
+            "come first."
+        ) from error
 
 
 class ResumableDataset(IterableDataset):
@@ -295,7 +312,7 @@ class TransfusionDataset(ResumableDataset):
         made = cls(dataset, partial(to_sample, **columns), **kwargs)
         names = made.dataset.column_names
         if names is None:  # a stream that does not know them: its first row does
-            names = list(next(iter(made.dataset), {}))
+            names = list(next(_read_rows(made.dataset), {}))
         for argument, column in columns.items():
             if column not in names:
                 raise ValueError(f"`{argument}` is {column!r}, but the columns of `dataset` are {names}; name one.")
@@ -345,7 +362,7 @@ class TransfusionDataset(ResumableDataset):
             stream.set_epoch(int(np.random.default_rng([self.seed, epoch]).integers(1, 2**31)))  # 0: as they come
         if state is not None:
             stream.load_state_dict(state)
-        rows = iter(stream)
+        rows = _read_rows(stream)
         while block := list(islice(rows, size)):
             number, taken = divmod(position, size)
             order = np.random.default_rng([self.seed, epoch, number]).permutation(len(block))
