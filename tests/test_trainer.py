@@ -22,6 +22,7 @@ from transfusion_hf import (
     make_labels,
 )
 from transfusion_hf import lm_loss_transfusion as lm_loss
+from transfusion_hf.trainer import _flops_per_token
 from transfusion_hf.trainer_callbacks import log_pictures
 
 IMAGE = [tiny.BOI] + [tiny.IMG] * 4 + [tiny.EOI]
@@ -448,6 +449,24 @@ def test_the_exact_trainer_refuses_what_makes_it_wrong(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             exact_trainer(tiny.model(), tmp_path, uneven_samples(), **kwargs)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path):
+    stock = trainer(tiny.model(), tmp_path, uneven_samples())
+    stock.args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"One process has 2 GPUs.*parts images from their texts; .*`torchrun`"):
+        TransfusionTrainer(tiny.model(), stock.args, train_dataset=uneven_samples())
+
+
+def test_under_zero_3_the_average_is_refused_and_the_flops_are_counted_by_the_whole():
+    model = tiny.model()
+    whole = _flops_per_token(model)
+    for parameter in model.parameters():  # as DeepSpeed leaves them
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    assert _flops_per_token(model) == whole > 0
+    args = SimpleNamespace(load_best_model_at_end=False)
+    with pytest.raises(ValueError, match="empty parameters under DeepSpeed ZeRO-3; take ZeRO-2 or FSDP2"):
+        TransfusionEMACallback().on_train_begin(args, None, None, model=model)
 
 
 def test_samples_are_drawn_and_read_and_change_nothing(tmp_path):

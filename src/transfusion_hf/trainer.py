@@ -88,7 +88,10 @@ def _flops_per_token(model: torch.nn.Module) -> int:
     """
     halves = {id(one) for _, *both in image_parameters(model) for one in both}
     return sum(
-        (6 if parameter.requires_grad else 4) * parameter.numel() // (2 if id(parameter) in halves else 1)
+        # Under DeepSpeed ZeRO-3 a parameter is empty until it is gathered.
+        (6 if parameter.requires_grad else 4)
+        * getattr(parameter, "ds_numel", parameter.numel())
+        // (2 if id(parameter) in halves else 1)
         for name, parameter in model.named_parameters()
         if not {"vae", "original_module"} & set(name.split("."))  # PEFT keeps the modules that it replaces
     )
@@ -113,10 +116,10 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             utilisation `mfu`.
 
     Raises:
-        ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`, or
-            `dispatch_batches`, which would part images from their texts; `use_liger_kernel` with a split LM head; a
-            checkpoint of another model or adapter to resume from; in training, a loss that is not finite, whose batch
-            is then in the output folder.
+        ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`; several
+            GPUs of one process or `dispatch_batches`, which would part images from their texts; `use_liger_kernel`
+            with a split LM head; FSDP with state dicts in shards; a checkpoint of another model or adapter to resume
+            from; in training, a loss that is not finite, whose batch is then in the output folder.
     """
 
     def __init__(
@@ -129,6 +132,12 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         super().__init__(*args, **kwargs)
         if not self.args.average_tokens_across_devices and self.args.world_size > 1:
             raise ValueError("`average_tokens_across_devices=False` weighs processes unequally; leave it on.")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"One process has {self.args.n_gpu} GPUs, and `nn.DataParallel` would cut batches along their first "
+                "dimension, which parts images from their texts; start one process for each by `torchrun` or "
+                "`accelerate launch`, or show one GPU by CUDA_VISIBLE_DEVICES=0."
+            )
         if self.args.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` takes the labels away from the model; leave it at 0.")
         if self.accelerator.dataloader_config.dispatch_batches:

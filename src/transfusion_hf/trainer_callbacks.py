@@ -40,8 +40,8 @@ class TransfusionEMACallback(TrainerCallback):
             The checkpoint that a run resumes from, where it is not in `args.output_dir`: the Trainer does not tell.
 
     Raises:
-        ValueError: with `load_best_model_at_end`, with several evaluation sets, or when resuming from a checkpoint
-            without average.
+        ValueError: with `load_best_model_at_end`, under DeepSpeed ZeRO-3, with several evaluation sets, or when
+            resuming from a checkpoint without average.
 
     Example:
 
@@ -62,6 +62,11 @@ class TransfusionEMACallback(TrainerCallback):
         if args.load_best_model_at_end:
             raise ValueError(
                 "`load_best_model_at_end` and an average at the end exclude each other; drop one of them."
+            )
+        if any(hasattr(parameter, "ds_numel") for parameter in model.parameters()):
+            raise ValueError(
+                "`TransfusionEMACallback` finds empty parameters under DeepSpeed ZeRO-3; take ZeRO-2 or FSDP2, or "
+                "drop the callback."
             )
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._is_training, self._saved_step = True, None
