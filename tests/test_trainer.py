@@ -526,7 +526,8 @@ def test_samples_go_to_every_tracker_that_takes_pictures(callback_class, name, c
     log_pictures(SimpleNamespace(**{name: stand_in}), {"samples/a": (image, "a"), "samples/read 0": (image, "red")}, 3)
     seen = [made for made in stand_in.mock_calls if made[0] == call]
     if call == "log":  # all in one
-        ((_, (logged,), _),) = seen
+        ((_, (logged,), kwargs),) = seen
+        assert kwargs == ({"step": 3} if name == "_swanlab" else {})  # as transformers' own callback
         assert set(logged) == {"samples/a", "samples/read 0", "train/global_step"} and logged["train/global_step"] == 3
         assert [made.kwargs for made in stand_in.Image.mock_calls] == [{"caption": "a"}, {"caption": "red"}]
     else:

@@ -237,7 +237,7 @@ class TransfusionSamplesCallback(TrainerCallback):
 def log_pictures(callback: TrainerCallback, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
     """
     To the tracker that a callback of transformers holds: TensorBoard, Weights & Biases, Trackio, SwanLab, MLflow (and
-    DagsHub), Comet, ClearML, DVCLive. Nothing, where it holds none, or one without pictures.
+    DagsHub), Comet, ClearML, DVCLive. Nothing, where it holds none, or one without pictures; Neptune is left out.
 
     Args:
         callback (`TrainerCallback`)
@@ -251,7 +251,8 @@ def log_pictures(callback: TrainerCallback, pictures: dict[str, tuple[Image.Imag
     for name in ("_wandb", "_trackio", "_swanlab"):  # one interface
         if (module := tracker(name)) is not None and getattr(callback, "_initialized", True):
             images = {key: module.Image(image, caption=text) for key, (image, text) in pictures.items()}
-            module.log({**images, "train/global_step": step})
+            kwargs = {"step": step} if name == "_swanlab" else {}  # which else counts steps of its own
+            module.log({**images, "train/global_step": step}, **kwargs)
     for key, (image, text) in pictures.items():
         if (writer := tracker("tb_writer")) is not None:
             writer.add_image(key, pil_to_tensor(image), step)
