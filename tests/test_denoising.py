@@ -131,14 +131,18 @@ def test_edits_with_two_scales_equal_each_alone_cached_and_uncached():
 
 
 def test_a_negative_prompt_is_read_once_and_unguided_steps_cost_one_context():
-    model, script = tiny.model(), Script({4: [10, BOI, BOI, EOS]})
-    passes = count_passes(model)
-    generate(
-        model, prompts([BOS, 4, 30]), logits_processor=LogitsProcessorList([script]), guidance_end=0.5,
-        negative_prompt_ids=torch.tensor([[BOS, 40, 41]]),
-    )  # fmt: skip
-    image = [(2, 5), (2, 4), (1, 4), (1, 4), (1, 4)]  # two guided steps, two without, the commit
-    assert passes == [(1, 3), (1, 1), (1, 3), *image, (1, 1), *image, (1, 1)]
+    for prompt, script, read in (
+        ([BOS, 4, 30], [10, BOI, BOI, EOS], [(1, 3), (1, 1), (1, 3)]),
+        ([BOS, 4, 30, BOI], [BOI, BOI, EOS], [(1, 4), (1, 3)]),  # a prompt that asks for the first image itself
+    ):
+        model = tiny.model()
+        passes = count_passes(model)
+        generate(
+            model, prompts(prompt), logits_processor=LogitsProcessorList([Script({4: script})]), guidance_end=0.5,
+            negative_prompt_ids=torch.tensor([[BOS, 40, 41]]),
+        )  # fmt: skip
+        image = [(2, 5), (2, 4), (1, 4), (1, 4), (1, 4)]  # two guided steps, two without, the commit
+        assert passes == [*read, *image, (1, 1), *image, (1, 1)]
 
 
 def test_drawing_allocates_its_cache_once_and_never_copies_the_prefix(monkeypatch):

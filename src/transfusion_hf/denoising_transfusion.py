@@ -138,6 +138,11 @@ class GuidanceBranches:
     def __len__(self) -> int:
         return len(self.contexts)
 
+    @property
+    def have_prefixes(self) -> bool:
+        """Whether anything but the first token of the prompt stands before `<BOI>`."""
+        return not self.is_bos_alone and any(len(context) > 1 for rows in self.contexts for context in rows)
+
     def _bos(self) -> list[torch.LongTensor]:
         """The beginning-of-sequence token of each row that begins with it."""
         bos = self.decoder.generation_config._bos_token_tensor

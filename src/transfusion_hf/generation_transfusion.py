@@ -615,12 +615,16 @@ class _InterleavedDecoder:
             if (shortage := self._shortage(row)) is not None:
                 raise ValueError(f"{shortage}; prompt {row} asks for one.")
         num_cached = 0 if self.cache is None else self.cache.get_seq_length()
-        # Images of several sizes are drawn in turn, behind prefixes that are all read by then.
-        reads_ahead = self.cache is not None and len(set(self.sizes)) > 1 and bool(self.rows.parked.all())
+        self.branches = GuidanceBranches(self)
+        # Prefixes are read before the first drawing where it cannot keep them for the next one: images of several sizes
+        # are drawn in turn, and what a first drawing reads of guidance's contexts is gone after it.
+        is_needed = len(set(self.sizes)) > 1 or (
+            self.generation_config.generation_mode != "image" and self.branches.have_prefixes
+        )
+        reads_ahead = self.cache is not None and bool(self.rows.parked.all()) and is_needed
         if num_cached or reads_ahead:
             self._adopt_cache(num_uncached)
         logits_processor, criteria = self._per_row(logits_processor, criteria)
-        self.branches = GuidanceBranches(self)
 
         while not self.rows.finished.all():
             if self.rows.running.any():
