@@ -6,8 +6,8 @@ is text as any other, and the output image is noised and learned. (The paper too
     python examples/finetune_editing.py
 
 Without `--dataset` the triples are made here, pictures of colored shapes: "make the circle blue", "remove the
-squares". Without `--model_name_or_path`, too, a model of about 1.4M parameters with random weights is made for them:
-this run trains from scratch (docs/training.md says what came of it). It is
+squares". Without `--model_name_or_path`, too, a model of about 1.4M parameters with random weights is made for them,
+and trained from scratch: 50 minutes on two CPU cores, after which 200 of 200 edits were right (docs/training.md). It is
 judged by `transfusion_hf.shapes.check_scene` on edits that are held out: scenes never trained on, and in them
 combinations of a look (color and kind) and what becomes of it that were never trained on either.
 
@@ -94,7 +94,7 @@ class EditingTrainingArguments(TrainingArguments):
     learning_rate: float = 2e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 100
-    max_steps: int = 2500
+    max_steps: int = 4000
     per_device_train_batch_size: int = 32
     adam_beta2: float = 0.95
     weight_decay: float = 0.1
@@ -193,9 +193,10 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> tuple[TransfusionForCausa
         # Most of an edited picture is the input image, to be copied: easy to say of x_0, and what is drawn in few
         # steps stays sharp. By row and column a patch finds its counterpart however long the instruction is.
         prediction_type="sample",
-        # What to change can be learned only where the noise hides the answer. √ᾱ is below 0.15 at four in ten of this
-        # schedule's t, and at one in ten of the cosine schedule's.
+        # What to change can be learned only where the noise hides the answer. √ᾱ is below 0.15 at seven in ten of the
+        # t of this schedule over 4,000 steps, at four in ten over 1,000, and at one in ten of the cosine schedule's.
         beta_schedule="linear",
+        num_train_timesteps=4000,
         pos_embed_type="sincos",
         diffusion_loss_weight=20.0,
         image_start_token_id=vocab_size - 3,
