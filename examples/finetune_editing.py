@@ -7,9 +7,9 @@ is text as any other, and the output image is noised and learned. (The paper too
 
 Without `--dataset` the triples are made here, pictures of colored shapes: "make the circle blue", "remove the
 squares". Without `--model_name_or_path`, too, a model of about 1.4M parameters with random weights is made for them,
-and trained from scratch: 50 minutes on two CPU cores, after which 200 of 200 edits were right (docs/training.md). It is
-judged by `transfusion_hf.shapes.check_scene` on edits that are held out: scenes never trained on, and in them
-combinations of a look (color and kind) and what becomes of it that were never trained on either.
+and trained from scratch: 50 minutes on two CPU cores, after which 200 of 200 edits were right (docs/training.md). The
+judge is `transfusion_hf.shapes.check_scene`, the edits are held out: scenes never trained on, and in them combinations
+of a look (color and kind) and what becomes of it that were never trained on either.
 
     torchrun --nproc_per_node 8 examples/finetune_editing.py --model_name_or_path MODEL --dataset edits/*.parquet \
         --source_column input_image --instruction_column edit_prompt --target_column edited_image \

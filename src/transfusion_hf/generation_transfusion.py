@@ -616,8 +616,8 @@ class _InterleavedDecoder:
                 raise ValueError(f"{shortage}; prompt {row} asks for one.")
         num_cached = 0 if self.cache is None else self.cache.get_seq_length()
         self.branches = GuidanceBranches(self)
-        # Prefixes are read before the first drawing where it cannot keep them for the next one: images of several sizes
-        # are drawn in turn, and what a first drawing reads of guidance's contexts is gone after it.
+        # Prefixes are read before the first drawing where it cannot keep them for the next one: images of several
+        # sizes are drawn in turn, and what a first drawing reads of guidance's contexts is gone after it.
         is_needed = len(set(self.sizes)) > 1 or (
             self.generation_config.generation_mode != "image" and self.branches.have_prefixes
         )
