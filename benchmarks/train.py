@@ -5,7 +5,7 @@ installed); and the memory of a step with the logits of the labels alone against
 
     python benchmarks/train.py [--parts text memory peer] [--output_dir benchmarks/results]
 
-Prints a Markdown table and writes it. A step is forward, backward and AdamW.
+Prints a Markdown table and writes it. A step is forward, backward and AdamW, fused, as the Trainer takes it.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 
 def train_step(model: torch.nn.Module, loss_of: Callable) -> Callable:
     """A step of AdamW on what `loss_of` gives."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     model.train()
 
     def step() -> None:
@@ -45,15 +45,17 @@ def text_rows(device: torch.device, rounds: int) -> list[Row]:
     return compare("text alone, 0.16B", steps, 1.05, "1 row of 512 tokens, sdpa", rounds, device)
 
 
-def image_batch(config: TransfusionConfig, batch_size: int, num_words: int, device: torch.device) -> dict:
-    """Rows of words and one image behind them."""
+def image_batch(
+    config: TransfusionConfig, batch_size: int, num_words: int, device: torch.device, num_images: int = 1
+) -> dict:
+    """Rows of words and an image behind them, `num_images` times."""
     num_patches = config.num_patches(*config.latent_size)
-    words = torch.randint(5, config.image_start_token_id, (batch_size, num_words), device=device)
+    words = torch.randint(5, config.image_start_token_id, (batch_size, num_images, num_words), device=device)
     image = [config.image_start_token_id] + [config.image_token_id] * num_patches + [config.image_end_token_id]
-    ids = torch.cat([words, torch.tensor(image, device=device).expand(batch_size, -1)], 1)
+    ids = torch.cat([words, torch.tensor(image, device=device).expand(batch_size, num_images, -1)], 2).flatten(1)
     mask = torch.ones_like(ids)
     tokens = (config.image_start_token_id, config.image_token_id, config.image_end_token_id)
-    latents = torch.randn(batch_size, config.latent_channels, *config.latent_size, device=device)
+    latents = torch.randn(batch_size * num_images, config.latent_channels, *config.latent_size, device=device)
     return {"input_ids": ids, "labels": make_labels(ids, mask, *tokens), "latents": latents, "use_cache": False}
 
 
@@ -117,38 +119,44 @@ def peer_rows(device: torch.device, rounds: int) -> list[Row]:
         image_end_token_id=319,
     )
     large = TransfusionConfig.from_preset("0.16B", prediction_type="flow_prediction")
+    small_peer = {"dim": 76, "depth": 4, "dim_head": 20, "heads": 4}
+    large_peer = {"dim": 464, "depth": 16, "dim_head": 64, "heads": 8}
     return [
-        *against_peer("1M", small, {"dim": 76, "depth": 4, "dim_head": 20, "heads": 4}, 32, 12, device, rounds),
-        *against_peer("0.16B", large, {"dim": 464, "depth": 16, "dim_head": 64, "heads": 8}, 2, 62, device, rounds),
+        *against_peer("1M", small, small_peer, (32, 1, 12), device, rounds),
+        *against_peer("0.16B", large, large_peer, (2, 1, 62), device, rounds),
+        *against_peer("0.16B, long rows", large, large_peer, (1, 6, 62), device, rounds),
     ]
 
 
-def against_peer(label, config, sizes, batch_size: int, num_words: int, device, rounds: int) -> list[Row]:
+def against_peer(label, config, sizes, shape: tuple[int, int, int], device, rounds: int) -> list[Row]:
+    """`shape`: rows, images in each, words before each image."""
     from loguru import logger
     from transfusion_pytorch import Transfusion
 
     logger.disable("transfusion_pytorch")
     torch.manual_seed(0)
     model = TransfusionForCausalLMAndDiffusion(config).to(device)
-    side = config.latent_size[0] // config.patch_size
+    side, dim = config.latent_size[0] // config.patch_size, config.latent_channels * config.patch_size**2
     peer = Transfusion(
         num_text_tokens=config.text_config.vocab_size - 134,  # it adds as many of its own
         transformer=sizes,
-        dim_latent=config.latent_channels * config.patch_size**2,
+        dim_latent=dim,
         modality_default_shape=(side, side),
     ).to(device)
-    batch = image_batch(config, batch_size, num_words, device)
-    patches = torch.randn(batch_size, side, side, config.latent_channels * config.patch_size**2, device=device)
-    words = batch["input_ids"][:, :num_words].clamp(max=config.text_config.vocab_size - 135)
-    samples = [[row, image] for row, image in zip(words, patches, strict=True)]
+    num_rows, num_images, num_words = shape
+    batch = image_batch(config, num_rows, num_words, device, num_images)
+    patches = torch.randn(num_rows, num_images, side, side, dim, device=device)
+    words = batch["input_ids"].unflatten(1, (num_images, -1))[:, :, :num_words]
+    words = words.clamp(max=config.text_config.vocab_size - 135)
+    samples = [[part for pair in zip(*row, strict=True) for part in pair] for row in zip(words, patches, strict=True)]
 
     ours = train_step(model, lambda: model(**batch).loss)
     theirs = train_step(peer, lambda: peer(samples))
     numbers = [sum(p.numel() for p in m.parameters()) for m in (model, peer)]
     tokens = [num_passes(m, run)[1] for m, run in ((model.model.language_model, ours), (peer.transformer, theirs))]
     remark = (
-        f"{batch_size} rows of {num_words} words and {side * side} patches; parameters {numbers[0]:,} / "
-        f"{numbers[1]:,}, tokens {tokens[0]:,} / {tokens[1]:,}"
+        f"rows: {num_rows}, in each {num_images} × ({num_words} words and {side * side} patches); parameters "
+        f"{numbers[0]:,} / {numbers[1]:,}, tokens {tokens[0]:,} / {tokens[1]:,}"
     )
     return compare(
         f"text and images, {label}", {"ours": ours, "transfusion-pytorch": theirs}, 0.5, remark, rounds, device
