@@ -91,7 +91,11 @@ class PaperTrainingArguments(TrainingArguments):
     logging_steps: float = 50
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
+    dataloader_num_workers: int = 1  # in which the collator's draws are repeated when a run is resumed
     ema_decay: float | None = field(default=None, metadata={"help": "Average the weights, as with 0.9999."})
+    peak_flops_per_second: float | None = field(
+        default=None, metadata={"help": "Of one device, as 989e12 of an H100 in bfloat16: logs `mfu`."}
+    )
     sample_prompts: str = field(default="", metadata={"help": "To draw while training, separated by '|'."})
     sample_steps: int = field(default=5000, metadata={"help": "Training steps between samples."})
     tp_size: int = field(default=1, metadata={"help": "Tensor parallelism: processes to share each layer."})
@@ -227,6 +231,7 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
         ),
         processing_class=processor,
         callbacks=callbacks,
+        peak_flops_per_second=training_args.peak_flops_per_second,
     )
     if training_args.sample_prompts:
         prompts = training_args.sample_prompts.split("|")

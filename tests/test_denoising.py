@@ -276,6 +276,37 @@ def test_a_call_that_is_stopped_leaves_a_cache_handed_in_as_it_was(mode, turn):
     assert torch.equal(again.images[0][0], expected.images[0][0])
 
 
+@pytest.mark.parametrize("text", [None, tiny.gemma3()], ids=["llama", "gemma3"])
+def test_text_that_is_stopped_leaves_a_cache_handed_in_as_it_was(text):
+    model, prompt = tiny.model(text), [BOS, 4, *IMAGE, 30, 31, 32]
+    latents, stop_at = torch.randn(1, 2, 4, 4), [-1]
+
+    def stop(input_ids, scores):
+        if input_ids.shape[1] == stop_at[0]:
+            raise KeyboardInterrupt
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def write(cache):
+        inputs = {**prompts(prompt), "latents": latents, "past_key_values": cache}
+        return model.generate(**inputs, generation_mode="text", max_new_tokens=8, stopping_criteria=[stop])
+
+    make = [DynamicCache] if text is None else [DynamicCache, lambda: DynamicCache(config=text)]
+    for make_cache in make:
+        stop_at[0] = -1
+        expected, cache = write(make_cache()), make_cache()
+        stop_at[0] = len(prompt) + 4
+        with pytest.raises(KeyboardInterrupt):
+            write(cache)
+        stop_at[0] = -1
+        assert cache.get_seq_length() == 0 and torch.equal(write(cache), expected)
+
+
+def test_the_progress_bar_is_shown_where_it_is_asked_for(capsys):
+    for shown in (False, True):
+        generate(tiny.model(), prompts([BOS, 4, BOI]), generation_mode="image", progress_bar=shown)
+        assert (f"draw:   0%|          | 0/{STEPS}" in capsys.readouterr().err) == shown
+
+
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample", "flow_prediction"])
 def test_models_of_every_prediction_type_draw_alike_in_a_batch_and_alone(prediction_type):
     model = tiny.model(prediction_type=prediction_type, std=0.1)
@@ -306,7 +337,13 @@ def test_flow_matching_equals_euler_steps_by_hand():
     torch.testing.assert_close(output.images[0][0], x[0], atol=1e-4, rtol=1e-4)
 
 
-SCHEDULERS = ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]
+SCHEDULERS = [
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+]
 
 
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, "FlowMatchEulerDiscreteScheduler"])
@@ -326,11 +363,17 @@ def test_inpainting_keeps_what_is_not_masked_and_draws_the_rest(scheduler):
     kwargs["init_image"] = known[1:]
     alone = generate(model, prompts(rows[1]), mask_image=mask, generator=[generators(2)[1]], **kwargs)
     torch.testing.assert_close(drawn[1], alone.images[0][0], atol=1e-4, rtol=1e-4)
+    # A variation of what is masked.
+    weak = generate(model, prompts(rows[1]), mask_image=mask, strength=0.5, generator=generators(1), **kwargs)
+    assert torch.equal(weak.images[0][0][~is_masked[1]], known[1][~is_masked[1]])
+    assert not torch.isclose(weak.images[0][0][is_masked[1]], known[1][is_masked[1]], atol=1e-3).all()
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "FlowMatchEulerDiscreteScheduler"])
 def test_a_weak_variation_stays_nearer_to_its_image_than_a_strong_one(scheduler):
-    model, known, distances = tiny.model(std=0.05), torch.rand(1, 2, 4, 4) * 2 - 1, []
+    is_flow = scheduler.startswith("Flow")
+    model = tiny.model(std=0.05, prediction_type="flow_prediction" if is_flow else "epsilon")
+    known, distances = torch.rand(1, 2, 4, 4) * 2 - 1, []
     for strength in (0.1, 0.9):
         output = generate(
             model, prompts([BOS, 5, BOI]), generation_mode="image", init_image=known, strength=strength,

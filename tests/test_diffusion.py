@@ -9,6 +9,7 @@ from transfusion_hf.diffusion_transfusion import (
     make_noise_scheduler,
     make_sampling_scheduler,
     model_input,
+    predicted_x_0,
     prediction_targets,
     sample_noise,
     sample_timesteps,
@@ -93,7 +94,11 @@ SCHEDULERS = {
     "UniPCMultistepScheduler": 30,
     "EulerDiscreteScheduler": 50,
 }
-FLOW_SCHEDULERS = {"FlowMatchEulerDiscreteScheduler": 50, "DPMSolverMultistepScheduler": 30}
+FLOW_SCHEDULERS = {
+    "FlowMatchEulerDiscreteScheduler": 50,
+    "DPMSolverMultistepScheduler": 30,
+    "UniPCMultistepScheduler": 30,
+}
 
 
 def coefficients(noise_scheduler, t: float) -> tuple[float, float]:
@@ -192,3 +197,6 @@ def test_targets_are_what_turns_x_t_back_into_x_0(prediction_type):
             "flow_prediction": x_t[i] - b * target[i],
         }[prediction_type]
         torch.testing.assert_close(restored, x_0[i], atol=1e-5, rtol=1e-5)
+        preview = predicted_x_0(noise_scheduler, x_t[i : i + 1], target[i : i + 1], timesteps[i])
+        expected = x_0[i] if prediction_type == "flow_prediction" else x_0[i].clamp(-1, 1)  # pixels
+        torch.testing.assert_close(preview[0], expected, atol=1e-4, rtol=1e-4)

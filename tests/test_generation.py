@@ -443,6 +443,16 @@ def test_num_return_sequences_repeats_the_images_of_a_row_together():
     twice = generate(model, {**inputs, "latents": latents}, num_return_sequences=2, **kwargs)
     assert torch.equal(twice.sequences, once.sequences.repeat_interleave(2, dim=0))
 
+    inputs = prompts([3, *IMAGE, 30, *IMAGE, 31, BOI], [4, *IMAGE, 30, BOI])
+    kwargs = {"generation_mode": "image", "do_sample": True}
+    drawn = generate(
+        model, {**inputs, "latents": latents}, num_return_sequences=2, generator=generators(4), **kwargs
+    ).images
+    for i in range(4):
+        row, own = ([3, *IMAGE, 30, *IMAGE, 31, BOI], latents[:2]) if i < 2 else ([4, *IMAGE, 30, BOI], latents[2:])
+        alone = generate(model, {**prompts(row), "latents": own}, generator=[generators(4)[i]], **kwargs)
+        torch.testing.assert_close(drawn[i][0], alone.images[0][0], atol=1e-4, rtol=1e-4)
+
 
 def test_streamer_gets_every_new_id_and_one_end():
     class Collect(BaseStreamer):
@@ -575,6 +585,20 @@ def test_the_cache_returned_continues_the_conversation(mode):
     assert_rows_equal(output, 0, expected, {"input_ids": ids}, {"input_ids": ids})
 
 
+def test_the_cache_returned_continues_a_batch_of_prompts_of_different_lengths():
+    model, inputs = tiny.model(), prompts([30, BOI], [BOS, 4, 31, BOI])
+    kwargs = {"generation_mode": "image", "generator": generators(2), "return_dict_in_generate": True}
+    first = generate(model, inputs, **kwargs)
+    ids = torch.cat([first.sequences, torch.tensor([[31, 32], [33, 34]])], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+    kwargs = {"max_new_tokens": 12, **ENDLESS}
+    output = generate(model, inputs, past_key_values=first.past_key_values, generator=generators(2), **kwargs)
+    for i, row in enumerate(ids.tolist()):
+        own = {**prompts([token for token in row if token != PAD]), "latents": first.images[i][0][None]}
+        alone = generate(model, own, generator=[generators(2)[i]], **kwargs)
+        assert_rows_equal(output, i, alone, inputs, own)
+
+
 def test_a_returned_cache_with_prompts_padded_in_common_is_refused():
     model, inputs = tiny.model(), prompts([PAD, PAD, 4, 30])
     first = generate(model, inputs, max_new_tokens=3, return_dict_in_generate=True, **ENDLESS)
@@ -629,6 +653,7 @@ def test_bfloat16_stays_within_its_error_through_a_whole_drawing():
         ([4, 30], {"guidance_scale": 3.0}, "guides text.*to guide images pass `image_guidance_scale`"),
         ([4, 30], {"output_scores": True, "return_dict_in_generate": True}, "`output_scores` records columns"),
         ([4, 30], {"cache_implementation": "static"}, "`cache_implementation='static'` cannot give up the keys"),
+        ([4, 30], {"cache_implementation": "quantized"}, "`cache_implementation='quantized'` cannot give up the keys"),
         ([4, 30], {"exponential_decay_length_penalty": (2, 1.1)}, "ExponentialDecayLengthPenalty counts columns"),
         ([4, 30], {"prefill_chunk_size": 2}, "`prefill_chunk_size` could cut an image in two"),
         ([4, 30], {"latents": torch.zeros(1, 2, 4, 4)}, "hold 1 images but `input_ids` has 0 image blocks"),

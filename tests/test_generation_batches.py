@@ -52,7 +52,7 @@ def draw_batch(seed: int) -> dict[str, Any]:
     return {"rng": rng, "rows": rows, "scripts": scripts, "images": images}
 
 
-def draw_options(rng: random.Random, num_rows: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def draw_options(rng: random.Random, images: list[list[torch.Tensor]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Options for all rows, and those that are each row's own."""
     shared: dict[str, Any] = {
         "num_inference_steps": STEPS,
@@ -62,9 +62,12 @@ def draw_options(rng: random.Random, num_rows: int) -> tuple[dict[str, Any], lis
         "image_guidance_scale": rng.choice([1.0, 2.5]),
         "generation_mode": rng.choice(["interleaved", "interleaved", "image"]),
     }
-    own: list[dict[str, Any]] = [{} for _ in range(num_rows)]
+    own: list[dict[str, Any]] = [{} for _ in images]
+    shared |= rng.choice([{}, {}, {"min_new_tokens": 6}, {"no_repeat_ngram_size": 2}])
     if shared["image_guidance_scale"] != 1:
         shared |= rng.choice([{}, {"guidance_start": 0.25, "guidance_end": 0.75}, {"guidance_rescale": 0.6}])
+        if all(images) and rng.random() < 0.6:
+            shared["input_image_guidance_scale"] = 1.5
         if rng.random() < 0.4:
             for options in own:
                 options["negative"] = [BOS] * rng.randrange(2) + tiny.words(rng, rng.randrange(1, 4))
@@ -131,7 +134,7 @@ def _eager():
 def test_each_row_of_a_random_batch_equals_itself_alone_with_every_cache_and_attention(seed):
     case = draw_batch(seed)
     rng, rows, scripts, images = (case[name] for name in ("rng", "rows", "scripts", "images"))
-    shared, own = draw_options(rng, len(rows))
+    shared, own = draw_options(rng, images)
     model = tiny.model(TEXTS[rng.choice(list(TEXTS))], seed=seed)
 
     def run(inputs, members, **kwargs):
@@ -145,15 +148,46 @@ def test_each_row_of_a_random_batch_equals_itself_alone_with_every_cache_and_att
         inputs = inputs_of([row], [images[i]], [own[i]])
         expected.append((run(inputs, [i], use_cache=False), inputs))
     together, everyone = inputs_of(rows, images, own), list(range(len(rows)))
+    columns, padded = rng.randrange(3), dict(together)  # of padding that all rows have
+    for name, value in (("input_ids", PAD), ("attention_mask", 0)):
+        padded[name] = torch.nn.functional.pad(together[name], (columns, 0), value=value)
     outputs = []
     has_window = model.config.text_config.model_type == "gemma3_text"  # of which `transfusion_varlen` knows nothing
     for backend in ("sdpa", rng.choice(["eager", "flex_attention", *["transfusion_varlen"] * (not has_window)])):
         model.set_attn_implementation(backend)
-        outputs.append(run(together, everyone, use_cache=rng.random() < 0.7))
-        outputs.append(run({**together, "past_key_values": DynamicCache()}, everyone))
+        outputs.append((run(padded, everyone, use_cache=rng.random() < 0.7), padded))
+        outputs.append((run({**together, "past_key_values": DynamicCache()}, everyone), together))
         filled = with_filled_cache(model, together, rng)
         if filled is not None:
-            outputs.append(run(filled, everyone))
-    for output in outputs:
+            outputs.append((run(filled, everyone), together))
+    for output, given in outputs:
         for i, (alone, inputs) in enumerate(expected):
-            assert_rows_equal(output, i, alone, together, inputs, atol=2e-4)
+            assert_rows_equal(output, i, alone, given, inputs)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_text_of_a_random_batch_is_that_of_each_row_alone_with_every_cache_and_attention(seed):
+    case = draw_batch(seed)
+    rng, rows, images = case["rng"], [row[:-1] if row[-1] == BOI else row for row in case["rows"]], case["images"]
+    rows = [row or [BOS] for row in rows]
+    model = tiny.model(TEXTS[rng.choice(list(TEXTS))], seed=seed)
+    own: list[dict[str, Any]] = [{} for _ in rows]
+
+    def run(inputs, **kwargs):
+        return model.generate(
+            **inputs, generation_mode="text", max_new_tokens=8, min_new_tokens=8, do_sample=False, **kwargs
+        )
+
+    together = inputs_of(rows, images, own)
+    expected = [
+        run(inputs_of([row], [images[i]], [own[i]]), use_cache=False)[0, -8:].tolist() for i, row in enumerate(rows)
+    ]
+    for backend in ("sdpa", rng.choice(["eager", "flex_attention"])):
+        model.set_attn_implementation(backend)
+        for kwargs in ({}, {"use_cache": False}, {"past_key_values": DynamicCache()}):
+            assert run(together, **kwargs)[:, -8:].tolist() == expected, (backend, kwargs)
+        if backend == "flex_attention":
+            with pytest.raises(ValueError, match="takes no `flex_attention` with a static cache"):
+                run(together, cache_implementation="static")
+        else:
+            assert run(together, cache_implementation="static")[:, -8:].tolist() == expected, backend

@@ -13,12 +13,13 @@ import torch
 from hub_server import running_hub
 from huggingface_hub import ModelCard
 from make_tiny_transfusion import byte_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, LlamaConfig, pipeline
 from what_a_model_does import results
 
 import transfusion_hf
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, TransfusionProcessor
+from transfusion_hf.checkpoint_mapping import transfusion_key
 from transfusion_hf.hub_transfusion import AUTO_MAP, CUSTOM_PIPELINES
 
 SOURCE = Path(transfusion_hf.__file__).parent
@@ -101,7 +102,7 @@ def hub(folder, tmp_path_factory):
     with running_hub() as hub:
         home = tmp_path_factory.mktemp("home-of-the-push")
         run("push_everything.py", folder, home / "saved", HF_ENDPOINT=hub.url, HF_HOME=str(home))
-        hub.trained = home / "saved-trained"
+        hub.trained, hub.converted = home / "saved-trained", home / "saved-converted"
         yield hub
 
 
@@ -244,3 +245,11 @@ def test_a_training_is_pushed_with_a_card_of_its_own(hub):
     assert "(samples/step-2.png)" in card.text and last["samples/step-2.png"][:4] == b"\x89PNG"
     assert json.loads(last["training_args.json"])["max_steps"] == 2
     assert not list(hub.trained.rglob("*.bin"))
+
+
+def test_a_language_model_of_the_hub_is_converted_and_named_in_every_card_after_it(hub):
+    converted = TransfusionForCausalLMAndDiffusion.from_pretrained(hub.converted).state_dict()
+    for name, value in load(hub.files("someone/lm")["model.safetensors"]).items():
+        assert torch.equal(converted[transfusion_key(name)][: len(value)], value)
+    for folder in (hub.converted, Path(f"{hub.converted}-trained")):
+        assert ModelCard.load(folder / "README.md").data.base_model == ["someone/lm"]

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_trainer import collate_uneven, uneven_samples
+from torch.utils.data import get_worker_info
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -135,7 +136,9 @@ def train_on_texts(
     rows = rows.to_iterable_dataset() if data == "streaming" else rows
 
     def collate(batch: list[dict]) -> dict:
-        return collate_unseeded([uneven_samples()[int(row["text"])] for row in batch])
+        # In a worker it draws, as the project's own does.
+        drawn = 0 if get_worker_info() is None else int(torch.randint(8, ()))
+        return collate_unseeded([uneven_samples()[(int(row["text"]) + drawn) % 8] for row in batch])
 
     args = TrainingArguments(
         str(folder), learning_rate=1e-2, remove_unused_columns=False, report_to="none", disable_tqdm=True,
@@ -150,15 +153,17 @@ def train_on_texts(
 
 
 @pytest.mark.parametrize("data", ["map", "streaming"])
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.filterwarnings("ignore:Skipped")
-def test_a_run_takes_as_many_short_passes_as_its_steps_need_and_goes_on_in_any_of_them(tmp_path, data):
+def test_a_run_takes_as_many_short_passes_as_its_steps_need_and_goes_on_in_any_of_them(tmp_path, data, num_workers):
     texts = ["0", "", "1", "2", "3", "4", "", "5", "6", "7"]  # five batches of two, of which four come
-    whole = train_on_texts(tmp_path / "whole", data, texts, max_steps=14)
+    kwargs = {"max_steps": 14, "dataloader_num_workers": num_workers}
+    whole = train_on_texts(tmp_path / "whole", data, texts, **kwargs)
     assert whole.state.global_step == 14 and whole.state.epoch > 3
     expected = whole.model.state_dict()
     for step in (8, 9):  # between two passes, and within one
         folder = str(tmp_path / "whole" / f"checkpoint-{step}")
-        resumed = train_on_texts(tmp_path / "resumed", data, texts, folder, max_steps=14, save_strategy="no")
+        resumed = train_on_texts(tmp_path / "resumed", data, texts, folder, save_strategy="no", **kwargs)
         assert resumed.state.global_step == 14
         assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items()), step
 

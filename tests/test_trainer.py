@@ -374,6 +374,11 @@ def test_the_exact_trainer_logs_both_losses_their_bands_and_the_speed(tmp_path):
     assert logs["images_per_second"] * seconds == pytest.approx(6)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     flops = 6 * num_parameters * logs["tokens_per_second"]
+    # Without a mask, as packed: padding counts for nothing.
+    sums = run._new_sums()
+    del batch["attention_mask"]
+    sums.add(batch, expected, 1)
+    assert sums.means(lambda totals: totals)[1] == (batch["input_ids"] != tiny.PAD).sum()
     assert logs["model_tflops_per_second"] == pytest.approx(flops / 1e12)
     assert logs["mfu"] == pytest.approx(flops / 1e12)
 
@@ -552,6 +557,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path):
     assert sorted(map(tuple, torch.load(file)["input_ids"].tolist())) == sorted(
         map(tuple, collate_uneven(uneven_samples())["input_ids"].tolist())
     )
+    dataset = uneven_samples()
+    dataset[3]["latents"][0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"hold NaN or infinite values.*The batch is saved in .*not-finite-0-0\.pt"):
+        exact_trainer(tiny.model(), tmp_path / "data", dataset).train()
+    assert torch.load(tmp_path / "data" / "not-finite-0-0.pt")["latents"].isnan().sum() == 1
+
+
+def test_a_checkpoint_of_fsdp_is_pushed_without_what_is_pickled(tmp_path, monkeypatch):
+    run = exact_trainer(tiny.model(), tmp_path, uneven_samples())
+    run.args.push_to_hub, run.hub_model_id, run.push_in_progress = True, "someone/model", None
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json", "optimizer.bin", "pytorch_model_fsdp.bin", "scheduler.pt"):
+        (folder / name).write_text("")
+    uploaded = []
+
+    def upload_folder(self, folder_path, ignore_patterns, **kwargs):
+        uploaded.extend(path.name for path in Path(folder_path).iterdir() if path.is_file())
+        return MagicMock()
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload_folder)
+    run._push_from_checkpoint(str(folder))
+    assert sorted(uploaded) == ["config.json", "model.safetensors"]
 
 
 def test_a_checkpoint_of_another_model_is_refused_and_that_of_the_same_is_not(tmp_path):

@@ -55,17 +55,18 @@ def move_columns(states: torch.Tensor, ends: torch.LongTensor, length: int) -> t
 
 
 @contextmanager
-def undone_on_error(cache: DynamicCache | None) -> Iterator[None]:
-    """Whatever stops or refuses the call inside, the cache is what it was: the same call can be made again."""
-    layers: list[Any] = [] if cache is None else cache.layers
-    # Keys and values are replaced, never written to: to remember them costs nothing.
-    before = [(layer.keys, layer.values, layer.is_initialized) for layer in layers]
+def undone_on_error(cache: Cache | None) -> Iterator[None]:
+    """Whatever stops or refuses the call inside, a `DynamicCache` is what it was: the same call can be made again."""
+    layers: list[Any] = cache.layers if isinstance(cache, DynamicCache) else []
+    # Its keys and values are replaced, never written to: to remember them costs nothing.
+    before = [dict(vars(layer)) for layer in layers]
     try:
         yield
     except BaseException:
         del layers[len(before) :]
-        for layer, states in zip(layers, before, strict=True):
-            layer.keys, layer.values, layer.is_initialized = states
+        for layer, state in zip(layers, before, strict=True):
+            vars(layer).clear()
+            vars(layer).update(state)
         raise
 
 

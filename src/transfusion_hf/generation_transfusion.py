@@ -157,7 +157,8 @@ class TransfusionGenerationMixin(GenerationMixin):
                 budget or a range of positions that cannot hold an image asked for, or an option that has no meaning
                 beside images.
         """
-        return super().generate(*args, **kwargs)
+        with undone_on_error(kwargs.get("past_key_values")):
+            return super().generate(*args, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any):
         raise ValueError(
@@ -318,6 +319,11 @@ class TransfusionGenerationMixin(GenerationMixin):
     @staticmethod
     def create_masks_for_generate(config, attention_mask, is_first_iteration=False, **kwargs):
         # Asked for with static caches. The library knows no image blocks here: `forward` makes the mask of a prompt.
+        if config.get_text_config()._attn_implementation == "flex_attention":
+            raise ValueError(
+                "transformers' `generate()` takes no `flex_attention` with a static cache; use `sdpa`, or a "
+                "`DynamicCache()`."
+            )
         if is_first_iteration:
             return attention_mask
         return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
@@ -364,8 +370,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         if synced_gpus:
             raise ValueError("`synced_gpus` keeps step with text only; use `generation_mode='text'`.")
         decoder = _InterleavedDecoder(self, input_ids, generation_config, streamer, model_kwargs)
-        with undone_on_error(decoder.cache):
-            return decoder.run(logits_processor, stopping_criteria)
+        return decoder.run(logits_processor, stopping_criteria)
 
     def _with_generator(self, logits_processor, generation_config, rows: "_Rows | None") -> LogitsProcessorList:
         if generation_config.generator is None or not generation_config.do_sample:

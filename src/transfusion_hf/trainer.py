@@ -40,20 +40,23 @@ class _Sums:
 
     NAMES = ("nll", "labels", "tokens", "images")
 
-    def __init__(self, num_bands: int, num_timesteps: int, device: torch.device):
+    def __init__(self, num_bands: int, num_timesteps: int, pad_token_id: int | None, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs have not
         self.by_name = torch.zeros(len(self.NAMES), dtype=dtype, device=device)
         self.bands = torch.zeros(2, num_bands, dtype=dtype, device=device)  # errors, and images
         self.num_timesteps = num_timesteps
+        self.pad_token_id = pad_token_id
         self.start_time = time.perf_counter()
 
     def add(self, inputs: dict[str, Any], outputs: Any, num_items: Any) -> None:
         """Of a micro-batch, whose `lm_loss` is a sum over `num_items`."""
-        mask = inputs.get("attention_mask")
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        if mask is None:  # packed
+            mask = torch.ones_like(ids) if self.pad_token_id is None else ids != self.pad_token_id
         numbers = (
             outputs["lm_loss"].detach() * num_items,
             (inputs["labels"][:, 1:] != -100).sum(),
-            inputs["input_ids"].numel() if mask is None else mask.sum(),
+            mask.sum(),
             sum(len(stack) if stack.ndim == 4 else 1 for stack in _images_of(inputs)),
         )
         kwargs = {"dtype": self.by_name.dtype, "device": self.by_name.device}
@@ -119,7 +122,7 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`; several
             GPUs of one process or `dispatch_batches`, which would part images from their texts; `use_liger_kernel`
             with a split LM head; FSDP with state dicts in shards; a checkpoint of another model or adapter to resume
-            from; in training, a loss that is not finite, whose batch is then in the output folder.
+            from; in training, a loss or images that are not finite, whose batch is then in the output folder.
     """
 
     def __init__(
@@ -175,7 +178,9 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
     def _new_sums(self) -> _Sums:
-        return _Sums(self.num_timestep_bands, self._unwrapped().config.num_train_timesteps, self.args.device)
+        config = self._unwrapped().config
+        pad_token_id = config.text_config.pad_token_id
+        return _Sums(self.num_timestep_bands, config.num_train_timesteps, pad_token_id, self.args.device)
 
     def train(self, *args: Any, **kwargs: Any):
         self._train_sums = self._new_sums()  # speeds count from now on
@@ -190,11 +195,14 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {**inputs, "num_images_in_batch": self._num_images}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        except ValueError as error:
+            if model.training and "hold NaN or infinite" in str(error):
+                raise ValueError(f"{error} The batch is saved in {self._save_not_finite(inputs)}.") from error
+            raise
         if model.training and not torch.isfinite(loss):
-            file = Path(self.args.output_dir, f"not-finite-{self.state.global_step}-{self.args.process_index}.pt")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(inputs, file)
+            file = self._save_not_finite(inputs)
             lm_loss, diffusion_loss = outputs["lm_loss"].item(), outputs["diffusion_loss"].item()
             raise ValueError(
                 f"The loss is {loss.item()} after step {self.state.global_step} (`lm_loss` {lm_loss}, "
@@ -205,6 +213,12 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         sums = self._train_sums if model.training else self._eval_sums
         sums.add(inputs, outputs, num_items)
         return (loss, outputs) if return_outputs else loss
+
+    def _save_not_finite(self, inputs: dict[str, Any]) -> Path:
+        file = Path(self.args.output_dir, f"not-finite-{self.state.global_step}-{self.args.process_index}.pt")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(inputs, file)
+        return file
 
     def _means(self, sums: _Sums) -> tuple[dict[str, float], float, float]:
         return sums.means(lambda totals: self.accelerator.reduce(totals, "sum") / self._num_replicas)

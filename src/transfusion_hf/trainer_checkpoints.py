@@ -12,7 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+import numpy as np
+import torch
+from huggingface_hub import HfApi, ModelCard
+from torch.utils.data import IterableDataset
 from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -91,10 +94,18 @@ class WholeCheckpointsTrainer(Trainer):
                 num_batches = position - position % self.args.gradient_accumulation_steps
         return epoch, num_batches
 
-    def _run_epoch(self, *args: Any, **kwargs: Any):
+    def _run_epoch(self, **kwargs: Any):
         # The library would take a finished run that is resumed one step further.
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+            loader = kwargs["train_dataloader"]
+            loader = getattr(loader, "base_dataloader", loader)
+            if isinstance(loader.dataset, IterableDataset):
+                # Workers, and a collator that draws in them, begin a pass alike when it is resumed. The library would
+                # take their seed from the global generator before it restores that.
+                entropy = (self.args.seed, kwargs["epoch"], self.args.process_index)
+                (seed,) = np.random.SeedSequence(entropy).generate_state(1)
+                loader.generator = torch.Generator().manual_seed(int(seed))
+            super()._run_epoch(**kwargs)
             # Micro-batches too few for a step, at the end of a pass, are no part of the next one's first.
             self.model.zero_grad()
         else:
@@ -160,7 +171,7 @@ class WholeCheckpointsTrainer(Trainer):
         self.callback_handler.on_push_begin(args, self.state, self.control)
         # The checkpoint may be deleted before the upload ends. Without what only a resumed run needs.
         for file in folder.iterdir():
-            is_model = file.suffix not in (".pt", ".pth") and file.name not in _OF_THE_RUN
+            is_model = file.suffix not in (".pt", ".pth", ".bin") and file.name not in _OF_THE_RUN
             if is_model and file.is_file():
                 shutil.copyfile(file, output_dir / file.name)
         upload = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
@@ -202,7 +213,9 @@ class WholeCheckpointsTrainer(Trainer):
 
         Args:
             language, license, tags (*optional*): As for `make_model_card`.
-            finetuned_from (`str`, *optional*): The base model; defaults to the repository that the model is from.
+            finetuned_from (`str`, *optional*):
+                The base model; defaults to the repository that the model is from, or to what the card in its folder
+                names.
             model_name (`str`, *optional*): Defaults to the repository, or the name of the output folder.
             dataset_tags (`str` or `list[str]`, *optional*): The repositories of what it was trained on.
             dataset (`str` or `list[str]`, *optional*): What it was evaluated on, in words.
@@ -222,16 +235,13 @@ class WholeCheckpointsTrainer(Trainer):
             training["seconds"] = round(seconds[-1])
         training |= {name: version(name) for name in ("transformers", "torch", "diffusers")}
         pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda file: int(file.stem.split("-")[1]))
-        name = model.config._name_or_path  # of a repository, it is what was trained further
-        if finetuned_from is None and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
-            finetuned_from = name
         make_model_card(
             model.config,
             self.hub_model_id or model_name or folder.resolve().name,
             num_parameters=model.num_parameters(),
             license=license,
             language=language,
-            base_model=finetuned_from,
+            base_model=_base_model(model.config._name_or_path) if finetuned_from is None else finetuned_from,
             datasets=dataset_tags,
             dataset_name=dataset if isinstance(dataset, str) else ", ".join(dataset or []),
             tags=[tags] if isinstance(tags, str) else tags or (),
@@ -239,6 +249,14 @@ class WholeCheckpointsTrainer(Trainer):
             evaluation=_last_evaluation(state.log_history),
             samples=pictures[-1].relative_to(folder).as_posix() if pictures else None,
         ).save(folder / "README.md")
+
+
+def _base_model(name: str) -> str | list[str] | None:
+    """Of a model loaded by this name: the repository that it is, or what its folder's card says it was made from."""
+    if name and Path(name).is_dir():
+        card = Path(name, "README.md")
+        return ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.exists() else None
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
 
 def _last_evaluation(log_history: list[dict[str, Any]]) -> dict[str, float]:
