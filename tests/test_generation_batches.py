@@ -165,29 +165,27 @@ def test_each_row_of_a_random_batch_equals_itself_alone_with_every_cache_and_att
             assert_rows_equal(output, i, alone, given, inputs)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(20))
 def test_text_of_a_random_batch_is_that_of_each_row_alone_with_every_cache_and_attention(seed):
     case = draw_batch(seed)
-    rng, rows, images = case["rng"], [row[:-1] if row[-1] == BOI else row for row in case["rows"]], case["images"]
-    rows = [row or [BOS] for row in rows]
+    rng, images = case["rng"], case["images"]
+    rows = [row[:-1] if row[-1] == BOI else row for row in case["rows"]]
     model = tiny.model(TEXTS[rng.choice(list(TEXTS))], seed=seed)
-    own: list[dict[str, Any]] = [{} for _ in rows]
 
     def run(inputs, **kwargs):
         return model.generate(
             **inputs, generation_mode="text", max_new_tokens=8, min_new_tokens=8, do_sample=False, **kwargs
         )
 
-    together = inputs_of(rows, images, own)
-    expected = [
-        run(inputs_of([row], [images[i]], [own[i]]), use_cache=False)[0, -8:].tolist() for i, row in enumerate(rows)
-    ]
-    for backend in ("sdpa", rng.choice(["eager", "flex_attention"])):
-        model.set_attn_implementation(backend)
-        for kwargs in ({}, {"use_cache": False}, {"past_key_values": DynamicCache()}):
-            assert run(together, **kwargs)[:, -8:].tolist() == expected, (backend, kwargs)
-        if backend == "flex_attention":
-            with pytest.raises(ValueError, match="takes no `flex_attention` with a static cache"):
-                run(together, cache_implementation="static")
-        else:
-            assert run(together, cache_implementation="static")[:, -8:].tolist() == expected, backend
+    together = inputs_of(rows, images, [{}])
+    alone = (inputs_of([row], [own], [{}]) for row, own in zip(rows, images, strict=True))
+    expected = [run(inputs, use_cache=False)[0, -8:].tolist() for inputs in alone]
+    backend = rng.choice(["sdpa", "eager", "flex_attention"])
+    model.set_attn_implementation(backend)
+    for kwargs in ({}, {"use_cache": False}, {"past_key_values": DynamicCache()}):
+        assert run(together, **kwargs)[:, -8:].tolist() == expected, kwargs
+    if backend == "flex_attention":
+        with pytest.raises(ValueError, match="takes no `flex_attention` with a static cache"):
+            run(together, cache_implementation="static")
+    else:
+        assert run(together, cache_implementation="static")[:, -8:].tolist() == expected
