@@ -152,7 +152,8 @@ def train_on_texts(
     return trainer
 
 
-@pytest.mark.parametrize(("data", "num_workers"), [("map", 0), ("map", 1), ("streaming", 1)])
+@pytest.mark.parametrize("data", ["map", "streaming"])
+@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.filterwarnings("ignore:Skipped")
 def test_a_run_takes_as_many_short_passes_as_its_steps_need_and_goes_on_in_any_of_them(tmp_path, data, num_workers):
     texts = ["0", "", "1", "2", "3", "4", "", "5", "6", "7"]  # five batches of two, of which four come
