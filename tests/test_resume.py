@@ -4,16 +4,17 @@ import itertools
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_trainer import collate_uneven, uneven_samples
-from torch.utils.data import get_worker_info
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -38,9 +39,13 @@ class Streamed(torch.utils.data.IterableDataset):
 
 
 def collate_unseeded(rows: list[dict]) -> dict:
-    """t and ε are drawn by torch's global generator, whose state a checkpoint holds."""
+    """
+    t and ε are drawn by torch's global generator, whose state a checkpoint holds; the collator drops labels, as the
+    project's own drops captions.
+    """
     batch = collate_uneven(rows)
     batch.pop("noise_seeds", None)
+    batch["labels"][torch.rand(batch["labels"].shape) < 0.3] = -100
     return batch
 
 
@@ -131,13 +136,16 @@ def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path, data):
 def train_on_texts(
     folder: Path, data: str, texts: list[str], resume=None, callbacks=(), **kwargs
 ) -> TransfusionTrainer:
-    """Each text stands for a sample; empty ones are broken rows."""
+    """Each text stands for a sample; empty ones are broken rows, which a list has not."""
     rows = Dataset.from_dict({"text": texts})
-    rows = rows.to_iterable_dataset() if data == "streaming" else rows
+    if data == "list":
+        dataset = [row for row in rows if row["text"]]
+    else:
+        rows = rows.to_iterable_dataset(num_shards=2) if data == "streaming" else rows
+        dataset = TransfusionDataset.from_text(rows, shuffle=True)
 
     def collate(batch: list[dict]) -> dict:
-        # In a worker it draws, as the project's own does.
-        drawn = 0 if get_worker_info() is None else int(torch.randint(8, ()))
+        drawn = int(torch.randint(8, ())) + random.randrange(8) + np.random.randint(8)
         return collate_unseeded([uneven_samples()[(int(row["text"]) + drawn) % 8] for row in batch])
 
     args = TrainingArguments(
@@ -145,21 +153,22 @@ def train_on_texts(
         use_cpu=True, **{"save_steps": 1, "per_device_train_batch_size": 2, **kwargs},
     )  # fmt: skip
     trainer = TransfusionTrainer(
-        tiny.model(std=0.1), args, train_dataset=TransfusionDataset.from_text(rows, shuffle=True),
-        data_collator=collate, callbacks=list(callbacks),
-    )  # fmt: skip
+        tiny.model(std=0.1), args, train_dataset=dataset, data_collator=collate, callbacks=list(callbacks)
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
-@pytest.mark.parametrize("data", ["map", "streaming"])
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("data", ["list", "map", "streaming"])
+@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (1, False), (2, True)])
 @pytest.mark.filterwarnings("ignore:Skipped")
-def test_a_run_takes_as_many_short_passes_as_its_steps_need_and_goes_on_in_any_of_them(tmp_path, data, num_workers):
+def test_a_run_takes_as_many_passes_as_its_steps_need_and_goes_on_in_any_of_them(
+    tmp_path, data, num_workers, persistent
+):
     texts = ["0", "", "1", "2", "3", "4", "", "5", "6", "7"]  # five batches of two, of which four come
-    kwargs = {"max_steps": 14, "dataloader_num_workers": num_workers}
+    kwargs = {"dataloader_num_workers": num_workers, "dataloader_persistent_workers": persistent, "max_steps": 14}
     whole = train_on_texts(tmp_path / "whole", data, texts, **kwargs)
-    assert whole.state.global_step == 14 and whole.state.epoch > 3
+    assert whole.state.global_step == 14 and whole.state.epoch > 2
     expected = whole.model.state_dict()
     for step in (8, 9):  # between two passes, and within one
         folder = str(tmp_path / "whole" / f"checkpoint-{step}")
@@ -184,3 +193,26 @@ def test_micro_batches_too_few_for_a_step_do_not_count_in_the_next_pass(tmp_path
         gradient_accumulation_steps=2, save_strategy="no",
     )  # fmt: skip
     assert watch.num_seen == 3  # of one step there was but half
+
+
+def test_a_kill_inside_the_deletion_of_an_old_checkpoint_leaves_none_in_part(tmp_path, monkeypatch):
+    deleted = shutil.rmtree
+
+    def killed_while_deleting(folder, *args, **kwargs):
+        parts = [file for file in Path(folder).rglob("*") if file.is_file()]
+        if parts:
+            parts[0].unlink()
+            raise KeyboardInterrupt
+        deleted(folder, *args, **kwargs)
+
+    texts, kwargs = list("01234567"), {"max_steps": 4, "save_total_limit": 1}
+    monkeypatch.setattr(shutil, "rmtree", killed_while_deleting)
+    with pytest.raises(KeyboardInterrupt):
+        train_on_texts(tmp_path, "map", texts, **kwargs)
+    monkeypatch.undo()
+    files = {folder.name: len(list(folder.iterdir())) for folder in tmp_path.glob("checkpoint-*")}
+    assert list(files) == ["checkpoint-2"]  # and the first, or a part of it, is not there
+    train_on_texts(tmp_path, "map", texts, resume=True, **kwargs)
+    (last,) = tmp_path.glob("checkpoint-*")
+    assert (last.name, len(list(last.iterdir()))) == ("checkpoint-4", files["checkpoint-2"])
+    assert not (tmp_path / "incomplete").exists()

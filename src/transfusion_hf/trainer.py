@@ -172,11 +172,6 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
         self._num_images: Any = None
 
-    @property
-    def _num_replicas(self) -> int:
-        """Ranks of tensor, context and sequence parallelism hold the same batch, and each counts it."""
-        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-
     def _new_sums(self) -> _Sums:
         config = self._unwrapped().config
         pad_token_id = config.text_config.pad_token_id

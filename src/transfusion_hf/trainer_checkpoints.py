@@ -4,10 +4,11 @@ A `Trainer` whose checkpoints are whole or not there, and are what they are take
 
 import json
 import math
+import random
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import HfApi, ModelCard
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import AutoConfig, PreTrainedModel, Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -24,7 +25,7 @@ from transformers.trainer_utils import (
     HubStrategy,
     get_last_checkpoint,
     has_length,
-    rotate_checkpoints,
+    sort_checkpoints,
 )
 from transformers.utils import CONFIG_NAME, PushInProgress
 
@@ -33,6 +34,43 @@ from .trainer_callbacks import TransfusionEMACallback
 
 # Of a checkpoint, what is no part of the model, or is written for the whole run.
 _OF_THE_RUN = (TRAINER_STATE_NAME, TransfusionEMACallback.FILE_NAME, "README.md")
+
+
+class _RepeatableCollator:
+    """
+    What a collator draws (by torch, numpy, `random`) for a batch follows from seed, process, pass and the batch's
+    number there: be it in the main process or in a worker, and be what comes before it collated or skipped.
+    """
+
+    def __init__(self, collator: Callable[[Sequence[Any]], Any], seed: int, process: int):
+        self.collator, self.seed, self.process = collator, seed, process
+        # Shared with workers that outlive a pass.
+        self._place = torch.zeros(2, dtype=torch.long).share_memory_()
+        self._epoch, self._count = -1, 0
+
+    def begin(self, epoch: int, first_batch: int) -> None:
+        """The next batch is this one of that pass."""
+        self._place[:] = torch.tensor([epoch, first_batch])
+        self._epoch = -1
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        epoch, number = self._place.tolist()
+        if epoch != self._epoch:
+            self._epoch, self._count = epoch, 0
+        worker = get_worker_info()  # which take turns
+        number += self._count if worker is None else self._count * worker.num_workers + worker.id
+        self._count += 1
+        seed = int(np.random.SeedSequence((self.seed, self.process, epoch, number)).generate_state(1)[0])
+        states = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)  # and none of a GPU
+                random.seed(seed)
+                np.random.seed(seed)
+                return self.collator(features)
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
 
 class WholeCheckpointsTrainer(Trainer):
@@ -45,8 +83,10 @@ class WholeCheckpointsTrainer(Trainer):
         ValueError: FSDP with state dicts in shards; a checkpoint of another model or adapter to resume from.
     """
 
+    data_collator: Any
     push_in_progress: Any
     _is_saving = False
+    _repeatable: _RepeatableCollator
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -71,6 +111,19 @@ class WholeCheckpointsTrainer(Trainer):
 
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def _num_replicas(self) -> int:
+        """Ranks of tensor, context and sequence parallelism, which hold the same batch."""
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+
+    def get_train_dataloader(self):
+        collator, process = self.data_collator, self.args.process_index // self._num_replicas
+        self.data_collator = self._repeatable = _RepeatableCollator(collator, self.args.seed, process)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def set_initial_training_values(self, args, dataloader):
         num_epochs, *values = super().set_initial_training_values(args, dataloader)
@@ -97,14 +150,18 @@ class WholeCheckpointsTrainer(Trainer):
     def _run_epoch(self, **kwargs: Any):
         # The library would take a finished run that is resumed one step further.
         if self.state.global_step < self.state.max_steps:
+            epoch, num_skipped = kwargs["epoch"], 0
             loader = kwargs["train_dataloader"]
             loader = getattr(loader, "base_dataloader", loader)
-            if isinstance(loader.dataset, IterableDataset):
-                # Workers, and a collator that draws in them, begin a pass alike when it is resumed. The library would
-                # take their seed from the global generator before it restores that.
-                entropy = (self.args.seed, kwargs["epoch"], self.args.process_index)
-                (seed,) = np.random.SeedSequence(entropy).generate_state(1)
-                loader.generator = torch.Generator().manual_seed(int(seed))
+            # What the data draw in workers, a stream draws again. The library would take the workers' seed from the
+            # global generator, and before it restores that.
+            entropy = (self.args.seed, epoch, self.args.process_index // self._num_replicas)
+            (seed,) = np.random.SeedSequence(entropy).generate_state(1)
+            loader.generator = torch.Generator().manual_seed(int(seed))
+            is_resumed = kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]
+            if is_resumed and not isinstance(loader.dataset, IterableDataset):
+                num_skipped = kwargs["steps_trained_in_current_epoch"]  # without being collated
+            self._repeatable.begin(epoch, num_skipped)
             super()._run_epoch(**kwargs)
             # Micro-batches too few for a step, at the end of a pass, are no part of the next one's first.
             self.model.zero_grad()
@@ -141,16 +198,20 @@ class WholeCheckpointsTrainer(Trainer):
             if (folder / name).exists():  # of an earlier run
                 (folder / name).rename(aside / "replaced")
             (aside / name).rename(folder / name)
+            for checkpoint in self._outdated(folder):
+                checkpoint.rename(aside / checkpoint.name)  # one in part shall not bear its name either
             shutil.rmtree(aside)
-            rotate_checkpoints(
-                output_dir=str(folder),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
+
+    def _outdated(self, folder: Path) -> list[Path]:
+        """What the library's `rotate_checkpoints` would delete."""
+        checkpoints = [Path(checkpoint) for checkpoint in sort_checkpoints(str(folder), use_mtime=True)]
+        kept = {checkpoints[-1], Path(self.state.best_model_checkpoint or "")}.intersection(checkpoints)
+        limit = self.args.save_total_limit or 0
+        number = len(checkpoints) - max(limit, len(kept)) if limit > 0 else 0
+        return [checkpoint for checkpoint in checkpoints if checkpoint not in kept][: max(number, 0)]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
