@@ -91,7 +91,7 @@ class PaperTrainingArguments(TrainingArguments):
     logging_steps: float = 50
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
-    dataloader_num_workers: int = 1  # in which the collator's draws are repeated when a run is resumed
+    dataloader_num_workers: int = 1  # reads and collates while a step runs
     ema_decay: float | None = field(default=None, metadata={"help": "Average the weights, as with 0.9999."})
     peak_flops_per_second: float | None = field(
         default=None, metadata={"help": "Of one device, as 989e12 of an H100 in bfloat16: logs `mfu`."}

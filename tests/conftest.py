@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def quickstart_folder(tmp_path_factory) -> Path:
-    """What `make demo` leaves, trained once for all slow tests that begin with it."""
+    """What `make demo` leaves, in TRANSFUSION_DEMO if it has just run; else trained for all slow tests at once."""
+    if "TRANSFUSION_DEMO" in os.environ:
+        return Path(os.environ["TRANSFUSION_DEMO"])
     folder = tmp_path_factory.mktemp("quickstart")
     script = Path(__file__).parents[1] / "examples" / "quickstart.py"
     subprocess.run([sys.executable, script, "--output_dir", folder], check=True)

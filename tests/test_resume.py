@@ -133,6 +133,10 @@ def test_a_finished_run_that_is_resumed_trains_no_further(tmp_path, data):
     assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items())
 
 
+def draw_text(row: dict) -> dict:
+    return {"text": row["text"] and str(int(torch.randint(8, ())))}
+
+
 def train_on_texts(
     folder: Path, data: str, texts: list[str], resume=None, callbacks=(), **kwargs
 ) -> TransfusionTrainer:
@@ -141,7 +145,8 @@ def train_on_texts(
     if data == "list":
         dataset = [row for row in rows if row["text"]]
     else:
-        rows = rows.to_iterable_dataset(num_shards=2) if data == "streaming" else rows
+        rows = rows if data == "map" else rows.to_iterable_dataset(num_shards=2)
+        rows = rows.map(draw_text) if data == "streaming what is drawn" else rows
         dataset = TransfusionDataset.from_text(rows, shuffle=True)
 
     def collate(batch: list[dict]) -> dict:
@@ -159,8 +164,15 @@ def train_on_texts(
     return trainer
 
 
-@pytest.mark.parametrize("data", ["list", "map", "streaming"])
-@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("data", "num_workers", "persistent"),
+    [
+        *((data, 0, False) for data in ("list", "map", "streaming")),
+        *((data, 1, False) for data in ("list", "map", "streaming")),
+        *((data, 2, True) for data in ("list", "map", "streaming")),
+        ("streaming what is drawn", 2, False),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Skipped")
 def test_a_run_takes_as_many_passes_as_its_steps_need_and_goes_on_in_any_of_them(
     tmp_path, data, num_workers, persistent
