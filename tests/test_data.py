@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
-from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion
+from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion, TransfusionTrainer
 from transfusion_hf.data import TransfusionDataset
 from transfusion_hf.mixing import count_tokens, mix_by_tokens
 from transfusion_hf.shapes import ShapesDataset
@@ -188,6 +188,7 @@ def test_an_absent_column_is_refused_at_once_by_name(rows):
         (DatasetDict(train=text_set()), {}, "got DatasetDict. Of a dictionary of splits, pass one"),
         (text_set(), {"on_error": "ignore"}, "`on_error` must be 'skip' or 'raise'; got 'ignore'"),
         (text_set(), {"buffer_size": 0}, "`buffer_size` must be at least 1; got 0"),
+        (text_set(), {"rows_per_turn": 0}, "`rows_per_turn` must be at least 1; got 0"),
     ],
 )
 def test_bad_arguments_are_refused(dataset, kwargs, message):
@@ -615,6 +616,22 @@ def test_the_trainer_learns_from_packs_of_a_mixture(processor, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3 and np.isfinite(losses).all()
+
+
+def test_of_the_trainers_batches_only_the_last_is_in_part_whatever_the_workers(tmp_path):
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, dataloader_num_workers=3, remove_unused_columns=False,
+        report_to="none", use_cpu=True,
+    )  # fmt: skip
+    trainer = TransfusionTrainer(
+        TransfusionForCausalLMAndDiffusion.from_pretrained(TINY),
+        args,
+        train_dataset=TransfusionDataset.from_text(text_set(22), shuffle=True),
+        data_collator=lambda rows: {"texts": [row["text"] for row in rows]},
+    )
+    batches = [batch["texts"] for batch in trainer.get_train_dataloader()]
+    assert [len(batch) for batch in batches] == [4, 4, 4, 4, 4, 2]
+    assert len({text for batch in batches for text in batch}) == 22
 
 
 def test_a_source_that_cannot_be_repeated_is_an_error_and_no_endless_loop():

@@ -153,13 +153,17 @@ def train_on_texts(
         drawn = int(torch.randint(8, ())) + random.randrange(8) + np.random.randint(8)
         return collate_unseeded([uneven_samples()[(int(row["text"]) + drawn) % 8] for row in batch])
 
+    def collate_any(batch: list[dict]) -> dict:
+        return collate(batch) if "text" in batch[0] else collate_unseeded(batch)  # of the evaluation
+
     args = TrainingArguments(
         str(folder), learning_rate=1e-2, remove_unused_columns=False, report_to="none", disable_tqdm=True,
         use_cpu=True, **{"save_steps": 1, "per_device_train_batch_size": 2, **kwargs},
     )  # fmt: skip
     trainer = TransfusionTrainer(
-        tiny.model(std=0.1), args, train_dataset=dataset, data_collator=collate, callbacks=list(callbacks)
-    )
+        tiny.model(std=0.1), args, train_dataset=dataset, eval_dataset=uneven_samples(), data_collator=collate_any,
+        callbacks=list(callbacks),
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -187,6 +191,81 @@ def test_a_run_takes_as_many_passes_as_its_steps_need_and_goes_on_in_any_of_them
         resumed = train_on_texts(tmp_path / "resumed", data, texts, folder, save_strategy="no", **kwargs)
         assert resumed.state.global_step == 14
         assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items()), step
+
+
+def history(trainer: TransfusionTrainer) -> list[dict]:
+    """Without what is timed, and the summary of a call."""
+    timed = ("_per_second", "runtime", "flos")
+    entries = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
+    return [{name: value for name, value in entry.items() if not name.endswith(timed)} for entry in entries]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1},
+        {"logging_steps": 4},
+        {"eval_strategy": "steps", "eval_steps": 3},
+        {
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "dataloader_num_workers": 1,
+            "dataloader_persistent_workers": True,
+        },
+    ],
+    ids=["accumulation", "rare logs", "evaluation", "evaluation in workers that stay"],
+)
+@pytest.mark.parametrize("data", ["list", "map", "streaming"])
+def test_a_resumed_run_has_the_same_logs_and_weights(tmp_path, data, kwargs):
+    kwargs = {"max_steps": 9, "logging_steps": 1, **kwargs}
+    whole = train_on_texts(tmp_path / "whole", data, list("01234567"), **kwargs)
+    for step in (4, 5, 7):
+        folder = str(tmp_path / "whole" / f"checkpoint-{step}")
+        resumed = train_on_texts(tmp_path / "resumed", data, list("01234567"), folder, save_strategy="no", **kwargs)
+        expected = whole.model.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in resumed.model.state_dict().items()), step
+        assert history(resumed) == history(whole), step
+
+
+def test_a_run_that_skips_no_data_starts_its_pass_anew(tmp_path):
+    kwargs = {"max_steps": 6, "logging_steps": 1}
+    train_on_texts(tmp_path, "list", list("01234567"), **kwargs)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+
+    folder = str(tmp_path / "checkpoint-2")
+    train_on_texts(tmp_path / "resumed", "list", list("01234567"), folder, [Watch()], ignore_data_skip=True, **kwargs)
+    assert seen == [3, 4, 5, 6]
+
+
+class LooksAtTheData(TrainerCallback):
+    """As one does that shows samples."""
+
+    trainer: TransfusionTrainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        next(iter(self.trainer.get_train_dataloader()))
+
+
+def test_looking_at_the_data_changes_no_training(tmp_path):
+    runs = []
+    for looking in (False, True):
+        watch = LooksAtTheData()
+        args = TrainingArguments(
+            str(tmp_path), max_steps=6, per_device_train_batch_size=2, remove_unused_columns=False, report_to="none",
+            disable_tqdm=True, use_cpu=True, save_strategy="no",
+        )  # fmt: skip
+        run = TransfusionTrainer(
+            tiny.model(std=0.1), args, train_dataset=uneven_samples(), data_collator=collate_unseeded,
+            callbacks=[watch] if looking else [],
+        )  # fmt: skip
+        watch.trainer = run
+        run.train()
+        runs.append(run.model.state_dict())
+    assert all(torch.equal(value, runs[1][name]) for name, value in runs[0].items())
 
 
 class StartsWithoutGradient(TrainerCallback):
@@ -228,3 +307,13 @@ def test_a_kill_inside_the_deletion_of_an_old_checkpoint_leaves_none_in_part(tmp
     (last,) = tmp_path.glob("checkpoint-*")
     assert (last.name, len(list(last.iterdir()))) == ("checkpoint-4", files["checkpoint-2"])
     assert not (tmp_path / "incomplete").exists()
+
+
+@pytest.mark.parametrize("data", ["map", "streaming"])
+@pytest.mark.filterwarnings("ignore:Skipped")
+def test_passes_too_short_for_a_step_are_an_error_and_no_endless_loop(tmp_path, data):
+    with pytest.raises(ValueError, match="a whole pass without a step: fewer than `gradient_accumulation_steps` = 4"):
+        train_on_texts(
+            tmp_path, data, ["0", "", "1", "", "2"], max_steps=2, per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
+        )  # fmt: skip

@@ -19,13 +19,13 @@ from transformers.trainer_utils import get_last_checkpoint
 SCRIPT = Path(__file__).parent / "fixtures" / "resumed_run.py"
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path, data: str) -> subprocess.Popen:
     """In a session of its own, so that launcher and processes can be killed at once."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1"]
-    command += [f"--master_port={port}", str(SCRIPT), str(folder)]
+    command += [f"--master_port={port}", str(SCRIPT), str(folder), data]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -61,12 +61,13 @@ def kill_processes_of(session: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-def test_two_processes_that_are_killed_end_as_if_they_had_not_been(tmp_path):
+@pytest.mark.parametrize(("data", "num_kills"), [("map", 3), ("streaming", 2)])
+def test_two_processes_that_are_killed_end_as_if_they_had_not_been(tmp_path, data, num_kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert start(whole).wait(300) == 0
+    assert start(whole, data).wait(300) == 0
     rng, num_inside = random.Random(0), 0
-    for i in range(3):
-        before, process = last_checkpoint(killed), start(killed)
+    for i in range(num_kills):
+        before, process = last_checkpoint(killed), start(killed, data)
         while last_checkpoint(killed) == before:  # let it come a step further
             assert process.poll() is None
             time.sleep(0.001)
@@ -79,7 +80,7 @@ def test_two_processes_that_are_killed_end_as_if_they_had_not_been(tmp_path):
         process.wait()
         num_inside += is_inside_a_save(killed)
     assert num_inside >= 1
-    assert start(killed).wait(300) == 0
+    assert start(killed, data).wait(300) == 0
     states = [json.loads((run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text()) for run in (whole, killed)]
     losses = [[(e["step"], e.get("lm_loss"), e.get("diffusion_loss")) for e in s["log_history"]] for s in states]
     assert len(losses[0]) == STEPS and losses[1] == losses[0]

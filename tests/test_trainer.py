@@ -1,6 +1,8 @@
 """The stock `Trainer` and the exact one: micro-batches, reproducible evaluation, the average of the weights."""
 
 import inspect
+import math
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -244,8 +246,28 @@ def test_ema_refuses_several_evaluation_sets(tmp_path):
     dataset = samples(8)
     kwargs = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": {"a": dataset, "b": dataset}}
     run = trainer(tiny.model(), tmp_path, dataset, callbacks=[TransfusionEMACallback()], **kwargs)
-    with pytest.raises(ValueError, match="`eval_dataset` holds several sets, of which only the first"):
+    with pytest.raises(ValueError, match="of the second of several sets in `eval_dataset`"):
         run.train()
+
+
+def test_an_evaluation_at_the_start_sees_the_average_and_leaves_the_weights(tmp_path):
+    dataset, seen = samples(8), []
+    callback = TransfusionEMACallback(decay=0.5)
+    kwargs = {"eval_strategy": "steps", "eval_steps": 3, "eval_on_start": True, "max_steps": 3}
+    run = trainer(tiny.model(std=0.1), tmp_path, dataset, [callback], eval_dataset=dataset, **kwargs)
+    evaluate = run.evaluate
+
+    def noted(*args, **kwargs):
+        seen.append(
+            all(torch.equal(*pair) for pair in zip(run.model.parameters(), callback._ema.shadow_params, strict=True))
+        )
+        return evaluate(*args, **kwargs)
+
+    run.evaluate = noted
+    run.train()
+    assert seen == [True, True]
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert losses[1] < losses[0]
 
 
 def test_ema_resumes_from_another_folder_when_told(tmp_path):
@@ -626,3 +648,69 @@ def test_the_best_checkpoint_is_kept_named_and_loaded_at_the_end(tmp_path, strat
     run(resumed, 8).train(resume_from_checkpoint=True)
     assert best.exists()
     assert all(torch.equal(resumed.state_dict()[name], value) for name, value in stored.items())
+
+
+def test_a_kill_in_the_last_deletion_leaves_no_checkpoint_in_part(tmp_path, monkeypatch):
+    run = exact_trainer(
+        tiny.model(), tmp_path, uneven_samples(), max_steps=4, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, save_total_limit=1, load_best_model_at_end=True,
+        metric_for_best_model="loss",
+    )  # fmt: skip
+    run.evaluate = lambda *args, **kwargs: {"eval_loss": run.state.global_step}
+    deleted = shutil.rmtree
+
+    def killed_while_deleting(folder, *args, **kwargs):
+        for file in Path(folder).rglob("model.safetensors"):
+            if "checkpoint-4" in str(file):  # the last, of which only the best one is kept
+                file.unlink()
+                raise KeyboardInterrupt
+        deleted(folder, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", killed_while_deleting)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert (tmp_path / "checkpoint-1" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, max_grad_norm):
+    model = tiny.model(std=0.1)
+    run = exact_trainer(
+        model, tmp_path, uneven_samples(), max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1,
+        max_grad_norm=max_grad_norm,
+    )  # fmt: skip
+    parameter = next(model.parameters())
+    parameter.register_hook(lambda grad: grad * (math.inf if run.state.global_step == 2 else 1))
+    with pytest.raises(
+        ValueError, match=r"The norm of the gradient is (nan|inf) after step 2\..*from the last checkpoi"
+    ):
+        run.train()
+    (last,) = tmp_path.glob("checkpoint-*")
+    assert last.name == "checkpoint-2"
+    assert all(value.isfinite().all() for value in load_file(last / "model.safetensors").values())
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_model_init_is_refused_where_its_models_would_lack_something(tmp_path):
+    args = exact_trainer(tiny.model(), tmp_path, samples(2)).args
+    trained = TransfusionTrainer(
+        model_init=lambda: tiny.model(), args=args, train_dataset=samples(8), data_collator=collate
+    )
+    trained.train()
+    assert trained.state.global_step == 1
+    args.use_liger_kernel = True
+    with pytest.raises(ValueError, match="`model_init` makes models that know nothing of Liger"):
+        TransfusionTrainer(model_init=lambda: tiny.model(), args=args, train_dataset=samples(8), data_collator=collate)
+
+
+class OwnLoader(TransfusionTrainer):
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=2, collate_fn=collate_uneven)
+
+
+def test_a_loader_of_ones_own_is_taken(tmp_path):
+    args = exact_trainer(tiny.model(), tmp_path, samples(2), max_steps=5).args
+    run = OwnLoader(tiny.model(), args, train_dataset=uneven_samples())
+    run.train()
+    assert run.state.global_step == 5

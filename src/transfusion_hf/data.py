@@ -195,6 +195,9 @@ class TransfusionDataset(ResumableDataset):
         on_error (`str`, defaults to `"skip"`):
             What to do with a row whose image cannot be read, whose text is missing or empty, or holds the image token:
             `"skip"` it, with a warning at the first, second, fourth, eighth … of a worker, or `"raise"`.
+        rows_per_turn (`int`, defaults to 1):
+            Of a map-style set, how many rows a worker takes in its turn: those of a batch of all processes, and no
+            batch but the last is in part, as `len(loader)` says. `TransfusionTrainer` sets it so.
 
     Raises:
         ValueError: at once for an unknown column or option; for a broken row when it comes, with `on_error="raise"`.
@@ -215,6 +218,7 @@ class TransfusionDataset(ResumableDataset):
         seed: int = 0,
         buffer_size: int = 1000,
         on_error: str = "skip",
+        rows_per_turn: int = 1,
     ) -> None:
         super().__init__()
         if not isinstance(dataset, (hf_datasets.Dataset, hf_datasets.IterableDataset)):
@@ -224,14 +228,16 @@ class TransfusionDataset(ResumableDataset):
             )
         if on_error not in ("skip", "raise"):
             raise ValueError(f"`on_error` must be 'skip' or 'raise'; got {on_error!r}.")
-        if buffer_size < 1:
-            raise ValueError(f"`buffer_size` must be at least 1; got {buffer_size}.")
+        for name, value in (("buffer_size", buffer_size), ("rows_per_turn", rows_per_turn)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value}.")
         self.dataset = _without_decoding(dataset)
         self.to_sample = to_sample
         self.shuffle = shuffle
         self.seed = seed
         self.buffer_size = buffer_size
         self.on_error = on_error
+        self.rows_per_turn = rows_per_turn
         self._skipped = torch.zeros(NUM_SLOTS, dtype=torch.long).share_memory_()
 
     @classmethod
@@ -345,7 +351,8 @@ class TransfusionDataset(ResumableDataset):
         epoch, length = self._state["epoch"], len(self.dataset)
         order = np.random.default_rng([self.seed, epoch]).permutation(length) if self.shuffle else np.arange(length)
         if (worker := get_worker_info()) is not None:
-            order = order[worker.id :: worker.num_workers]
+            turns = np.arange(length) // self.rows_per_turn
+            order = order[turns % worker.num_workers == worker.id]
         for position in range(self._state["position"], len(order)):
             self._state = {"epoch": epoch, "position": position + 1, "block": None}
             yield int(order[position]), self.dataset[int(order[position])]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -35,6 +36,20 @@ def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) 
     return {parameter for name, parameter in model.named_parameters() if name.startswith("vae.")}
 
 
+def _prepare_fsdp2(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """What accelerate then splits by itself."""
+    plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
+    if plugin.mixed_precision_policy is not None:
+        # accelerate's own policy rounds the images before they are noised, and the losses.
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=False
+        )
+    if mesh is not None:
+        mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    shard_float32_parts(accelerator.unwrap_model(model), mesh)
+    plugin.ignored_modules = r"(.*\.)?vae"
+
+
 class _Sums:
     """Sums over batches since the last log: of both losses and what they are means over, by band of t too."""
 
@@ -42,8 +57,9 @@ class _Sums:
 
     def __init__(self, num_bands: int, num_timesteps: int, pad_token_id: int | None, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs have not
-        self.by_name = torch.zeros(len(self.NAMES), dtype=dtype, device=device)
-        self.bands = torch.zeros(2, num_bands, dtype=dtype, device=device)  # errors, and images
+        self.totals = torch.zeros(len(self.NAMES) + 2 * num_bands, dtype=dtype, device=device)
+        self.by_name = self.totals[: len(self.NAMES)]
+        self.bands = self.totals[len(self.NAMES) :].view(2, num_bands)  # errors, and images
         self.num_timesteps = num_timesteps
         self.pad_token_id = pad_token_id
         self.start_time = time.perf_counter()
@@ -69,7 +85,7 @@ class _Sums:
 
     def means(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> tuple[dict[str, float], float, float]:
         """Both losses, over all that `reduce` adds up of the processes, by band of t too; tokens; images."""
-        totals = reduce(torch.cat([self.by_name, self.bands.flatten()]))
+        totals = reduce(self.totals.clone())
         nll, labels, tokens, images = totals[: len(self.NAMES)].tolist()
         errors, counts = totals[len(self.NAMES) :].view(2, -1)
         means = {}
@@ -121,8 +137,9 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
     Raises:
         ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`; several
             GPUs of one process or `dispatch_batches`, which would part images from their texts; `use_liger_kernel`
-            with a split LM head; FSDP with state dicts in shards; a checkpoint of another model or adapter to resume
-            from; in training, a loss or images that are not finite, whose batch is then in the output folder.
+            with a split LM head; `model_init` with Liger or FSDP2; FSDP with state dicts in shards; a checkpoint of
+            another model or adapter to resume from; in training, a gradient, a loss or images that are not finite (the
+            batch of the latter two is then in the output folder), and a pass too short for a step.
     """
 
     def __init__(
@@ -149,6 +166,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
                 "texts; leave it out of `accelerator_config`."
             )
         self.accelerator.dataloader_config.dispatch_batches = False  # what accelerate would choose for streams
+        if self.model_init is not None and (self.args.use_liger_kernel or self.accelerator.is_fsdp2):
+            raise ValueError("`model_init` makes models that know nothing of Liger or FSDP2; pass `model`.")
         if self.args.use_liger_kernel:
             if self.is_fsdp_enabled or self.is_deepspeed_enabled or self.get_tp_size() > 1:
                 raise ValueError("`use_liger_kernel` reads the LM head whole, and FSDP, DeepSpeed or TP split it.")
@@ -156,16 +175,7 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
                 if isinstance(module, TransfusionForCausalLMAndDiffusion):
                     module.use_liger_loss = True
         if self.accelerator.is_fsdp2:
-            plugin, mesh = self.accelerator.state.fsdp_plugin, self.accelerator.torch_device_mesh
-            if plugin.mixed_precision_policy is not None:
-                # accelerate's own policy rounds the images before they are noised, and the losses.
-                plugin.mixed_precision_policy = replace(
-                    plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=False
-                )
-            if mesh is not None:
-                mesh = mesh[tuple(self.accelerator.parallelism_config.fsdp_dim_names)]
-            shard_float32_parts(self.accelerator.unwrap_model(self.model), mesh)
-            plugin.ignored_modules = r"(.*\.)?vae"
+            _prepare_fsdp2(self.accelerator, self.model)
         self.add_callback(TransfusionNoiseCallback(self._num_replicas))
         self.num_timestep_bands = num_timestep_bands
         self.peak_flops_per_second = peak_flops_per_second
@@ -177,9 +187,18 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         pad_token_id = config.text_config.pad_token_id
         return _Sums(self.num_timestep_bands, config.num_train_timesteps, pad_token_id, self.args.device)
 
-    def train(self, *args: Any, **kwargs: Any):
+    def _inner_training_loop(self, *args: Any, **kwargs: Any):
         self._train_sums = self._new_sums()  # speeds count from now on
-        return super().train(*args, **kwargs)
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _since_last_log(self) -> dict[str, Any]:
+        seconds = time.perf_counter() - self._train_sums.start_time
+        return super()._since_last_log() | {"totals": self._train_sums.totals, "seconds": seconds}
+
+    def _load_since_last_log(self, state: dict[str, Any]) -> None:
+        super()._load_since_last_log(state)
+        self._train_sums.totals += state["totals"].to(self.args.device)
+        self._train_sums.start_time -= state["seconds"]
 
     def _get_num_items_in_batch(self, batch_samples, device):
         num_images = torch.tensor(sum(_count_noised(batch) for batch in batch_samples), device=device)

@@ -83,6 +83,8 @@ class TransfusionEMACallback(TrainerCallback):
             stored = load_file(file)
             self._ema.optimization_step = state.global_step
             self._ema.shadow_params = [_like(stored[str(i)], p) for i, p in enumerate(self._parameters)]
+        if args.eval_on_start:
+            self._swap()
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         self._ema.step(self._parameters)
@@ -94,16 +96,20 @@ class TransfusionEMACallback(TrainerCallback):
     def _swap_for_evaluation(self, control) -> None:
         # The Trainer announces an evaluation here and has no other event before it.
         if control.should_evaluate:
-            self._ema.store(self._parameters)
-            self._ema.copy_to(self._parameters)
+            self._swap()
+
+    def _swap(self) -> None:
+        self._ema.store(self._parameters)
+        self._ema.copy_to(self._parameters)
 
     def on_evaluate(self, args, state, control, **kwargs: Any) -> None:
         if not self._is_training:
             return
         if self._ema.temp_stored_params is None:
             raise ValueError(
-                "`eval_dataset` holds several sets, of which only the first was evaluated with the averaged weights: "
-                "the Trainer announces no second one. Concatenate them, or evaluate the others afterwards."
+                "An evaluation in the training that the Trainer did not announce was without the averaged weights: of "
+                "the second of several sets in `eval_dataset`, or by another callback. Concatenate the sets, or "
+                "evaluate after the training."
             )
         # Now, for a checkpoint may be saved next.
         self._ema.restore(self._parameters)

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,19 +45,18 @@ class _RepeatableCollator:
 
     def __init__(self, collator: Callable[[Sequence[Any]], Any], seed: int, process: int):
         self.collator, self.seed, self.process = collator, seed, process
-        # Shared with workers that outlive a pass.
-        self._place = torch.zeros(2, dtype=torch.long).share_memory_()
-        self._epoch, self._count = -1, 0
+        # How many passes were begun, which one this is, and its first batch: shared with workers that outlive a pass.
+        self._place = torch.zeros(3, dtype=torch.long).share_memory_()
+        self._begun, self._count = 0, 0
 
     def begin(self, epoch: int, first_batch: int) -> None:
         """The next batch is this one of that pass."""
-        self._place[:] = torch.tensor([epoch, first_batch])
-        self._epoch = -1
+        self._place[:] = torch.tensor([self._place[0] + 1, epoch, first_batch])
 
     def __call__(self, features: Sequence[Any]) -> Any:
-        epoch, number = self._place.tolist()
-        if epoch != self._epoch:
-            self._epoch, self._count = epoch, 0
+        begun, epoch, number = self._place.tolist()
+        if begun != self._begun:
+            self._begun, self._count = begun, 0
         worker = get_worker_info()  # which take turns
         number += self._count if worker is None else self._count * worker.num_workers + worker.id
         self._count += 1
@@ -86,10 +86,12 @@ class WholeCheckpointsTrainer(Trainer):
     data_collator: Any
     push_in_progress: Any
     _is_saving = False
-    _repeatable: _RepeatableCollator
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.args.data_seed is None:
+            # Else each process orders the samples by its global generator, which are not one once they have trained.
+            self.accelerator.dataloader_config.data_seed = self.args.seed
         if self.is_fsdp_enabled:
             kind = self.accelerator.state.fsdp_plugin.state_dict_type.name
             if kind != "FULL_STATE_DICT":  # the library then saves no model, and says nothing
@@ -118,12 +120,37 @@ class WholeCheckpointsTrainer(Trainer):
         return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
     def get_train_dataloader(self):
+        if hasattr(self.train_dataset, "rows_per_turn"):  # all batches but the last are full, with several workers too
+            self.train_dataset.rows_per_turn = self._train_batch_size * self.args.world_size // self._num_replicas
+        with self._repeatable_collator():
+            loader = super().get_train_dataloader()
+        self._begin(loader, epoch=0)
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        with self._repeatable_collator():
+            loader = super().get_eval_dataloader(eval_dataset)
+        self._begin(loader, epoch=0)  # each time, so that all evaluations are of the same batches
+        return loader
+
+    @contextmanager
+    def _repeatable_collator(self) -> Iterator[None]:
         collator, process = self.data_collator, self.args.process_index // self._num_replicas
-        self.data_collator = self._repeatable = _RepeatableCollator(collator, self.args.seed, process)
+        self.data_collator = _RepeatableCollator(collator, self.args.seed, process)
         try:
-            return super().get_train_dataloader()
+            yield
         finally:
             self.data_collator = collator
+
+    def _begin(self, loader: Any, epoch: int, first_batch: int = 0) -> None:
+        """What data draw in workers, and what the collator draws, follows from the pass."""
+        loader = getattr(loader, "base_dataloader", loader)
+        # The library would take the workers' seed from the global generator, where the noise comes from.
+        entropy = (self.args.seed, epoch, self.args.process_index // self._num_replicas)
+        loader.generator = torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        collator = getattr(loader.collate_fn, "data_collator", loader.collate_fn)  # in what removes columns
+        if isinstance(collator, _RepeatableCollator):  # not that of a user's own loader
+            collator.begin(epoch, first_batch)
 
     def set_initial_training_values(self, args, dataloader):
         num_epochs, *values = super().set_initial_training_values(args, dataloader)
@@ -148,25 +175,47 @@ class WholeCheckpointsTrainer(Trainer):
         return epoch, num_batches
 
     def _run_epoch(self, **kwargs: Any):
-        # The library would take a finished run that is resumed one step further.
-        if self.state.global_step < self.state.max_steps:
-            epoch, num_skipped = kwargs["epoch"], 0
-            loader = kwargs["train_dataloader"]
-            loader = getattr(loader, "base_dataloader", loader)
-            # What the data draw in workers, a stream draws again. The library would take the workers' seed from the
-            # global generator, and before it restores that.
-            entropy = (self.args.seed, epoch, self.args.process_index // self._num_replicas)
-            (seed,) = np.random.SeedSequence(entropy).generate_state(1)
-            loader.generator = torch.Generator().manual_seed(int(seed))
-            is_resumed = kwargs["resume_from_checkpoint"] is not None and epoch == kwargs["epochs_trained"]
-            if is_resumed and not isinstance(loader.dataset, IterableDataset):
-                num_skipped = kwargs["steps_trained_in_current_epoch"]  # without being collated
-            self._repeatable.begin(epoch, num_skipped)
-            super()._run_epoch(**kwargs)
-            # Micro-batches too few for a step, at the end of a pass, are no part of the next one's first.
-            self.model.zero_grad()
-        else:
+        if self.state.global_step >= self.state.max_steps:
+            # The library would take a finished run that is resumed one step further.
             self.control.should_training_stop = True
+            return
+        epoch, folder, num_skipped = kwargs["epoch"], kwargs["resume_from_checkpoint"], 0
+        is_resumed = folder is not None and epoch == kwargs["epochs_trained"]
+        if is_resumed:
+            file = Path(folder, f"since_last_log_{self.args.process_index}.pt")
+            if file.exists():
+                self._load_since_last_log(torch.load(file, map_location="cpu"))
+            if not isinstance(kwargs["train_dataloader"].dataset, IterableDataset):
+                num_skipped = kwargs["steps_trained_in_current_epoch"]  # without being collated
+        self._begin(kwargs["train_dataloader"], epoch, num_skipped)
+        step = self.state.global_step
+        super()._run_epoch(**kwargs)
+        if step == self.state.global_step and not is_resumed:
+            raise ValueError(
+                f"`train_dataset` gave a whole pass without a step: fewer than `gradient_accumulation_steps` = "
+                f"{self.args.gradient_accumulation_steps} batches. Give it more samples, or lower that number."
+            )
+        # Micro-batches too few for a step, at the end of a pass, are no part of the next one's first.
+        self.model.zero_grad()
+
+    def _since_last_log(self) -> dict[str, Any]:
+        """What this process has summed up since the last log: in a checkpoint, that the curve goes on."""
+        return {"loss": self._tr_loss.item(), "steps": self.state.global_step - self._globalstep_last_logged}
+
+    def _load_since_last_log(self, state: dict[str, Any]) -> None:
+        self._tr_loss += state["loss"]
+        self._globalstep_last_logged -= state["steps"]
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Before the step: weights that are not finite shall not get into a checkpoint.
+        norm = super()._get_grad_norm(model, grad_norm)
+        is_scaled = self.accelerator.scaler is not None  # in float16, where such steps are left out
+        if norm is not None and not is_scaled and not math.isfinite(norm):
+            raise ValueError(
+                f"The norm of the gradient is {float(norm)} after step {self.state.global_step}. Lower the learning "
+                "rate or clip by `max_grad_norm`, and go on from the last checkpoint."
+            )
+        return norm
 
     def _get_output_dir(self, trial):
         folder = super()._get_output_dir(trial)
@@ -193,25 +242,43 @@ class WholeCheckpointsTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TransfusionEMACallback):
                 callback.save(aside / name, self.state)
+        torch.save(self._since_last_log(), aside / name / f"since_last_log_{self.args.process_index}.pt")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if (folder / name).exists():  # of an earlier run
                 (folder / name).rename(aside / "replaced")
             (aside / name).rename(folder / name)
-            for checkpoint in self._outdated(folder):
-                checkpoint.rename(aside / checkpoint.name)  # one in part shall not bear its name either
-            shutil.rmtree(aside)
+            self._delete(folder, self._outdated(folder))
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder / name))
 
+    def _is_best(self, checkpoint: Path) -> bool:
+        best = self.state.best_model_checkpoint
+        return best is not None and Path(best).exists() and checkpoint.samefile(best)
+
     def _outdated(self, folder: Path) -> list[Path]:
         """What the library's `rotate_checkpoints` would delete."""
         checkpoints = [Path(checkpoint) for checkpoint in sort_checkpoints(str(folder), use_mtime=True)]
-        kept = {checkpoints[-1], Path(self.state.best_model_checkpoint or "")}.intersection(checkpoints)
-        limit = self.args.save_total_limit or 0
-        number = len(checkpoints) - max(limit, len(kept)) if limit > 0 else 0
-        return [checkpoint for checkpoint in checkpoints if checkpoint not in kept][: max(number, 0)]
+        others = [checkpoint for checkpoint in checkpoints[:-1] if not self._is_best(checkpoint)]
+        limit = self.args.save_total_limit or len(checkpoints)
+        return others[: max(len(checkpoints) - limit, 0)]
+
+    def _delete(self, folder: Path, checkpoints: list[Path]) -> None:
+        """Under other names, for one in part shall not bear its own."""
+        aside = folder / "incomplete"
+        aside.mkdir(exist_ok=True)
+        for checkpoint in checkpoints:
+            checkpoint.rename(aside / f"outdated-{checkpoint.name}")
+        shutil.rmtree(aside)
+
+    def _finalize_training(self, trial, *args: Any, **kwargs: Any):
+        folder = Path(self._get_output_dir(trial))
+        checkpoints = [Path(checkpoint) for checkpoint in sort_checkpoints(str(folder))]
+        if self.args.should_save and self.args.save_total_limit == 1 and any(map(self._is_best, checkpoints)):
+            # As the library does next.
+            self._delete(folder, [checkpoint for checkpoint in checkpoints if not self._is_best(checkpoint)])
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
