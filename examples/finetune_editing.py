@@ -11,9 +11,10 @@ and trained from scratch: 50 minutes on two CPU cores, after which 200 of 200 ed
 judge is `transfusion_hf.shapes.check_scene`, the edits are held out: scenes never trained on, and in them combinations
 of a look (color and kind) and what becomes of it that were never trained on either.
 
-    torchrun --nproc_per_node 8 examples/finetune_editing.py --model_name_or_path MODEL --dataset edits/*.parquet \
-        --source_column input_image --instruction_column edit_prompt --target_column edited_image \
-        --learning_rate 1e-5 --max_steps 5000 --bf16 --per_device_train_batch_size 16 --output_dir outputs/editing
+    torchrun --nproc_per_node 8 examples/finetune_editing.py --model_name_or_path MODEL \
+        --dataset 'edits/*.parquet' --source_column input_image --instruction_column edit_prompt \
+        --target_column edited_image --learning_rate 1e-5 --max_steps 5000 --bf16 --per_device_train_batch_size 16 \
+        --output_dir outputs/editing
 
 All arguments of transformers' `TrainingArguments` are taken; `--resume_from_checkpoint true` goes on.
 """

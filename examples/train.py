@@ -4,7 +4,7 @@ Trains a Transfusion from scratch by the paper's recipe (§4.1, arXiv 2408.11039
 at 1, rows of 4,096 tokens, λ = 5, as many tokens of text as of captioned images.
 
     torchrun --nproc_per_node 8 examples/train.py --preset 0.76B --tokenizer_name TOKENIZER --vae_name_or_path VAE \
-        --text_dataset web/*.parquet --caption_dataset pictures/*.parquet --caption_column caption \
+        --text_dataset 'web/*.parquet' --caption_dataset 'pictures/*.parquet' --caption_column caption \
         --output_dir outputs/train --bf16 --per_device_train_batch_size 64 --dataloader_num_workers 4
 
 Without `--text_dataset`, on captioned images alone. From a language model, converted by

@@ -47,7 +47,7 @@ class TransfusionDataCollator:
     caption of one image, and chance decides, by torch's global generator: caption first with
     `caption_first_probability`, image first otherwise, then with t below `image_first_max_timesteps` (§3, §4.3.4); a
     caption that comes first is dropped with `caption_dropout`, which teaches the unconditional context of guidance.
-    For an evaluation that is the same every time, mark the images.
+    For an evaluation that is the same every time, mark the images, or evaluate by `TransfusionTrainer`.
 
     In place of images there may be latents, `(latent_channels, height, width)` each, in `latents`: a list, or the one.
 

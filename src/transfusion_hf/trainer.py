@@ -125,7 +125,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
     counts it, 4·N·D what is frozen, `model_tflops_per_second` of all processes.
 
     A checkpoint is written aside, in `incomplete/`, and then renamed: one that bears its name is whole, and a run that
-    was killed at any moment goes on with `resume_from_checkpoint=True`.
+    was killed at any moment goes on with `resume_from_checkpoint=True`. What the collator
+    draws follows from seed, process, pass and batch, so that it is drawn again; of the evaluation each time the same.
 
     Args:
         args, kwargs: As for `Trainer`, with `remove_unused_columns=False`.
