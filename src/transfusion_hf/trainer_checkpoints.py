@@ -242,7 +242,8 @@ class WholeCheckpointsTrainer(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TransfusionEMACallback):
                 callback.save(aside / name, self.state)
-        torch.save(self._since_last_log(), aside / name / f"since_last_log_{self.args.process_index}.pt")
+        if not self.args.save_only_model:  # which cannot be resumed from
+            torch.save(self._since_last_log(), aside / name / f"since_last_log_{self.args.process_index}.pt")
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             if (folder / name).exists():  # of an earlier run
