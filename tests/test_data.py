@@ -634,6 +634,26 @@ def test_of_the_trainers_batches_only_the_last_is_in_part_whatever_the_workers(t
     assert len({text for batch in batches for text in batch}) == 22
 
 
+@pytest.mark.parametrize(("num_workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_every_evaluation_is_of_the_same_batches(processor, tmp_path, num_workers, persistent):
+    """The order is shuffled, and the collator drops captions."""
+    args = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=4, dataloader_num_workers=num_workers, report_to="none",
+        dataloader_persistent_workers=persistent, remove_unused_columns=False, use_cpu=True,
+    )  # fmt: skip
+    trainer = TransfusionTrainer(
+        TransfusionForCausalLMAndDiffusion.from_pretrained(TINY),
+        args,
+        eval_dataset=TransfusionDataset.from_captions(captions_set(), caption_column="caption", shuffle=True),
+        data_collator=TransfusionDataCollator(processor, caption_dropout=0.5),
+    )
+    losses = []
+    for _ in range(3):
+        torch.rand(1)
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[1:] == losses[:1] * 2
+
+
 def test_a_source_that_cannot_be_repeated_is_an_error_and_no_endless_loop():
     rows = iter([{"text": "b"}, {"text": "c"}])
     once = IterableDataset.from_generator(lambda: rows, features=Features({"text": Value("string")}))

@@ -61,7 +61,7 @@ def kill_processes_of(session: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
-@pytest.mark.parametrize(("data", "num_kills"), [("map", 3), ("streaming", 2)])
+@pytest.mark.parametrize(("data", "num_kills"), [("map", 3), ("streaming", 3)])
 def test_two_processes_that_are_killed_end_as_if_they_had_not_been(tmp_path, data, num_kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole, data).wait(300) == 0

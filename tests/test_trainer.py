@@ -714,3 +714,23 @@ def test_a_loader_of_ones_own_is_taken(tmp_path):
     run = OwnLoader(tiny.model(), args, train_dataset=uneven_samples())
     run.train()
     assert run.state.global_step == 5
+
+
+def test_all_checkpoints_are_kept_where_there_is_no_limit(tmp_path):
+    kwargs = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "logging_steps": 3}
+    exact_trainer(tiny.model(), tmp_path, uneven_samples(), save_total_limit=-1, **kwargs).train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 3
+    # With other bands a resumed run begins its sums anew.
+    run = exact_trainer(tiny.model(), tmp_path, uneven_samples(), **kwargs)
+    other = TransfusionTrainer(
+        run.model, run.args, train_dataset=uneven_samples(), data_collator=collate_uneven, num_timestep_bands=3
+    )
+    other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert other.state.global_step == 3
+
+
+def test_a_search_of_hyperparameters_keeps_images_with_their_texts(tmp_path):
+    run = exact_trainer(tiny.model(), tmp_path, uneven_samples())
+    run.create_accelerator_and_postprocess()  # as before each trial
+    config = run.accelerator.dataloader_config
+    assert (config.dispatch_batches, config.data_seed) == (False, run.args.seed)

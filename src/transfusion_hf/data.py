@@ -196,8 +196,8 @@ class TransfusionDataset(ResumableDataset):
             What to do with a row whose image cannot be read, whose text is missing or empty, or holds the image token:
             `"skip"` it, with a warning at the first, second, fourth, eighth … of a worker, or `"raise"`.
         rows_per_turn (`int`, defaults to 1):
-            Of a map-style set, how many rows a worker takes in its turn: those of a batch of all processes, and no
-            batch but the last is in part, as `len(loader)` says. `TransfusionTrainer` sets it so.
+            How many rows of a map-style set a worker takes before the next one's turn. With the rows of one batch of
+            all processes, and no broken rows, only the last batch is partial. `TransfusionTrainer` sets it to that.
 
     Raises:
         ValueError: at once for an unknown column or option; for a broken row when it comes, with `on_error="raise"`.

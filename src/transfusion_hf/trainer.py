@@ -83,6 +83,14 @@ class _Sums:
             bands = (outputs["image_timesteps"] * num_bands / self.num_timesteps).long().clamp(max=num_bands - 1)
             self.bands.index_add_(1, bands, torch.stack([errors, torch.ones_like(errors)]).to(self.bands.dtype))
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"totals": self.totals, "seconds": time.perf_counter() - self.start_time}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["totals"].shape == self.totals.shape:  # of as many bands
+            self.totals.copy_(state["totals"])
+            self.start_time = time.perf_counter() - state["seconds"]
+
     def means(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> tuple[dict[str, float], float, float]:
         """Both losses, over all that `reduce` adds up of the processes, by band of t too; tokens; images."""
         totals = reduce(self.totals.clone())
@@ -125,8 +133,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
     counts it, 4·N·D what is frozen, `model_tflops_per_second` of all processes.
 
     A checkpoint is written aside, in `incomplete/`, and then renamed: one that bears its name is whole, and a run that
-    was killed at any moment goes on with `resume_from_checkpoint=True`. What the collator
-    draws follows from seed, process, pass and batch, so that it is drawn again; of the evaluation each time the same.
+    was killed at any moment goes on with `resume_from_checkpoint=True`. The collator's draws follow from seed,
+    process, pass and batch number: a resumed run repeats them, and every evaluation draws the same.
 
     Args:
         args, kwargs: As for `Trainer`, with `remove_unused_columns=False`.
@@ -161,12 +169,6 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             )
         if self.args.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` takes the labels away from the model; leave it at 0.")
-        if self.accelerator.dataloader_config.dispatch_batches:
-            raise ValueError(
-                "`dispatch_batches=True` cuts batches along their first dimension, which parts images from their "
-                "texts; leave it out of `accelerator_config`."
-            )
-        self.accelerator.dataloader_config.dispatch_batches = False  # what accelerate would choose for streams
         if self.model_init is not None and (self.args.use_liger_kernel or self.accelerator.is_fsdp2):
             raise ValueError("`model_init` makes models that know nothing of Liger or FSDP2; pass `model`.")
         if self.args.use_liger_kernel:
@@ -183,6 +185,15 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
         self._num_images: Any = None
 
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.accelerator.dataloader_config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches=True` cuts batches along their first dimension, which parts images from their "
+                "texts; leave it out of `accelerator_config`."
+            )
+        self.accelerator.dataloader_config.dispatch_batches = False  # what accelerate would choose for streams
+
     def _new_sums(self) -> _Sums:
         config = self._unwrapped().config
         pad_token_id = config.text_config.pad_token_id
@@ -193,13 +204,11 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         return super()._inner_training_loop(*args, **kwargs)
 
     def _since_last_log(self) -> dict[str, Any]:
-        seconds = time.perf_counter() - self._train_sums.start_time
-        return super()._since_last_log() | {"totals": self._train_sums.totals, "seconds": seconds}
+        return super()._since_last_log() | self._train_sums.state_dict()
 
     def _load_since_last_log(self, state: dict[str, Any]) -> None:
         super()._load_since_last_log(state)
-        self._train_sums.totals += state["totals"].to(self.args.device)
-        self._train_sums.start_time -= state["seconds"]
+        self._train_sums.load_state_dict(state)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         num_images = torch.tensor(sum(_count_noised(batch) for batch in batch_samples), device=device)

@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import HfApi, ModelCard
+from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset, get_worker_info
-from transformers import AutoConfig, PreTrainedModel, Trainer
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import (
@@ -73,6 +73,18 @@ class _RepeatableCollator:
             np.random.set_state(states[1])
 
 
+class _PassCallback(TrainerCallback):
+    """Whether a checkpoint is of after the end of a pass, its evaluation and all."""
+
+    has_ended = False
+
+    def on_epoch_begin(self, args, state, control, **kwargs: Any) -> None:
+        self.has_ended = False
+
+    def on_epoch_end(self, args, state, control, **kwargs: Any) -> None:
+        self.has_ended = True
+
+
 class WholeCheckpointsTrainer(Trainer):
     """
     The `Trainer` that writes a checkpoint aside, in `incomplete/`, and then renames it: one that bears its name is
@@ -86,12 +98,12 @@ class WholeCheckpointsTrainer(Trainer):
     data_collator: Any
     push_in_progress: Any
     _is_saving = False
+    _resumed: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.args.data_seed is None:
-            # Else each process orders the samples by its global generator, which are not one once they have trained.
-            self.accelerator.dataloader_config.data_seed = self.args.seed
+        self._pass, self._resumed = _PassCallback(), {}
+        self.add_callback(self._pass)
         if self.is_fsdp_enabled:
             kind = self.accelerator.state.fsdp_plugin.state_dict_type.name
             if kind != "FULL_STATE_DICT":  # the library then saves no model, and says nothing
@@ -99,6 +111,12 @@ class WholeCheckpointsTrainer(Trainer):
                     f"`fsdp_state_dict_type` is {kind}, of which no model would be saved that can be loaded; set it "
                     "to FULL_STATE_DICT in accelerate's configuration, or `state_dict_type` in `fsdp_config`."
                 )
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.args.data_seed is None:
+            # Else the order comes from each process's global generator, and these differ after a training.
+            self.accelerator.dataloader_config.data_seed = self.args.seed
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         folder = resume_from_checkpoint
@@ -122,28 +140,27 @@ class WholeCheckpointsTrainer(Trainer):
     def get_train_dataloader(self):
         if hasattr(self.train_dataset, "rows_per_turn"):  # all batches but the last are full, with several workers too
             self.train_dataset.rows_per_turn = self._train_batch_size * self.args.world_size // self._num_replicas
-        with self._repeatable_collator():
-            loader = super().get_train_dataloader()
-        self._begin(loader, epoch=0)
-        return loader
+        return super().get_train_dataloader()
 
     def get_eval_dataloader(self, eval_dataset=None):
-        with self._repeatable_collator():
-            loader = super().get_eval_dataloader(eval_dataset)
+        loader = super().get_eval_dataloader(eval_dataset)
         self._begin(loader, epoch=0)  # each time, so that all evaluations are of the same batches
         return loader
 
-    @contextmanager
-    def _repeatable_collator(self) -> Iterator[None]:
+    def _get_dataloader(self, *args: Any, **kwargs: Any):
         collator, process = self.data_collator, self.args.process_index // self._num_replicas
         self.data_collator = _RepeatableCollator(collator, self.args.seed, process)
         try:
-            yield
+            loader = super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = collator
+        self._begin(loader, epoch=0)
+        return loader
 
     def _begin(self, loader: Any, epoch: int, first_batch: int = 0) -> None:
         """What data draw in workers, and what the collator draws, follows from the pass."""
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
         loader = getattr(loader, "base_dataloader", loader)
         # The library would take the workers' seed from the global generator, where the noise comes from.
         entropy = (self.args.seed, epoch, self.args.process_index // self._num_replicas)
@@ -158,20 +175,26 @@ class WholeCheckpointsTrainer(Trainer):
         # Where broken rows are left out, passes are shorter than the data set says, and it takes more of them.
         return sys.maxsize if args.max_steps > 0 else num_epochs, *values
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+    def _init_training_state(self, max_steps, updates_per_epoch, num_epochs, resume_from_checkpoint, trial):
         # The library computes from the number of steps where in the data a run stands, as if all passes had the length
         # that it is told, and those of a stream no end. The state's `epoch` is counted.
-        epoch, num_batches = super()._init_training_state(*args, **kwargs)
+        args = (max_steps, updates_per_epoch, num_epochs, resume_from_checkpoint, trial)
+        epoch, num_batches = super()._init_training_state(*args)
+        self._resumed = {}
         if self.state.epoch:
+            files = sorted(Path(resume_from_checkpoint).glob("since_last_log_*.pt"))
+            if len(files) == self.args.world_size:
+                file = Path(resume_from_checkpoint, f"since_last_log_{self.args.process_index}.pt")
+                self._resumed = torch.load(file, map_location="cpu")
             size = self._batches_per_epoch
             if size is None:
                 size = self._resumed_max_steps * self.args.gradient_accumulation_steps
             epoch = math.ceil(self.state.epoch) - 1
             position = round((self.state.epoch - epoch) * size)
-            if position == self._batches_per_epoch:
+            if self._resumed.get("pass_has_ended", position == self._batches_per_epoch):
                 epoch, position = epoch + 1, 0
             if not self.args.ignore_data_skip:
-                num_batches = position - position % self.args.gradient_accumulation_steps
+                num_batches = position
         return epoch, num_batches
 
     def _run_epoch(self, **kwargs: Any):
@@ -182,15 +205,18 @@ class WholeCheckpointsTrainer(Trainer):
         epoch, folder, num_skipped = kwargs["epoch"], kwargs["resume_from_checkpoint"], 0
         is_resumed = folder is not None and epoch == kwargs["epochs_trained"]
         if is_resumed:
-            file = Path(folder, f"since_last_log_{self.args.process_index}.pt")
-            if file.exists():
-                self._load_since_last_log(torch.load(file, map_location="cpu"))
+            if self._resumed:
+                self._load_since_last_log(self._resumed)
             if not isinstance(kwargs["train_dataloader"].dataset, IterableDataset):
                 num_skipped = kwargs["steps_trained_in_current_epoch"]  # without being collated
+            if kwargs["steps_trained_in_current_epoch"] == self._batches_per_epoch:
+                # The library does so with the first batch, of which there is none.
+                self._load_rng_state(folder)
         self._begin(kwargs["train_dataloader"], epoch, num_skipped)
         step = self.state.global_step
         super()._run_epoch(**kwargs)
-        if step == self.state.global_step and not is_resumed:
+        is_stopped = self.control.should_training_stop or self.control.should_epoch_stop
+        if step == self.state.global_step and not is_resumed and not is_stopped:
             raise ValueError(
                 f"`train_dataset` gave a whole pass without a step: fewer than `gradient_accumulation_steps` = "
                 f"{self.args.gradient_accumulation_steps} batches. Give it more samples, or lower that number."
@@ -199,17 +225,24 @@ class WholeCheckpointsTrainer(Trainer):
         self.model.zero_grad()
 
     def _since_last_log(self) -> dict[str, Any]:
-        """What this process has summed up since the last log: in a checkpoint, that the curve goes on."""
-        return {"loss": self._tr_loss.item(), "steps": self.state.global_step - self._globalstep_last_logged}
+        """What this process has summed up since the last log, so that the logged curve goes on."""
+        return {
+            "loss": self._tr_loss.item(),
+            "steps": self.state.global_step - self._globalstep_last_logged,
+            "pass_has_ended": self._pass.has_ended,
+        }
 
     def _load_since_last_log(self, state: dict[str, Any]) -> None:
         self._tr_loss += state["loss"]
+        self._total_loss_scalar -= state["loss"]  # the `train_loss` at the end is of this call's steps
         self._globalstep_last_logged -= state["steps"]
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # Before the step: weights that are not finite shall not get into a checkpoint.
+        # Weights that are not finite shall not get into a checkpoint.
         norm = super()._get_grad_norm(model, grad_norm)
-        is_scaled = self.accelerator.scaler is not None  # in float16, where such steps are left out
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        is_scaled = self.accelerator.mixed_precision == "fp16"  # where such steps are left out
         if norm is not None and not is_scaled and not math.isfinite(norm):
             raise ValueError(
                 f"The norm of the gradient is {float(norm)} after step {self.state.global_step}. Lower the learning "
@@ -262,8 +295,8 @@ class WholeCheckpointsTrainer(Trainer):
         """What the library's `rotate_checkpoints` would delete."""
         checkpoints = [Path(checkpoint) for checkpoint in sort_checkpoints(str(folder), use_mtime=True)]
         others = [checkpoint for checkpoint in checkpoints[:-1] if not self._is_best(checkpoint)]
-        limit = self.args.save_total_limit or len(checkpoints)
-        return others[: max(len(checkpoints) - limit, 0)]
+        limit = self.args.save_total_limit or 0
+        return others[: max(len(checkpoints) - limit, 0)] if limit > 0 else []
 
     def _delete(self, folder: Path, checkpoints: list[Path]) -> None:
         """Under other names, for one in part shall not bear its own."""
