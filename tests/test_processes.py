@@ -92,8 +92,9 @@ def test_two_processes_make_the_step_of_one(tmp_path, step_of_one_process, data)
         assert "ParallelismConfig is only compatible DistributedType.FSDP" in two["refusal"]
 
 
-def test_each_process_has_samples_and_noise_of_its_own(tmp_path):
-    launch(tmp_path, 2, "two_draws.py", str(tmp_path))
+@pytest.mark.parametrize("data", ["map", "streaming"])
+def test_each_process_has_samples_and_noise_of_its_own(tmp_path, data):
+    launch(tmp_path, 2, "two_draws.py", str(tmp_path), data)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for start in range(0, 16, 4):
         seen = set(first["seen"][start : start + 4] + second["seen"][start : start + 4])

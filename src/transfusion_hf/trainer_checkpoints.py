@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from huggingface_hub import HfApi, ModelCard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -35,6 +36,10 @@ from .trainer_callbacks import TransfusionEMACallback
 
 # Of a checkpoint, what is no part of the model, or is written for the whole run.
 _OF_THE_RUN = (TRAINER_STATE_NAME, TransfusionEMACallback.FILE_NAME, "README.md")
+
+
+def _seed_of(*entropy: int) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 class _RepeatableCollator:
@@ -60,7 +65,7 @@ class _RepeatableCollator:
         worker = get_worker_info()  # which take turns
         number += self._count if worker is None else self._count * worker.num_workers + worker.id
         self._count += 1
-        seed = int(np.random.SeedSequence((self.seed, self.process, epoch, number)).generate_state(1)[0])
+        seed = _seed_of(self.seed, self.process, epoch, number)
         states = random.getstate(), np.random.get_state()
         try:
             with torch.random.fork_rng(devices=[]):
@@ -102,7 +107,7 @@ class WholeCheckpointsTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._pass, self._resumed = _PassCallback(), {}
+        self._pass = _PassCallback()
         self.add_callback(self._pass)
         if self.is_fsdp_enabled:
             kind = self.accelerator.state.fsdp_plugin.state_dict_type.name
@@ -154,6 +159,8 @@ class WholeCheckpointsTrainer(Trainer):
             loader = super()._get_dataloader(*args, **kwargs)
         finally:
             self.data_collator = collator
+        if isinstance(loader.dataset, IterableDatasetShard):  # to which the library does not hand it on
+            loader.dataset.drop_last = self.args.dataloader_drop_last
         self._begin(loader, epoch=0)
         return loader
 
@@ -162,9 +169,9 @@ class WholeCheckpointsTrainer(Trainer):
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
         loader = getattr(loader, "base_dataloader", loader)
-        # The library would take the workers' seed from the global generator, where the noise comes from.
-        entropy = (self.args.seed, epoch, self.args.process_index // self._num_replicas)
-        loader.generator = torch.Generator().manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        # The library would take the workers' seed from the global generator, where the noise comes from. It is one in
+        # all processes: of a stream each reads all and keeps its share.
+        loader.generator = torch.Generator().manual_seed(_seed_of(self.args.seed, epoch))
         collator = getattr(loader.collate_fn, "data_collator", loader.collate_fn)  # in what removes columns
         if isinstance(collator, _RepeatableCollator):  # not that of a user's own loader
             collator.begin(epoch, first_batch)
@@ -182,8 +189,7 @@ class WholeCheckpointsTrainer(Trainer):
         epoch, num_batches = super()._init_training_state(*args)
         self._resumed = {}
         if self.state.epoch:
-            files = sorted(Path(resume_from_checkpoint).glob("since_last_log_*.pt"))
-            if len(files) == self.args.world_size:
+            if len(list(Path(resume_from_checkpoint).glob("since_last_log_*.pt"))) == self.args.world_size:
                 file = Path(resume_from_checkpoint, f"since_last_log_{self.args.process_index}.pt")
                 self._resumed = torch.load(file, map_location="cpu")
             size = self._batches_per_epoch
