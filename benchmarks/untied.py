@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
-from transfusion_hf.training_plans import TRAINING_PLANS, set_trainable
+from transfusion_hf.training.plans import TRAINING_PLANS, set_trainable
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import quickstart

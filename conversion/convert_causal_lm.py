@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion
-from transfusion_hf.checkpoint_mapping import convert_causal_lm
+from transfusion_hf.conversion.causal_lm import convert_causal_lm
 
 
 def parse_fields(pairs: list[str]) -> dict:

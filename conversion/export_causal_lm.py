@@ -14,8 +14,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion
-from transfusion_hf.checkpoint_mapping import written_whole
-from transfusion_hf.export import extract_causal_lm
+from transfusion_hf.conversion.causal_lm import written_whole
+from transfusion_hf.conversion.export import extract_causal_lm
 
 
 def main(argv: list[str] | None = None) -> None:

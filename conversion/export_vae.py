@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion
-from transfusion_hf.checkpoint_mapping import written_whole
-from transfusion_hf.export import extract_vae
+from transfusion_hf.conversion.causal_lm import written_whole
+from transfusion_hf.conversion.export import extract_vae
 
 
 def main(argv: list[str] | None = None) -> None:

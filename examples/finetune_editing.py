@@ -8,7 +8,7 @@ is text as any other, and the output image is noised and learned. (The paper too
 Without `--dataset` the triples are made here, pictures of colored shapes: "make the circle blue", "remove the
 squares". Without `--model_name_or_path`, too, a model of about 1.4M parameters with random weights is made for them,
 and trained from scratch: 50 minutes on two CPU cores, after which 200 of 200 edits were right (docs/training.md). The
-judge is `transfusion_hf.shapes.check_scene`, the edits are held out: scenes never trained on, and in them combinations
+judge is `transfusion_hf.data.shapes.check_scene`, the edits are held out: scenes never trained on, and combinations
 of a look (color and kind) and what becomes of it that were never trained on either.
 
     torchrun --nproc_per_node 8 examples/finetune_editing.py --model_name_or_path MODEL \
@@ -56,10 +56,10 @@ from transfusion_hf import (
     TransfusionProcessor,
     TransfusionTrainer,
 )
-from transfusion_hf.data import TransfusionDataset
-from transfusion_hf.shapes import COLORS, KINDS, Edit, check_scene, draw_scene, sample_edit
+from transfusion_hf.data.dataset import TransfusionDataset
+from transfusion_hf.data.shapes import COLORS, KINDS, Edit, check_scene, draw_scene, sample_edit
 
-# By the first word of their instructions; of the four of `transfusion_hf.shapes` those that change a picture in place.
+# By the first word of their instructions: those of `transfusion_hf.data.shapes` that change a picture in place.
 EDITS = {"make": "recolor", "remove": "remove"}
 COLUMNS = ("input_image", "edit_prompt", "edited_image")
 

@@ -33,7 +33,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentPars
 from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import TransfusionDataCollator, TransfusionEMACallback, TransfusionTrainer
-from transfusion_hf.data import TransfusionDataset
+from transfusion_hf.data.dataset import TransfusionDataset
 
 # Trained as they are, not by LoRA, and saved with the adapter.
 PATCH_PARTS = {

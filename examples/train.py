@@ -37,8 +37,8 @@ from transfusion_hf import (
     attach_vae,
     set_trainable,
 )
-from transfusion_hf.data import TransfusionDataset
-from transfusion_hf.mixing import mix_by_tokens
+from transfusion_hf.data.dataset import TransfusionDataset
+from transfusion_hf.data.mixing import mix_by_tokens
 
 
 @dataclass

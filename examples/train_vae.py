@@ -39,7 +39,7 @@ from torchvision.utils import save_image
 from tqdm.auto import tqdm
 
 from transfusion_hf import TransfusionImageProcessor, measure_latent_scale
-from transfusion_hf.vae_losses import IdentityLoss, PatchDiscriminator, PerceptualLoss, VAELoss
+from transfusion_hf.vae.losses import IdentityLoss, PatchDiscriminator, PerceptualLoss, VAELoss
 
 NUM_MEASURED = 10_000  # images that tell the scale of the latents, or which codes are in use
 

@@ -6,7 +6,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
-from transfusion_hf.model_card_transfusion import make_model_card
+from transfusion_hf.hub.card import make_model_card
 
 PRESETS = ("0.16B", "0.37B", "0.76B", "1.4B", "7B")
 

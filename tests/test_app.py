@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from transfusion_hf.cli import main
+from transfusion_hf.cli.main import main
 from transfusion_hf.diffusion_transfusion import make_sampling_scheduler
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
@@ -36,7 +36,7 @@ def needed(package: str):
 
 
 gr = needed("gradio")
-app = needed("transfusion_hf.app")
+app = needed("transfusion_hf.cli.app")
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +226,7 @@ def test_the_command_starts_the_page(monkeypatch):
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "transfusion_hf.app")
+    monkeypatch.delitem(sys.modules, "transfusion_hf.cli.app")
     assert main(["app", TINY]) == 1
     assert 'run `pip install "transfusion-hf[demo]"`' in capsys.readouterr().err
 

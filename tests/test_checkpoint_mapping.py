@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor
-from transfusion_hf.checkpoint_mapping import causal_lm_key, convert_causal_lm, transfusion_key
-from transfusion_hf.export import extract_causal_lm
+from transfusion_hf.conversion.causal_lm import causal_lm_key, convert_causal_lm, transfusion_key
+from transfusion_hf.conversion.export import extract_causal_lm
 
 for scripts in ("conversion", "examples"):
     sys.path.insert(0, str(Path(__file__).parents[1] / scripts))
@@ -356,7 +356,7 @@ def test_what_stops_half_way_leaves_nothing(tmp_path, folder, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("transfusion_hf.checkpoint_mapping.save_file", stop)
+    monkeypatch.setattr("transfusion_hf.conversion.causal_lm.save_file", stop)
     with pytest.raises(KeyboardInterrupt):
         convert_causal_lm(folder, tmp_path / "converted", **IMAGES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
@@ -391,7 +391,7 @@ def test_a_checkpoint_larger_than_the_memory_allowed_converts(tmp_path, tokenize
 
     # `ru_maxrss` of a child begins with that of its parent.
     command = (
-        "import sys; from transfusion_hf.checkpoint_mapping import convert_causal_lm; "
+        "import sys; from transfusion_hf.conversion.causal_lm import convert_causal_lm; "
         "convert_causal_lm(*sys.argv[1:], latent_channels=3, sample_size=64); "
         "print(*(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
     )

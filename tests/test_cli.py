@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from transfusion_hf.cli import main
+from transfusion_hf.cli.main import main
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
 

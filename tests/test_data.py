@@ -22,9 +22,9 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion, TransfusionTrainer
-from transfusion_hf.data import TransfusionDataset
-from transfusion_hf.mixing import count_tokens, mix_by_tokens
-from transfusion_hf.shapes import ShapesDataset
+from transfusion_hf.data.dataset import TransfusionDataset
+from transfusion_hf.data.mixing import count_tokens, mix_by_tokens
+from transfusion_hf.data.shapes import ShapesDataset
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 DIGITS = load_digits()
@@ -699,8 +699,8 @@ def test_the_package_works_without_datasets_and_its_data_say_how_to_get_it():
         "    return real(name, globals, locals, fromlist, level)\n"
         "builtins.__import__ = without\n"
         "import transfusion_hf; print(transfusion_hf.TransfusionConfig.__name__)\n"
-        "import transfusion_hf.data"
+        "import transfusion_hf.data.dataset"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "TransfusionConfig"
-    assert "ImportError: `transfusion_hf.data` needs datasets; run `pip install datasets`." in run.stderr
+    assert "ImportError: `transfusion_hf.data.dataset` needs datasets; run `pip install datasets`." in run.stderr

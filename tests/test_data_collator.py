@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion
-from transfusion_hf.data_collator import first_fit
+from transfusion_hf.data.collator import first_fit
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")

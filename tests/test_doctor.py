@@ -30,8 +30,8 @@ from transfusion_hf import (
     measure_latent_scale,
     modeling_transfusion,
 )
-from transfusion_hf.doctor import _least_lm_loss, diagnose, main
-from transfusion_hf.shapes import ShapesDataset
+from transfusion_hf.data.shapes import ShapesDataset
+from transfusion_hf.training.doctor import _least_lm_loss, diagnose, main
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 LORA = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
@@ -503,7 +503,7 @@ def data(tmp_path_factory):
 
 
 def run_command(*arguments: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "transfusion_hf.doctor", *arguments, "--device", "cpu"]
+    command = [sys.executable, "-m", "transfusion_hf.training.doctor", *arguments, "--device", "cpu"]
     run = subprocess.run(command, capture_output=True, text=True)
     assert "Traceback" not in run.stderr, run.stderr
     return run.returncode, run.stdout

@@ -11,7 +11,7 @@ from make_tiny_transfusion import byte_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor
-from transfusion_hf.export import extract_causal_lm, extract_vae
+from transfusion_hf.conversion.export import extract_causal_lm, extract_vae
 from transfusion_hf.modeling_transfusion import SUPPORTED_TEXT_MODELS
 
 sys.path.append(str(Path(__file__).parent.parent / "conversion"))

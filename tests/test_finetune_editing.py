@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from transfusion_hf import TransfusionTrainer
-from transfusion_hf.shapes import COLORS, KINDS, draw_scene
+from transfusion_hf.data.shapes import COLORS, KINDS, draw_scene
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import finetune_editing as editing

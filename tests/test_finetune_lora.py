@@ -25,7 +25,7 @@ from transfusion_hf import (
     TransfusionSamplesCallback,
     TransfusionTrainer,
 )
-from transfusion_hf.shapes import ShapesDataset
+from transfusion_hf.data.shapes import ShapesDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import finetune_lora

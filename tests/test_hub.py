@@ -19,8 +19,8 @@ from what_a_model_does import results
 
 import transfusion_hf
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, TransfusionProcessor
-from transfusion_hf.checkpoint_mapping import transfusion_key
-from transfusion_hf.hub_transfusion import AUTO_MAP, CUSTOM_PIPELINES
+from transfusion_hf.conversion.causal_lm import transfusion_key
+from transfusion_hf.hub.push import AUTO_MAP, CUSTOM_PIPELINES
 
 SOURCE = Path(transfusion_hf.__file__).parent
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"

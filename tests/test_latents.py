@@ -14,8 +14,8 @@ from make_tiny_transfusion import byte_tokenizer
 from PIL import Image as PILImage
 
 from transfusion_hf import TransfusionDataCollator, TransfusionProcessor, attach_vae
-from transfusion_hf.data import TransfusionDataset
-from transfusion_hf.latents import MANIFEST, main, write_latents
+from transfusion_hf.data.dataset import TransfusionDataset
+from transfusion_hf.data.latents import MANIFEST, main, write_latents
 
 
 def model_and_processor(seed: int = 0, **kwargs):

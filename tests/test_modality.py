@@ -21,10 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessorList
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion
-from transfusion_hf.checkpoint_mapping import causal_lm_key, convert_causal_lm
+from transfusion_hf.conversion.causal_lm import causal_lm_key, convert_causal_lm
 from transfusion_hf.modality_transfusion import image_parameters, untie_modalities
-from transfusion_hf.trainer import _flops_per_token
-from transfusion_hf.training_plans import TRAINING_PLANS, set_trainable
+from transfusion_hf.training.plans import TRAINING_PLANS, set_trainable
+from transfusion_hf.training.trainer import _flops_per_token
 
 UNTIED = {"untied_modalities": ["image"]}
 IMAGE = [BOI] + [IMG] * 4 + [EOI]

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from transfusion_hf import TransfusionConfig, paper_vae_config
 from transfusion_hf.configuration_transfusion import _PRESETS
-from transfusion_hf.model_card_transfusion import make_model_card
+from transfusion_hf.hub.card import make_model_card
 
 CARDS = Path(__file__).parent.parent / "model_cards"
 sys.path.append(str(CARDS))

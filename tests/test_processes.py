@@ -31,7 +31,9 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str], l
 
 def launch(folder: Path, num_processes: int, script: str, *arguments: str) -> None:
     """As `torchrun` starts a script; what they print is in `folder`."""
-    CONTEXT.set_forkserver_preload(["torch", "transformers", "datasets", "transfusion_hf", "transfusion_hf.trainer"])
+    CONTEXT.set_forkserver_preload(
+        ["torch", "transformers", "datasets", "transfusion_hf", "transfusion_hf.training.trainer"]
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import TransfusionEMACallback, TransfusionTrainer
-from transfusion_hf.data import TransfusionDataset
+from transfusion_hf.data.dataset import TransfusionDataset
 
 STEPS = 58  # no whole number of epochs
 

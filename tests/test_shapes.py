@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion
-from transfusion_hf.shapes import (
+from transfusion_hf.data.shapes import (
     COLORS,
     EDITS,
     KINDS,

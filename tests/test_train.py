@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, LlamaForCausalLM
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor, modeling_transfusion
-from transfusion_hf.shapes import ShapesDataset
+from transfusion_hf.data.shapes import ShapesDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import train

@@ -24,8 +24,8 @@ from transfusion_hf import (
     make_labels,
 )
 from transfusion_hf import lm_loss_transfusion as lm_loss
-from transfusion_hf.trainer import _flops_per_token
-from transfusion_hf.trainer_callbacks import log_pictures
+from transfusion_hf.training.callbacks import log_pictures
+from transfusion_hf.training.trainer import _flops_per_token
 
 IMAGE = [tiny.BOI] + [tiny.IMG] * 4 + [tiny.EOI]
 

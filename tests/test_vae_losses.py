@@ -9,7 +9,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 from torchvision.models import resnet50, squeezenet1_1
 
-from transfusion_hf.vae_losses import (
+from transfusion_hf.vae.losses import (
     IdentityLoss,
     PatchDiscriminator,
     PerceptualLoss,

@@ -1,18 +1,29 @@
 """Transfusion (Zhou et al., arXiv 2408.11039) for Hugging Face."""
 
+import warnings
 from importlib.metadata import requires, version
 
 from packaging.requirements import Requirement
+from packaging.version import Version
+
+NEWEST_TESTED_TRANSFORMERS = "5.24"
 
 
 def _check_transformers() -> None:
-    """Private methods of transformers are overridden: an untried version would fail somewhere deep, or silently."""
+    """The lowest version stands in pyproject.toml. A newer one than was tested may work: it is a warning only."""
+    installed = Version(version("transformers"))
     requirements = [Requirement(requirement) for requirement in requires("transfusion-hf") or []]
     supported = next(r.specifier for r in requirements if r.name == "transformers")
-    if not supported.contains(version("transformers"), prereleases=True):
+    if not supported.contains(installed, prereleases=True):
         raise ImportError(
-            f"transfusion_hf needs transformers {supported}; {version('transformers')} is installed. "
+            f"transfusion_hf needs transformers {supported}; {installed} is installed. "
             f"Run `pip install 'transformers{supported}'`."
+        )
+    if installed.release[:2] > Version(NEWEST_TESTED_TRANSFORMERS).release:
+        warnings.warn(
+            f"transfusion_hf was tested with transformers {supported} up to {NEWEST_TESTED_TRANSFORMERS}; {installed} "
+            f"is installed. If something fails, run `pip install 'transformers=={NEWEST_TESTED_TRANSFORMERS}.*'`.",
+            stacklevel=2,
         )
 
 
@@ -29,8 +40,9 @@ from transformers import (  # noqa: E402 - only once the version is known to fit
 )
 
 from .attention_transfusion import set_varlen_kernel, varlen_kernels  # noqa: E402
+from .cli.streamers import StreamedImage, TransfusionStreamer  # noqa: E402
 from .configuration_transfusion import TransfusionConfig, paper_vae_config  # noqa: E402
-from .data_collator import TransfusionDataCollator  # noqa: E402
+from .data.collator import TransfusionDataCollator  # noqa: E402
 from .generation_transfusion import TransfusionGenerateOutput  # noqa: E402
 from .image_processing_transfusion import TransfusionImageProcessor  # noqa: E402
 from .modeling_transfusion import (  # noqa: E402
@@ -46,11 +58,10 @@ from .pipelines_transfusion import (  # noqa: E402
     TransfusionPipeline,
 )
 from .processing_transfusion import TransfusionProcessor, make_labels  # noqa: E402
-from .streamers import StreamedImage, TransfusionStreamer  # noqa: E402
-from .trainer import TransfusionTrainer  # noqa: E402
-from .trainer_callbacks import TransfusionEMACallback, TransfusionSamplesCallback  # noqa: E402
-from .training_plans import set_trainable  # noqa: E402
-from .vae import attach_vae, measure_latent_scale  # noqa: E402
+from .training.callbacks import TransfusionEMACallback, TransfusionSamplesCallback  # noqa: E402
+from .training.plans import set_trainable  # noqa: E402
+from .training.trainer import TransfusionTrainer  # noqa: E402
+from .vae.attach import attach_vae, measure_latent_scale  # noqa: E402
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig)
 AutoModel.register(TransfusionConfig, TransfusionModel)

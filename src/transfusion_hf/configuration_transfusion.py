@@ -10,7 +10,7 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .hub_transfusion import AUTO_MAP, CUSTOM_PIPELINES, TransfusionHubMixin, save_code
+from .hub.push import AUTO_MAP, CUSTOM_PIPELINES, TransfusionHubMixin, save_code
 
 # Table 2: layers, hidden size, heads; the SwiGLU width is 8/3 of the hidden size rounded up to a multiple of 256.
 # Llama 2's 32,000 tokens and, behind them, <BOI>, the patch placeholder and <EOI>.

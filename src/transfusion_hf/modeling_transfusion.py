@@ -34,7 +34,7 @@ from .diffusion_transfusion import (
     sample_timesteps,
 )
 from .generation_transfusion import DRAWING_DEFAULTS, TransfusionGenerationMixin
-from .hub_transfusion import TransfusionHubMixin
+from .hub.push import TransfusionHubMixin
 from .lm_loss_transfusion import scale_logits, sum_cross_entropy_, sum_cross_entropy_by_liger
 from .masking_transfusion import (
     check_attn_implementation,

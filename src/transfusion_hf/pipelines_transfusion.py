@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY, AnyToAnyPipeline, TextGenerationPipeline
 
-from .hub_transfusion import TransfusionHubMixin
+from .hub.push import TransfusionHubMixin
 from .processing_transfusion import TransfusionProcessor
 
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 
-from .hub_transfusion import TransfusionHubMixin, save_code
+from .hub.push import TransfusionHubMixin, save_code
 from .image_processing_transfusion import TransfusionImageProcessor
 
 

@@ -6,10 +6,10 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from .checkpoint_mapping import transfusion_key
-from .configuration_transfusion import vae_arguments
-from .generation_transfusion import DRAWING_DEFAULTS
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
+from ..configuration_transfusion import vae_arguments
+from ..generation_transfusion import DRAWING_DEFAULTS
+from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
+from .causal_lm import transfusion_key
 
 
 def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int | None = None) -> PreTrainedModel:

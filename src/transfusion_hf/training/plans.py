@@ -2,8 +2,8 @@
 
 import re
 
-from .modality_transfusion import image_parameters
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
+from ..modality_transfusion import image_parameters
+from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 
 TRAINING_PLANS = ("image_parts", "image_weights", "all")
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .data import NUM_SLOTS, ResumableDataset, TransfusionDataset, images_of
-from .processing_transfusion import TransfusionProcessor
+from ..processing_transfusion import TransfusionProcessor
+from .dataset import NUM_SLOTS, ResumableDataset, TransfusionDataset, images_of
 
 STOPPING_STRATEGIES = ("first_exhausted", "all_exhausted", "all_exhausted_without_replacement", "never")
 

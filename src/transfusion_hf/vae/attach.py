@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from .autoencoder_transfusion import TransfusionVAE
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
+from ..autoencoder_transfusion import TransfusionVAE
+from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 
 
 def attach_vae(

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import TextIteratorStreamer
 
-from .processing_transfusion import TransfusionProcessor
+from ..processing_transfusion import TransfusionProcessor
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from .configuration_transfusion import TransfusionConfig
-from .conversion_transfusion import causal_lm_config, generation_values, mean_row, unfit_message
-from .modality_transfusion import IMAGE, image_name
-from .model_card_transfusion import make_model_card
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion, check_text_config
-from .processing_transfusion import TransfusionProcessor
-from .vae import attach_vae
+from ..configuration_transfusion import TransfusionConfig
+from ..conversion_transfusion import causal_lm_config, generation_values, mean_row, unfit_message
+from ..hub.card import make_model_card
+from ..modality_transfusion import IMAGE, image_name
+from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion, check_text_config
+from ..processing_transfusion import TransfusionProcessor
+from ..vae.attach import attach_vae
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from .modality_transfusion import image_parameters
-from .modeling_transfusion import TransfusionForCausalLMAndDiffusion
-from .patching_transfusion import TransfusionTimestepEmbedding
-from .trainer_callbacks import TransfusionNoiseCallback
-from .trainer_checkpoints import WholeCheckpointsTrainer
+from ..modality_transfusion import image_parameters
+from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
+from ..patching_transfusion import TransfusionTimestepEmbedding
+from .callbacks import TransfusionNoiseCallback
+from .checkpoints import WholeCheckpointsTrainer
 
 
 def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) -> set[torch.nn.Parameter]:

@@ -19,7 +19,7 @@ try:
     import datasets as hf_datasets
     from datasets.distributed import split_dataset_by_node
 except ImportError as error:
-    raise ImportError("`transfusion_hf.data` needs datasets; run `pip install datasets`.") from error
+    raise ImportError("`transfusion_hf.data.dataset` needs datasets; run `pip install datasets`.") from error
 
 # Counters in shared memory have a place for each worker, so that none overwrites another's.
 NUM_SLOTS = 256
@@ -305,7 +305,7 @@ class TransfusionDataset(ResumableDataset):
         cls, dataset: Any, text_column: str = "text", latents_column: str = "latents", **kwargs: Any
     ) -> "TransfusionDataset":
         """
-        What `transfusion_hf.latents.write_latents` wrote: `{"text": …, "latents": [tensor, …]}`, each a
+        What `transfusion_hf.data.latents.write_latents` wrote: `{"text": …, "latents": [tensor, …]}`, each a
         `torch.FloatTensor` of shape `(latent_channels, height, width)`.
         """
         columns = {"text_column": text_column, "latents_column": latents_column}

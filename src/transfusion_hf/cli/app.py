@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from .diffusion_transfusion import is_flow
-from .generation_transfusion import DRAWING_DEFAULTS
-from .processing_transfusion import TransfusionProcessor
+from ..diffusion_transfusion import is_flow
+from ..generation_transfusion import DRAWING_DEFAULTS
+from ..processing_transfusion import TransfusionProcessor
 from .streamers import TransfusionStreamer
 
 try:

@@ -31,8 +31,8 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import CONFIG_NAME, PushInProgress
 
-from .model_card_transfusion import make_model_card
-from .trainer_callbacks import TransfusionEMACallback
+from ..hub.card import make_model_card
+from .callbacks import TransfusionEMACallback
 
 # Of a checkpoint, what is no part of the model, or is written for the whole run.
 _OF_THE_RUN = (TRAINER_STATE_NAME, TransfusionEMACallback.FILE_NAME, "README.md")

@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedConfig
 
-from .model_card_transfusion import make_model_card
+from .card import make_model_card
 
 # Where the classes are, by the name of the Auto class: `register_for_auto_class` would know of one of them only.
 AUTO_MAP = {

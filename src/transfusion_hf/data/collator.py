@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from .masking_transfusion import make_packed_plan
-from .processing_transfusion import TransfusionProcessor
+from ..masking_transfusion import make_packed_plan
+from ..processing_transfusion import TransfusionProcessor
 
 
 def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
