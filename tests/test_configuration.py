@@ -4,7 +4,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, LlamaConfig
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, paper_vae_config
-from transfusion_hf.autoencoder_transfusion import TransfusionVAE
+from transfusion_hf.patching_transfusion import TransfusionVAE
 from transfusion_hf.patching_transfusion import TransfusionUNetPatchDecoder, TransfusionUNetPatchEncoder
 
 # Table 2: layers, hidden size, heads, and the number of parameters that names the model.

@@ -2,15 +2,34 @@
 
 import copy
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
-from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
-from .hub.push import AUTO_MAP, CUSTOM_PIPELINES, TransfusionHubMixin, save_code
+# Where a saved folder's classes are: `register_for_auto_class` would record one Auto class only.
+AUTO_MAP = {
+    "AutoConfig": "configuration_transfusion.TransfusionConfig",
+    "AutoModel": "modeling_transfusion.TransfusionModel",
+    "AutoModelForCausalLM": "modeling_transfusion.TransfusionForCausalLMAndDiffusion",
+    "AutoModelForImageTextToText": "modeling_transfusion.TransfusionForCausalLMAndDiffusion",
+    "AutoModelForMultimodalLM": "modeling_transfusion.TransfusionForCausalLMAndDiffusion",
+    "AutoImageProcessor": "image_processing_transfusion.TransfusionImageProcessor",
+    "AutoProcessor": "processing_transfusion.TransfusionProcessor",
+}
+CUSTOM_PIPELINES = {
+    task: {"impl": f"pipelines_transfusion.{name}", "pt": ["AutoModelForMultimodalLM"], "type": "multimodal"}
+    for task, name in (
+        ("text-to-image", "TextToImagePipeline"),
+        ("interleaved-generation", "InterleavedGenerationPipeline"),
+        ("any-to-any", "TransfusionAnyToAnyPipeline"),
+    )
+}
+_IS_REMOTE_CODE = __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 # Table 2: layers, hidden size, heads; the SwiGLU width is 8/3 of the hidden size rounded up to a multiple of 256.
 # Llama 2's 32,000 tokens and, behind them, <BOI>, the patch placeholder and <EOI>.
@@ -69,7 +88,7 @@ def _preset_text_config(name: str) -> LlamaConfig:
 
 
 @strict
-class TransfusionConfig(TransfusionHubMixin, PreTrainedConfig):
+class TransfusionConfig(PreTrainedConfig):
     r"""
     Configuration of a [`TransfusionForCausalLMAndDiffusion`]: a decoder, the light image parts around it, the noise
     schedule and the special tokens. The defaults are the paper's 0.16B model (Table 2) over 32×32×8 latents.
@@ -139,7 +158,7 @@ class TransfusionConfig(TransfusionHubMixin, PreTrainedConfig):
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
     # What `forward` returns beside the logits is nothing that an evaluation loop should gather.
     keys_to_ignore_at_inference = [
-        "past_key_values", "lm_loss", "diffusion_loss", "image_predictions", "image_losses", "image_timesteps",
+        "cache", "lm_loss", "diffusion_loss", "image_predictions", "image_losses", "image_timesteps",
     ]  # fmt: skip
 
     text_config: Any = None  # a `PreTrainedConfig` once constructed
@@ -167,8 +186,8 @@ class TransfusionConfig(TransfusionHubMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None:
             self.text_config = _preset_text_config("0.16B")
-        if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
-            # They stand for what is installed here: `pipeline()` would ask for trust in a copy of it.
+        if not _IS_REMOTE_CODE:
+            # With the package installed, `pipeline()` must not ask for trust in a copy of it.
             kwargs.pop("auto_map", None)
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
@@ -213,20 +232,33 @@ class TransfusionConfig(TransfusionHubMixin, PreTrainedConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
-        Writes `config.json`, beside it the code for loading with `trust_remote_code=True`, and a model card where the
-        folder has none. A model's `save_pretrained` calls it.
+        Writes `config.json` and the code that loads the folder with `trust_remote_code=True` where this package is not
+        installed. A model's `save_pretrained` calls it.
 
         Args:
             save_directory (`str` or `os.PathLike`)
-            push_to_hub (`bool`, defaults to `False`): Whether to upload it, too; `kwargs` are for `push_to_hub`.
+            push_to_hub (`bool`, defaults to `False`): Whether to upload it as well; `kwargs` go to `push_to_hub`.
         """
         saved = copy.copy(self)
         saved.auto_map, saved.custom_pipelines = dict(AUTO_MAP), CUSTOM_PIPELINES
         super(TransfusionConfig, saved).save_pretrained(save_directory)
-        save_code(save_directory)
-        self._save_card(save_directory, Path(save_directory).resolve().name)
+        self._save_code(save_directory)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+
+    def _save_code(self, save_directory: str | os.PathLike) -> None:
+        folder = Path(__file__).parent
+        if _IS_REMOTE_CODE:
+            # Only the files that this one imports were copied here, and no file imports the pipelines.
+            try:
+                file = cached_file(self.name_or_path, "pipelines_transfusion.py", revision=self._commit_hash)
+                folder = Path(file).parent
+            except OSError:  # the folder or repository is gone; transformers copies model and processor
+                pass
+        for file in folder.glob("*_transfusion.py"):
+            target = Path(save_directory, file.name)
+            if not (target.exists() and target.samefile(file)):
+                shutil.copyfile(file, target)
 
     @property
     def latent_size(self) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from torchvision.transforms.v2 import functional as F
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY, AnyToAnyPipeline, TextGenerationPipeline
 
-from .hub.push import TransfusionHubMixin
 from .processing_transfusion import TransfusionProcessor
 
 
@@ -136,7 +135,7 @@ class InterleavedGenerationPipeline(_GeneratingPipeline):
         return self.processor.decode_interleaved(output.sequences[:, model_outputs["prompt_length"] :], output.images)
 
 
-class TransfusionPipeline(TransfusionHubMixin):
+class TransfusionPipeline:
     r"""
     Draws as the pipelines of diffusers do.
 

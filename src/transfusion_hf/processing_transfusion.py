@@ -1,9 +1,7 @@
 """Interleaved text and images to model inputs, and model outputs back to text and images."""
 
-import os
 from collections.abc import Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,6 @@ from tokenizers import AddedToken
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 
-from .hub.push import TransfusionHubMixin, save_code
 from .image_processing_transfusion import TransfusionImageProcessor
 
 
@@ -64,7 +61,7 @@ def _chat_template(template: str, image_token: str) -> str:
     return flatten.replace("IMAGE", repr(image_token)) + template
 
 
-class TransfusionProcessor(TransfusionHubMixin, ProcessorMixin):
+class TransfusionProcessor(ProcessorMixin):
     r"""
     Wraps a tokenizer and a [`TransfusionImageProcessor`].
 
@@ -188,22 +185,6 @@ class TransfusionProcessor(TransfusionHubMixin, ProcessorMixin):
             )
         sides = {"pixels_per_patch": config.pixels_per_patch, "patch_size": config.patch_size}
         return cls(image_processor, tokenizer, **sides, **tokens, **kwargs)
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """
-        Writes processor and tokenizer, and beside them the code for loading with `trust_remote_code=True`.
-
-        Args:
-            save_directory (`str` or `os.PathLike`)
-            push_to_hub (`bool`, defaults to `False`): Whether to upload it, too; `kwargs` are for `push_to_hub`.
-        """
-        files = super().save_pretrained(save_directory)
-        save_code(save_directory)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-        return files
 
     def __call__(
         self,

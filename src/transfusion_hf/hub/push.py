@@ -16,35 +16,7 @@ from transformers import PreTrainedConfig
 
 from .card import make_model_card
 
-# Where the classes are, by the name of the Auto class: `register_for_auto_class` would know of one of them only.
-AUTO_MAP = {
-    "AutoConfig": "configuration_transfusion.TransfusionConfig",
-    "AutoModel": "modeling_transfusion.TransfusionModel",
-    "AutoModelForCausalLM": "modeling_transfusion.TransfusionForCausalLMAndDiffusion",
-    "AutoModelForImageTextToText": "modeling_transfusion.TransfusionForCausalLMAndDiffusion",
-    "AutoModelForMultimodalLM": "modeling_transfusion.TransfusionForCausalLMAndDiffusion",
-    "AutoImageProcessor": "image_processing_transfusion.TransfusionImageProcessor",
-    "AutoProcessor": "processing_transfusion.TransfusionProcessor",
-}
-CUSTOM_PIPELINES = {
-    task: {"impl": f"pipelines_transfusion.{name}", "pt": ["AutoModelForMultimodalLM"], "type": "multimodal"}
-    for task, name in (
-        ("text-to-image", "TextToImagePipeline"),
-        ("interleaved-generation", "InterleavedGenerationPipeline"),
-        ("any-to-any", "TransfusionAnyToAnyPipeline"),
-    )
-}
-
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-
-
-def save_code(save_directory: str | os.PathLike) -> None:
-    """Writes the files that a model, its processor and its pipelines consist of, flat."""
-    # A model that was itself loaded as remote code is copied by transformers: these may be the configuration's alone.
-    for file in Path(__file__).parent.glob("*_transfusion.py"):
-        target = Path(save_directory, file.name)
-        if not (target.exists() and target.samefile(file)):
-            shutil.copyfile(file, target)
 
 
 class TransfusionHubMixin:
@@ -120,4 +92,4 @@ class TransfusionHubMixin:
             )
 
 
-__all__ = ["AUTO_MAP", "CUSTOM_PIPELINES", "TransfusionHubMixin", "save_code"]
+__all__ = ["TransfusionHubMixin"]

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from ..autoencoder_transfusion import TransfusionVAE
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
+from ..patching_transfusion import TransfusionVAE
 
 
 def attach_vae(
