@@ -112,8 +112,8 @@ def test_encoders_bidirectional_over_text_are_refused():
 
 def test_one_token_behind_a_cache_is_checked_like_any_input():
     model, cache = tiny.model(), DynamicCache()
-    model(torch.tensor([[5, BOI]]), past_key_values=cache, use_cache=True)
-    patch, kwargs = torch.tensor([[IMG]]), {"past_key_values": cache, "use_cache": True}
+    model(torch.tensor([[5, BOI]]), cache=cache, use_cache=True)
+    patch, kwargs = torch.tensor([[IMG]]), {"cache": cache, "use_cache": True}
     with pytest.raises(ValueError, match="NaN or infinite"):
         model(patch, latents=torch.full((1, 2, 2, 2), torch.nan), **kwargs)
     with pytest.raises(ValueError, match="one t from 0 to 999"):
@@ -181,10 +181,10 @@ def test_cached_equals_uncached_wherever_the_text_is_cut():
             cache, blocks_before = DynamicCache(), int((ids[0, :cut] == BOI).sum())
             before = latents[:blocks_before] if blocks_before else None
             after = latents[blocks_before:] if blocks_before < 2 else None
-            first = model(ids[:, :cut], latents=before, past_key_values=cache, use_cache=True).logits
+            first = model(ids[:, :cut], latents=before, cache=cache, use_cache=True).logits
             mask = torch.ones_like(ids)
             second = model(
-                ids[:, cut:], latents=after, attention_mask=mask, past_key_values=cache, use_cache=True
+                ids[:, cut:], latents=after, attention_mask=mask, cache=cache, use_cache=True
             ).logits
             torch.testing.assert_close(torch.cat([first, second], dim=1), expected, atol=1e-4, rtol=1e-4)
 
@@ -388,7 +388,7 @@ def test_static_flags_are_set():
     assert model._supports_sdpa and model._supports_flex_attn and model._supports_attention_backend
     assert not model._supports_flash_attn
     assert model.supports_gradient_checkpointing
-    assert "past_key_values" in model._skip_keys_device_placement
+    assert "cache" in model._skip_keys_device_placement
     assert model.input_modalities == model.output_modalities == ("image", "text")
     assert model._tied_weights_keys == {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     assert model.all_tied_weights_keys and model.lm_head.weight is model.get_input_embeddings().weight

@@ -56,7 +56,7 @@ def create_transfusion_mask(
     inputs_embeds: torch.Tensor,
     block_ids: torch.LongTensor | None,
     attention_mask: torch.Tensor | None,
-    past_key_values: Cache | None,
+    cache: Cache | None,
     position_ids: torch.LongTensor | None,
 ):
     """
@@ -69,7 +69,7 @@ def create_transfusion_mask(
             Of the new positions, as from [`image_block_ids`]. `None`: causal throughout. An image never straddles
             the border between cache and new positions, so those of the cache are not needed.
         attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*): 0 at padding.
-        past_key_values (`Cache`, *optional*)
+        cache (`Cache`, *optional*)
         position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
 
     Returns:
@@ -81,28 +81,28 @@ def create_transfusion_mask(
     """
     check_attn_implementation(text_config._attn_implementation)
     if text_config._attn_implementation == VARLEN_ATTENTION:
-        return _create_varlen_plan(inputs_embeds, block_ids, attention_mask, past_key_values, position_ids)
-    if block_ids is not None and past_key_values is not None:
+        return _create_varlen_plan(inputs_embeds, block_ids, attention_mask, cache, position_ids)
+    if block_ids is not None and cache is not None:
         # The library wants the ids of prefix and query together; shorter ones give a wrong mask without an error.
-        past_length = past_key_values.get_seq_length()
+        past_length = cache.get_seq_length()
         block_ids = torch.nn.functional.pad(block_ids, (past_length, 0), value=-1)
     return create_masks_for_generate(
         config=text_config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        cache=cache,
         position_ids=position_ids,
         block_sequence_ids=block_ids,
     )
 
 
-def _create_varlen_plan(inputs_embeds, block_ids, attention_mask, past_key_values, position_ids) -> VarlenPlan:
+def _create_varlen_plan(inputs_embeds, block_ids, attention_mask, cache, position_ids) -> VarlenPlan:
     batch, seq = inputs_embeds.shape[:2]
-    past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+    past_length = 0 if cache is None else cache.get_seq_length()
     document_ids = None
     if attention_mask is None:
         attention_mask = torch.ones(batch, past_length + seq)
-        if past_key_values is None and position_ids is not None:
+        if cache is None and position_ids is not None:
             # transformers' own rule for documents packed into a row: positions that do not go on.
             document_ids = find_packed_sequence_indices(position_ids.expand(batch, -1))
     return make_varlen_plan(attention_mask, seq, block_ids, document_ids, inputs_embeds.device)

@@ -16,9 +16,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_transfusion import VarlenPlan
-from .autoencoder_transfusion import FrozenLinear, TransfusionVAE
+from .patching_transfusion import FrozenLinear, TransfusionVAE
 from .configuration_transfusion import (
     TransfusionConfig,
     vae_arguments,
@@ -135,7 +136,6 @@ class TransfusionPreTrainedModel(TransfusionHubMixin, PreTrainedModel):
         "TransfusionUNetPatchDecoder",
         "TransfusionVAE",
     ]
-    _skip_keys_device_placement = ["past_key_values"]
     _keep_in_fp32_modules_strict = ["timestep_embedding", "vae"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -209,6 +209,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -218,7 +219,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         prediction_mask: torch.BoolTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         varlen_plan: VarlenPlan | None = None,
@@ -239,7 +240,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*):
                 0 at padding; or a mask prepared by `create_transfusion_mask`.
             position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
-            past_key_values (`Cache`, *optional*)
+            cache (`Cache`, *optional*)
             inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, hidden)`, *optional*):
                 In place of `input_ids`, for text alone.
             use_cache (`bool`, *optional*)
@@ -286,8 +287,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
         # Text alone needs no blocks, and then transformers can use the faster causal kernels.
         has_blocks = stacks is not None and self.config.bidirectional_image_attention
         if varlen_plan is not None:
-            if attention_mask is not None or past_key_values is not None:
-                raise ValueError("`varlen_plan` excludes `attention_mask` and `past_key_values`; pass one of them.")
+            if attention_mask is not None or cache is not None:
+                raise ValueError("`varlen_plan` excludes `attention_mask` and `cache`; pass one of them.")
             if not torch.compiler.is_compiling():
                 blocks = block_ids if has_blocks else None
                 is_bidirectional = self.config.bidirectional_image_attention
@@ -300,7 +301,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 hidden_states,
                 block_ids if has_blocks else None,
                 attention_mask,
-                past_key_values,
+                cache,
                 position_ids,
             )
         if isinstance(attention_mask, VarlenPlan):
@@ -316,7 +317,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             use_cache=use_cache,
             **kwargs,
         )
@@ -329,7 +330,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
             image_predictions = self._predict(stacks, states, skips, prediction_mask)
         return TransfusionModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_predictions=image_predictions,
@@ -494,6 +495,7 @@ class TransfusionForCausalLMAndDiffusion(
         """
         return latents if self.vae is None else self.vae.to_images(latents)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -507,7 +509,7 @@ class TransfusionForCausalLMAndDiffusion(
         noise_seeds: Sequence[int] | torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -541,7 +543,7 @@ class TransfusionForCausalLMAndDiffusion(
                 image's own values, so that an evaluation loss is the same every time.
             attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*): 0 at padding.
             position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
-            past_key_values (`Cache`, *optional*)
+            cache (`Cache`, *optional*)
             inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, hidden)`, *optional*):
                 In place of `input_ids`, for text alone.
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
@@ -600,7 +602,7 @@ class TransfusionForCausalLMAndDiffusion(
             prediction_mask=prediction_mask,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -666,7 +668,7 @@ class TransfusionForCausalLMAndDiffusion(
         return TransfusionCausalLMOutputWithPast(
             loss=loss,
             logits=logits if targets_of_text is None else None,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
