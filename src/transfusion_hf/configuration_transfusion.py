@@ -249,9 +249,10 @@ class TransfusionConfig(PreTrainedConfig):
     def _save_code(self, save_directory: str | os.PathLike) -> None:
         folder = Path(__file__).parent
         if _IS_REMOTE_CODE:
-            # Only the files that this one imports were copied here, and no file imports the pipelines.
+            # transformers copied only what this file imports, and no file imports the pipelines. A repository's code
+            # lies in a folder named after its commit.
             try:
-                file = cached_file(self.name_or_path, "pipelines_transfusion.py", revision=self._commit_hash)
+                file = cached_file(self.name_or_path, "pipelines_transfusion.py", revision=folder.name)
                 folder = Path(file).parent
             except OSError:  # the folder or repository is gone; transformers copies model and processor
                 pass

@@ -4,7 +4,7 @@ Transfusion (Zhou et al., arXiv 2408.11039): any decoder of transformers, the li
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,6 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_transfusion import VarlenPlan
-from .patching_transfusion import FrozenLinear, TransfusionVAE
 from .configuration_transfusion import (
     TransfusionConfig,
     vae_arguments,
@@ -35,7 +34,6 @@ from .diffusion_transfusion import (
     sample_timesteps,
 )
 from .generation_transfusion import DRAWING_DEFAULTS, TransfusionGenerationMixin
-from .hub.push import TransfusionHubMixin
 from .lm_loss_transfusion import scale_logits, sum_cross_entropy_, sum_cross_entropy_by_liger
 from .masking_transfusion import (
     check_attn_implementation,
@@ -47,18 +45,16 @@ from .masking_transfusion import (
 )
 from .modality_transfusion import ModalityRouter, image_parameters, untie_modalities
 from .patching_transfusion import (
+    FrozenLinear,
     TransfusionLinearPatchDecoder,
     TransfusionLinearPatchEncoder,
     TransfusionUNetPatchDecoder,
     TransfusionUNetPatchEncoder,
+    TransfusionVAE,
     apply_by_size,
     sincos_positions,
     stack_images,
 )
-
-if TYPE_CHECKING:
-    # Remote code that is loaded and saved again holds what its files name: with the model go processor and pipelines.
-    from .pipelines_transfusion import TextToImagePipeline  # noqa: F401
 
 # Decoders whose logits are `scale(lm_head(model(x)))` with what `scale_logits` knows, all of whose layers are softmax
 # attention under a mask that the model takes prepared: a test holds each to its own `...ForCausalLM`.
@@ -119,7 +115,7 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_timesteps: torch.Tensor | None = None
 
 
-class TransfusionPreTrainedModel(TransfusionHubMixin, PreTrainedModel):
+class TransfusionPreTrainedModel(PreTrainedModel):
     """What transformers wants to know of every Transfusion model."""
 
     config: TransfusionConfig
