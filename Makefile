@@ -6,7 +6,7 @@ LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml
 # One thread per test process: two of them share the work.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: demo demo-vae test test-slow test-lowest browser lint clean
+.PHONY: demo demo-vae test test-slow test-lowest browser lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -34,6 +34,11 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, in outputs/site. A broken link or a docstring that cannot be read is an error.
+docs: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
