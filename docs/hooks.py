@@ -13,6 +13,8 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "conversion/README.md", "benchmarks/results/*")
 LINK = re.compile(r"\[([^]]*)\]\(([^)#:]+)(#[^)]*)?\)")
+LONG_CODE = re.compile(r"<code>([^<\n]{20,})</code>")
+BREAK = re.compile(r"(?<=[._/])(?=\w)")
 CROSS_REFERENCE = re.compile(r"\[<code>~?(?:\w+\.)*(\w+)</code>\]")  # [`TransfusionConfig`] in docstrings
 
 
@@ -39,4 +41,6 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, **kwargs: Any) -> str:
-    return CROSS_REFERENCE.sub(r"<code>\1</code>", html)
+    html = CROSS_REFERENCE.sub(r"<code>\1</code>", html)
+    # Long names in narrow columns break after a dot or an underscore.
+    return LONG_CODE.sub(lambda match: f"<code>{BREAK.sub('<wbr>', match[1])}</code>", html)
