@@ -1,4 +1,4 @@
-"""transformers' pipelines unchanged, our own tasks, and the one with the manners of diffusers."""
+"""The library's pipelines, our own tasks, and the diffusers-like pipeline."""
 
 import inspect
 from pathlib import Path
@@ -7,7 +7,19 @@ import pytest
 import torch
 from make_tiny_transfusion import byte_tokenizer
 from PIL import Image
-from transformers import AnyToAnyPipeline, AutoModelForMultimodalLM, AutoProcessor, pipeline
+from transformers import (
+    AnyToAnyPipeline,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    TextGenerationPipeline,
+    pipeline,
+)
 
 from transfusion_hf import TransfusionPipeline, TransfusionProcessor
 
@@ -77,6 +89,33 @@ def test_who_asks_for_text_gets_text_whatever_the_model_would_rather_do(eager_to
     assert result["generated_text"].startswith("draw")
 
 
+def test_other_models_get_the_pipelines_of_the_library(processor):
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    other = LlamaForCausalLM(LlamaConfig(vocab_size=len(processor.tokenizer), **sizes))
+    write = pipeline("text-generation", model=other, tokenizer=processor.tokenizer)
+    assert type(write) is TextGenerationPipeline
+    assert "generated_text" in write("draw", max_new_tokens=2)[0]
+    vision = CLIPVisionConfig(**sizes, image_size=4, patch_size=2)
+    other = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=other.config))
+    assert type(pipeline("any-to-any", model=other, processor=processor)) is AnyToAnyPipeline
+
+
+def test_the_mode_that_is_asked_for_comes_before_that_of_the_pipeline(model, processor, monkeypatch):
+    modes, generate = [], type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda *a, **k: modes.append(k["generation_mode"]) or generate(*a, **k)
+    )
+    interleaved = GenerationConfig(generation_mode="interleaved", max_new_tokens=2)
+    kwargs = {"model": model, "processor": processor, "tokenizer": processor.tokenizer}
+    any_to_any, write = pipeline("any-to-any", **kwargs), pipeline("text-generation", **kwargs)
+    any_to_any("draw", max_new_tokens=2)
+    any_to_any("draw", max_new_tokens=2, generate_kwargs={"generation_mode": "interleaved"})
+    any_to_any("draw", generation_mode="image", generate_kwargs={**QUICK})
+    write("draw", max_new_tokens=2)
+    write("draw", generation_config=interleaved)
+    assert modes == ["text", "interleaved", "image", "text", "interleaved"]
+
+
 def test_any_to_any_keeps_prompts_and_answers_together(any_to_any):
     prompts = ["QQQ", "ZZZ"]
     if "candidates_per_input" in inspect.getsource(AnyToAnyPipeline.postprocess):  # older ones know one answer only
@@ -93,7 +132,7 @@ def test_any_to_any_keeps_prompts_and_answers_together(any_to_any):
     first, second = (result["generated_image"] for (result,) in any_to_any(text=chats, **kwargs))
     assert first.size == (8, 8) and first.tobytes() != second.tobytes()
     kwargs["generate_kwargs"] = {**QUICK, "num_return_sequences": 2, "do_sample": True}
-    with pytest.raises(ValueError, match=r"made 4 images of 2 prompts, and this task gives one for each"):
+    with pytest.raises(ValueError, match=r"made 4 images for 2 prompts, but this task returns one per prompt"):
         any_to_any(text=prompts, generation_mode="image", generate_kwargs=kwargs["generate_kwargs"])
 
 
@@ -132,13 +171,13 @@ def test_interleaved_generation_returns_what_is_new_in_order(model, processor):
     assert len(documents) == 2 and sum(isinstance(part, Image.Image) for part in documents[0]) == 1
 
 
-def test_the_pipeline_with_the_manners_of_diffusers(model, processor, tmp_path):
+def test_the_diffusers_like_pipeline(model, processor, tmp_path):
     pipe, seen = TransfusionPipeline.from_pretrained(TINY), []
-    pipe.set_progress_bar_config(disable=True)
     images = pipe(
         ["draw", "red"], height=8, width=4, guidance_scale=2.0, negative_prompt="blue", num_images_per_prompt=2,
         generator=[torch.Generator().manual_seed(i) for i in range(4)],
-        callback_on_step_end=lambda pipe_, step, t, kwargs: seen.append((pipe_ is pipe, step)), **QUICK,
+        callback_on_step_end=lambda pipe_, step, t, kwargs: seen.append((pipe_ is pipe, step)), progress_bar=False,
+        **QUICK,
     ).images  # fmt: skip
     assert [image.size for image in images] == [(4, 8)] * 4 and seen == [(True, 0), (True, 1), (True, 2)]
     negative = processor(text=["blue"])
@@ -163,7 +202,6 @@ def test_the_pipeline_with_the_manners_of_diffusers(model, processor, tmp_path):
         pipe("draw", mask_image=mask)
     pipe.save_pretrained(tmp_path)
     again = TransfusionPipeline.from_pretrained(tmp_path).to("cpu")
-    again.set_progress_bar_config(disable=True)
     pair = [p("draw", generator=seeded(), **QUICK).images[0].tobytes() for p in (pipe, again)]
     assert pair[0] == pair[1]
     with pytest.raises(ValueError, match="`output_type` must be 'pil' or 'pt'; got 'np'"):

@@ -38,6 +38,7 @@ from transformers import (  # noqa: E402 - only once the version is known to fit
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
+from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 
 from .attention_transfusion import set_varlen_kernel, varlen_kernels  # noqa: E402
 from .cli.streamers import StreamedImage, TransfusionStreamer  # noqa: E402
@@ -55,7 +56,9 @@ from .modeling_transfusion import (  # noqa: E402
 from .pipelines_transfusion import (  # noqa: E402
     InterleavedGenerationPipeline,
     TextToImagePipeline,
+    TransfusionAnyToAnyPipeline,
     TransfusionPipeline,
+    TransfusionTextGenerationPipeline,
 )
 from .processing_transfusion import TransfusionProcessor, make_labels  # noqa: E402
 from .training.callbacks import TransfusionEMACallback, TransfusionSamplesCallback  # noqa: E402
@@ -69,6 +72,19 @@ for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel
     _auto_class.register(TransfusionConfig, TransfusionForCausalLMAndDiffusion)
 AutoImageProcessor.register(TransfusionConfig, image_processor_classes={"torchvision": TransfusionImageProcessor})
 AutoProcessor.register(TransfusionConfig, TransfusionProcessor)
+for _task, _class in (
+    ("text-to-image", TextToImagePipeline),
+    ("interleaved-generation", InterleavedGenerationPipeline),
+):
+    PIPELINE_REGISTRY.register_pipeline(
+        _task, pipeline_class=_class, pt_model=AutoModelForMultimodalLM, type="multimodal"
+    )
+# Other models get the library's own pipelines from these two.
+for _task, _class in (
+    ("any-to-any", TransfusionAnyToAnyPipeline),
+    ("text-generation", TransfusionTextGenerationPipeline),
+):
+    PIPELINE_REGISTRY.supported_tasks[_task] = {**PIPELINE_REGISTRY.supported_tasks[_task], "impl": _class}
 
 __version__ = version("transfusion-hf")
 __all__ = [

@@ -27,6 +27,7 @@ CUSTOM_PIPELINES = {
         ("text-to-image", "TextToImagePipeline"),
         ("interleaved-generation", "InterleavedGenerationPipeline"),
         ("any-to-any", "TransfusionAnyToAnyPipeline"),
+        ("text-generation", "TransfusionTextGenerationPipeline"),
     )
 }
 _IS_REMOTE_CODE = __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)

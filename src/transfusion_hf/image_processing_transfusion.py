@@ -65,9 +65,9 @@ class TransfusionImageProcessor(TorchvisionBackend):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("L" if len(self.image_mean) == 1 else "RGB")
 
-    def _preprocess(self, images, *args, return_tensors=None, **kwargs) -> BatchFeature:
-        # The library would stack whatever comes, and fail on images of several sizes.
-        pixel_values = super()._preprocess(images, *args, return_tensors=None, **kwargs)["pixel_values"]
+    def preprocess(self, images, *args, return_tensors=None, **kwargs) -> BatchFeature:
+        # The library would stack images of several sizes and fail.
+        pixel_values = super().preprocess(images, *args, return_tensors=None, **kwargs)["pixel_values"]
         if len({image.shape for image in pixel_values}) == 1:
             pixel_values = torch.stack(list(pixel_values))
         return BatchFeature({"pixel_values": pixel_values})

@@ -1,6 +1,6 @@
 """
-Pipelines: the tasks `"text-to-image"` and `"interleaved-generation"`, and one with the manners of diffusers; and
-transformers' own `"any-to-any"` and `"text-generation"`, which write where they are not told to draw.
+Pipelines: the tasks `"text-to-image"` and `"interleaved-generation"`, the diffusers-like [`TransfusionPipeline`], and
+what a Transfusion needs of the library's `"any-to-any"` and `"text-generation"`.
 """
 
 import os
@@ -11,48 +11,54 @@ import torch
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
-from transformers import AutoModelForMultimodalLM, AutoProcessor, Pipeline
-from transformers.pipelines import PIPELINE_REGISTRY, AnyToAnyPipeline, TextGenerationPipeline
+from transformers import AutoModelForMultimodalLM, AutoProcessor, Pipeline, PreTrainedModel
+from transformers.pipelines import AnyToAnyPipeline, TextGenerationPipeline
 
 from .processing_transfusion import TransfusionProcessor
 
 
-class _WritingMixin:
-    """They tell a model of any mode but text's, and `generate()` would draw, and the picture be thrown away."""
-
-    model: Any
-
-    def _prepare_generate_kwargs(self, generate_kwargs: dict[str, Any], **overrides: Any) -> dict[str, Any]:
-        kwargs = super()._prepare_generate_kwargs(generate_kwargs, **overrides)  # type: ignore[misc]
-        given = getattr(kwargs.get("generation_config"), "generation_mode", None)
-        if self.model.config.model_type == "transfusion" and given is None:
-            kwargs.setdefault("generation_mode", "text")
-        return kwargs
+def _writing(generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+    # The library's pipelines name no mode when they want text. Without one `generate()` draws where the model says
+    # <BOI>, and they would drop the images.
+    given = getattr(generate_kwargs.get("generation_config"), "generation_mode", None)
+    return {"generation_mode": given or "text", **generate_kwargs}
 
 
-class TransfusionTextGenerationPipeline(_WritingMixin, TextGenerationPipeline):
-    """The task `"text-generation"`; of other models what it was."""
+class TransfusionTextGenerationPipeline(TextGenerationPipeline):
+    """The task `"text-generation"`; other models get the library's own pipeline."""
+
+    def __new__(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        is_ours = model.config.model_type == "transfusion"
+        return super().__new__(cls) if is_ours else TextGenerationPipeline(model, *args, **kwargs)
+
+    def forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
+        return super().forward(model_inputs, **_writing(generate_kwargs))
 
 
-class TransfusionAnyToAnyPipeline(_WritingMixin, AnyToAnyPipeline):
-    """The task `"any-to-any"`, in batches too; of other models what it was."""
+class TransfusionAnyToAnyPipeline(AnyToAnyPipeline):
+    """The task `"any-to-any"`, also for batches of images; other models get the library's own pipeline."""
 
-    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
-        outputs = super()._forward(model_inputs, generate_kwargs)
+    def __new__(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        is_ours = model.config.model_type == "transfusion"
+        return super().__new__(cls) if is_ours else AnyToAnyPipeline(model, *args, **kwargs)
+
+    def forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
+        outputs = super().forward(model_inputs, generate_kwargs=_writing(generate_kwargs or {}))
         images = getattr(outputs["generated_sequence"], "images", None)
         if images is not None:
-            if len(images) != len(outputs["input_ids"]):
+            num_prompts = len(outputs["input_ids"])
+            if len(images) != num_prompts:
                 raise ValueError(
-                    f"`num_return_sequences` made {len(images)} images of {len(outputs['input_ids'])} prompts, and "
-                    "this task gives one for each; use the task 'text-to-image'."
+                    f"`num_return_sequences` made {len(images)} images for {num_prompts} prompts, but this task "
+                    "returns one per prompt; use the task 'text-to-image'."
                 )
-            # In a form that the library can cut into rows again.
+            # A form that the library can split into rows again.
             outputs["generated_sequence"] = [image for row in images for image in row]
         return outputs
 
 
 class _GeneratingPipeline(Pipeline):
-    """Prompts go through the processor and `generate()` together; what it takes, a call takes."""
+    """Passes prompts through the processor and `generate()` together; keyword arguments go to `generate()`."""
 
     _load_processor = True
     _load_image_processor = False
@@ -60,6 +66,20 @@ class _GeneratingPipeline(Pipeline):
     _load_tokenizer = False
     _pipeline_calls_generate = True
     generation_mode: str
+
+    def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> Any:
+        """
+        Args:
+            text (`str` or `list[str]`): Prompts, processed as one batch.
+            images (*optional*): The images that the prompts mark, in order.
+            kwargs: Arguments of `generate()`.
+
+        Returns:
+            The result of one prompt, or a list of results for a list of prompts.
+        """
+        prompts = [text] if isinstance(text, str) else list(text)
+        results = super().__call__({"text": prompts, "images": images}, **kwargs)
+        return results[0] if isinstance(text, str) and len(results) == 1 else results
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
         return {}, kwargs, {}
@@ -75,7 +95,7 @@ class _GeneratingPipeline(Pipeline):
 
 class TextToImagePipeline(_GeneratingPipeline):
     r"""
-    The task `"text-to-image"`: an image for each prompt.
+    The task `"text-to-image"`: one `PIL.Image.Image` per prompt.
 
     Example:
 
@@ -87,24 +107,14 @@ class TextToImagePipeline(_GeneratingPipeline):
 
     generation_mode = "image"
 
-    def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> Image.Image | list[Image.Image]:
-        """
-        Args:
-            text (`str` or `list[str]`): Prompts, drawn together.
-            images (*optional*): Those that the prompts mark, for editing.
-            kwargs: As for `generate()`.
-        """
-        prompts = [text] if isinstance(text, str) else list(text)
-        drawn = super().__call__({"text": prompts, "images": images}, **kwargs)
-        return drawn[0] if isinstance(text, str) and len(drawn) == 1 else drawn
-
     def postprocess(self, model_outputs: dict[str, Any]) -> list[Image.Image]:
         return self.processor.post_process_multimodal_output(model_outputs["output"], generation_mode="image")
 
 
 class InterleavedGenerationPipeline(_GeneratingPipeline):
     r"""
-    The task `"interleaved-generation"`: for each prompt what the model writes and draws, in order.
+    The task `"interleaved-generation"`: per prompt a list of what the model writes (`str`) and draws
+    (`PIL.Image.Image`), in order.
 
     Example:
 
@@ -116,20 +126,6 @@ class InterleavedGenerationPipeline(_GeneratingPipeline):
 
     generation_mode = "interleaved"
 
-    def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> list[Any]:
-        """
-        Args:
-            text (`str` or `list[str]`): Prompts, continued together.
-            images (*optional*): Those that the prompts mark, in order.
-            kwargs: As for `generate()`.
-
-        Returns:
-            `list[str | PIL.Image.Image]` for one prompt, a list of those for several.
-        """
-        prompts = [text] if isinstance(text, str) else list(text)
-        documents = super().__call__({"text": prompts, "images": images}, **kwargs)
-        return documents[0] if isinstance(text, str) and len(documents) == 1 else documents
-
     def postprocess(self, model_outputs: dict[str, Any]) -> list[list[str | Image.Image]]:
         output = model_outputs["output"]
         return self.processor.decode_interleaved(output.sequences[:, model_outputs["prompt_length"] :], output.images)
@@ -137,7 +133,7 @@ class InterleavedGenerationPipeline(_GeneratingPipeline):
 
 class TransfusionPipeline:
     r"""
-    Draws as the pipelines of diffusers do.
+    Draws images with a diffusers-style API.
 
     Args:
         model (`TransfusionForCausalLMAndDiffusion`)
@@ -150,18 +146,17 @@ class TransfusionPipeline:
     >>> pipe("a handwritten seven", num_inference_steps=50, guidance_scale=3.0).images[0]
     ```"""
 
-    def __init__(self, model: Any, processor: TransfusionProcessor):
+    def __init__(self, model: PreTrainedModel, processor: TransfusionProcessor):
         self.model = model
         self.processor = processor
-        self._progress_bar = True
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "TransfusionPipeline":
         """Loads a checkpoint of transformers; `kwargs` are those of the model's `from_pretrained`."""
         model = AutoModelForMultimodalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
         names = ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only")
-        of_files = {name: kwargs[name] for name in names if name in kwargs}
-        return cls(model, AutoProcessor.from_pretrained(pretrained_model_name_or_path, **of_files))
+        shared = {name: kwargs[name] for name in names if name in kwargs}
+        return cls(model, AutoProcessor.from_pretrained(pretrained_model_name_or_path, **shared))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Writes model and processor into one folder; `kwargs` are those of the model's `save_pretrained`."""
@@ -171,9 +166,6 @@ class TransfusionPipeline:
     def to(self, *args: Any, **kwargs: Any) -> "TransfusionPipeline":
         self.model.to(*args, **kwargs)
         return self
-
-    def set_progress_bar_config(self, disable: bool = False) -> None:
-        self._progress_bar = not disable
 
     def __call__(
         self,
@@ -191,64 +183,46 @@ class TransfusionPipeline:
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        progress_bar: bool = True,
         **kwargs: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """
         Args:
             prompt (`str` or `list[str]`)
-            height (`int`, *optional*), width (`int`, *optional*): Pixels; default the model's size.
+            height (`int`, *optional*), width (`int`, *optional*): Pixels; default to the model's size.
             num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*):
-                Default those of the model's generation config.
-            negative_prompt (`str` or `list[str]`, *optional*): One for all or one for each prompt.
-            num_images_per_prompt (`int`, defaults to 1): Images of a prompt stand together.
-            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all, or one for each image.
+                Default to those of the model's generation config.
+            negative_prompt (`str` or `list[str]`, *optional*): One for all or one per prompt.
+            num_images_per_prompt (`int`, defaults to 1): The images of one prompt follow each other.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all, or one per image.
             image (*optional*): The images that the prompts mark, for editing.
             init_image (PIL image or list of them, *optional*):
-                What to begin with, one for each prompt, resized to the drawing: a variation of it with `strength`
-                below 1, inpainting with `mask_image`.
+                What to begin with, one per prompt, resized to the output: a variation with `strength` below 1,
+                inpainting with `mask_image`.
             mask_image (PIL image or list of them, *optional*): White where to draw, black where `init_image` stays.
             output_type (`str`, defaults to `"pil"`): `"pt"`: `(num_images, channels, height, width)` in [0, 1].
-            return_dict (`bool`, defaults to `True`): Whether not to return a tuple.
+            return_dict (`bool`, defaults to `True`): `False`: returns a tuple.
             callback_on_step_end (`Callable`, *optional*): Called with this pipeline, the step, t and the latents.
-            kwargs: As for `generate()`.
-
-        Raises:
-            ValueError: an unknown `output_type`, images that are not as many as the markers, and what `generate()`
-                refuses.
+            progress_bar (`bool`, defaults to `True`)
+            kwargs: Arguments of `generate()`.
         """
         if output_type not in ("pil", "pt"):
             raise ValueError(f"`output_type` must be 'pil' or 'pt'; got {output_type!r}.")
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be at least 1; got {num_images_per_prompt}.")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if mask_image is not None and init_image is None:
+            raise ValueError("`mask_image` needs an `init_image`, the image that it marks.")
+        prompts = _as_list(prompt)
+        if image is not None:
+            marked = self._by_prompt(prompts, _as_list(image))
+            image = [picture for row in marked for _ in range(num_images_per_prompt) for picture in row]
         if negative_prompt is not None:
-            negatives = [negative_prompt] if isinstance(negative_prompt, str) else list(negative_prompt)
-            negatives = [text for text in negatives for _ in range(num_images_per_prompt if len(negatives) > 1 else 1)]
-            negative = self.processor(text=negatives).to(self.model.device)
-            kwargs["negative_prompt_ids"] = negative["input_ids"]
-            kwargs["negative_prompt_attention_mask"] = negative["attention_mask"]
+            kwargs |= self._negative_prompt(_as_list(negative_prompt), num_images_per_prompt)
         if init_image is not None:
-            config = self.model.config
-            sides = [side * config.vae_scale_factor for side in config.latent_size]
-            size = (width or sides[1], height or sides[0])
-            kwargs["init_image"] = self._pixels(init_image, size, num_images_per_prompt)
-            if mask_image is not None:
-                masks = mask_image if isinstance(mask_image, (list, tuple)) else [mask_image]
-                masks = [F.pil_to_tensor(mask.convert("L").resize(size, Image.Resampling.NEAREST)) for mask in masks]
-                repeats = num_images_per_prompt if len(masks) > 1 else 1
-                kwargs["mask_image"] = (torch.stack(masks) > 127).repeat_interleave(repeats, dim=0)
-        elif mask_image is not None:
-            raise ValueError("`mask_image` needs an `init_image`, of which it says what to keep.")
+            kwargs |= self._init_image(init_image, mask_image, height, width, num_images_per_prompt)
         if callback_on_step_end is not None:
             kwargs["callback_on_step_end"] = lambda _, *args: callback_on_step_end(self, *args)
-        if num_images_per_prompt > 1:
-            pictures = None if image is None else self._by_prompt(prompts, image)
-            image = (
-                None
-                if pictures is None
-                else [p for row in pictures for _ in range(num_images_per_prompt) for p in row]
-            )
-            prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         output = self.model.generate(
             **self.processor(text=prompts, images=image).to(self.model.device),
             generation_mode="image",
@@ -257,7 +231,7 @@ class TransfusionPipeline:
             num_inference_steps=num_inference_steps,
             image_guidance_scale=guidance_scale,
             generator=generator,
-            progress_bar=self._progress_bar,
+            progress_bar=progress_bar,
             **kwargs,
         )
         images: Any = [row[0] for row in output.images]
@@ -267,36 +241,44 @@ class TransfusionPipeline:
             images = torch.stack(images).add(1).div(2).clamp(0, 1)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _pixels(self, images: Any, size: tuple[int, int], repeats: int) -> torch.Tensor:
-        pictures = images if isinstance(images, (list, tuple)) else [images]
-        pictures = [picture.resize(size, Image.Resampling.BICUBIC) for picture in pictures]
-        features = self.processor.image_processor(pictures, do_resize=False, do_center_crop=False, return_tensors="pt")
-        return features["pixel_values"].repeat_interleave(repeats, dim=0)
-
-    def _by_prompt(self, prompts: list[str], images: Any) -> list[list[Any]]:
-        pictures = images if isinstance(images, (list, tuple)) else [images]
-        num_marked = sum(text.count(self.processor.image_token) for text in prompts)
-        if len(pictures) != num_marked:
+    def _by_prompt(self, prompts: list[str], pictures: list[Any]) -> list[list[Any]]:
+        token = self.processor.image_token
+        counts = [text.count(token) for text in prompts]
+        if len(pictures) != sum(counts):
             raise ValueError(
-                f"`image` holds {len(pictures)} images but `prompt` marks {num_marked} by "
-                f"{self.processor.image_token}; pass one image per marker."
+                f"`image` holds {len(pictures)} images but `prompt` marks {sum(counts)} by {token}; pass one image "
+                "per marker."
             )
         remaining = iter(pictures)
-        return [[next(remaining) for _ in range(text.count(self.processor.image_token))] for text in prompts]
+        return [[next(remaining) for _ in range(count)] for count in counts]
+
+    def _negative_prompt(self, texts: list[str], repeats: int) -> dict[str, torch.Tensor]:
+        if len(texts) > 1:
+            texts = [text for text in texts for _ in range(repeats)]
+        inputs = self.processor(text=texts).to(self.model.device)
+        return {
+            "negative_prompt_ids": inputs["input_ids"],
+            "negative_prompt_attention_mask": inputs["attention_mask"],
+        }
+
+    def _init_image(
+        self, image: Any, mask: Any, height: int | None, width: int | None, repeats: int
+    ) -> dict[str, torch.Tensor]:
+        config = self.model.config
+        rows, columns = (side * config.vae_scale_factor for side in config.latent_size)
+        size = (width or columns, height or rows)  # as PIL counts
+        pictures = [picture.resize(size, Image.Resampling.BICUBIC) for picture in _as_list(image)]
+        features = self.processor.image_processor(pictures, do_resize=False, do_center_crop=False, return_tensors="pt")
+        arguments = {"init_image": features["pixel_values"].repeat_interleave(repeats, dim=0)}
+        if mask is not None:
+            masks = [F.pil_to_tensor(m.convert("L").resize(size, Image.Resampling.NEAREST)) for m in _as_list(mask)]
+            repeats = repeats if len(masks) > 1 else 1
+            arguments["mask_image"] = (torch.stack(masks) > 127).repeat_interleave(repeats, dim=0)
+        return arguments
 
 
-for _task, _class in (
-    ("text-to-image", TextToImagePipeline),
-    ("interleaved-generation", InterleavedGenerationPipeline),
-):
-    PIPELINE_REGISTRY.register_pipeline(
-        _task, pipeline_class=_class, pt_model=AutoModelForMultimodalLM, type="multimodal"
-    )
-for _task, _class in (
-    ("any-to-any", TransfusionAnyToAnyPipeline),
-    ("text-generation", TransfusionTextGenerationPipeline),
-):
-    PIPELINE_REGISTRY.supported_tasks[_task] = {**PIPELINE_REGISTRY.supported_tasks[_task], "impl": _class}
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 __all__ = [

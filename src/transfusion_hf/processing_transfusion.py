@@ -210,11 +210,10 @@ class TransfusionProcessor(ProcessorMixin):
         Raises:
             ValueError: images and markers differ in number, or an image is no multiple of the patch.
         """
-        kwargs.setdefault("return_tensors", "pt")
-        kwargs.setdefault("padding_side", "left")
+        # Not the library's `text_kwargs`: the tokenizer's own arguments come before those.
+        kwargs = {"return_tensors": "pt", "padding_side": "left", "padding": not isinstance(text, str), **kwargs}
         if isinstance(text, (list, tuple)) and len(text) == 0:
             raise ValueError("`text` must hold at least one text; got an empty list.")
-        kwargs.setdefault("padding", not isinstance(text, str))
         # Empty where a batch happens to have none.
         images = None if isinstance(images, (list, tuple)) and not images else images
         latents = None if latents is not None and not len(latents) else latents
