@@ -1,22 +1,25 @@
 """
-Drawing (§3, Inference, arXiv 2408.11039): from pure noise to images, behind a prefix that is read once.
+Drawing (§3, Inference, arXiv 2408.11039): from pure noise to images, behind prefixes that are read once.
 
 Time runs from t = T − 1, noise, down to t = 0. Each step overwrites the patches of the step before, in the sequence
-and in the cache. Guidance has *branches*, further contexts of the same image; all of them go through one pass.
+and in the cache. Guidance adds further contexts of the same images; all contexts go through one pass.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
+from .configuration_transfusion import TransfusionConfig
 from .diffusion_transfusion import (
     at_timestep,
     first_noise,
@@ -28,9 +31,102 @@ from .diffusion_transfusion import (
 )
 from .masking_transfusion import create_transfusion_mask, image_block_ids
 
+States = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, `(rows, heads, columns, dim)` each
+
+
+@dataclass
+class DrawingArguments:
+    """What `generate()` takes besides the library's own parameters; it says what each means. Checked by `validate`."""
+
+    generation_mode: str | None = None
+    num_inference_steps: int = 250
+    image_guidance_scale: float = 3.0
+    input_image_guidance_scale: float | None = None
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    guidance_rescale: float = 0.0
+    strength: float = 1.0
+    max_images: int | None = None
+    progress_bar: bool = False
+    height: int | Sequence[int] | None = None
+    width: int | Sequence[int] | None = None
+    scheduler: SchedulerMixin | str | None = None
+    # These belong to one call; a generation config does not hold them.
+    generator: torch.Generator | list[torch.Generator] | None = None
+    callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None
+    init_image: torch.Tensor | None = None
+    mask_image: torch.Tensor | None = None
+    negative_prompt_ids: torch.LongTensor | None = None
+    negative_prompt_attention_mask: torch.Tensor | None = None
+
+    @property
+    def unconditional_scale(self) -> float:
+        """How far the prediction is moved away from that of the unconditional context; 1 leaves nothing of it."""
+        scale = self.input_image_guidance_scale
+        return self.image_guidance_scale if scale is None else scale
+
+    def validate(self) -> None:
+        """Raises `ValueError` for values out of range and for options that contradict each other."""
+        start, end = self.guidance_start, self.guidance_end
+        if not 0 <= start <= end <= 1:
+            raise ValueError(
+                "`guidance_start` and `guidance_end` must be fractions of the steps, 0 ≤ start ≤ end ≤ 1; got "
+                f"{start} and {end}."
+            )
+        for name in ("init_image", "mask_image"):
+            if getattr(self, name) is not None and self.generation_mode != "image":
+                raise ValueError(f"`{name}` belongs to one drawing of each row; pass `generation_mode='image'`.")
+        if self.init_image is None:
+            if self.mask_image is not None or self.strength != 1:
+                raise ValueError("`mask_image` and `strength` need an `init_image` to begin with.")
+        elif self.mask_image is None and self.strength == 1:
+            raise ValueError("`init_image` does nothing at a `strength` of 1; lower it, or pass a `mask_image`.")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"`strength` must lie above 0 and up to 1; got {self.strength}.")
+        if self.max_images is not None and self.max_images < 0:
+            raise ValueError(f"`max_images` must be 0 or more, or None; got {self.max_images}.")
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(f"`guidance_rescale` must lie in 0 to 1; got {self.guidance_rescale}.")
+        if self.negative_prompt_ids is not None and self.unconditional_scale == 1:
+            raise ValueError("`negative_prompt_ids` does nothing at a guidance scale of 1; raise it or drop them.")
+
+    def sizes(self, config: TransfusionConfig) -> list[tuple[int, int]]:
+        """
+        Height and width of the drawn latents: of each row, or one for all.
+
+        Raises:
+            ValueError: a side that is no positive multiple of a patch, or lists of different lengths.
+        """
+        sides: list[list[int]] = []
+        for name, default in zip(("height", "width"), config.latent_size, strict=True):
+            given = getattr(self, name)
+            given = list(given) if isinstance(given, (list, tuple)) else [given]
+            for side in given:
+                is_whole = isinstance(side, int) and side > 0 and side % config.pixels_per_patch == 0
+                if side is not None and not is_whole:
+                    raise ValueError(
+                        f"`{name}` must be a positive multiple of {config.pixels_per_patch} pixels (VAE factor × "
+                        f"patch size); got {side!r}."
+                    )
+            sides.append([default if side is None else side // config.vae_scale_factor for side in given])
+        num_sizes = max(map(len, sides))
+        heights, widths = (own * num_sizes if len(own) == 1 else own for own in sides)
+        if len(heights) != len(widths):
+            raise ValueError(
+                f"`height` and `width` must be numbers, or lists with one for each row; got {len(sides[0])} and "
+                f"{len(sides[1])}."
+            )
+        return list(zip(heights, widths, strict=True))
+
+
+_OF_A_CALL = {"generator", "callback_on_step_end", "init_image", "mask_image", "negative_prompt_ids"}
+_OF_A_CALL |= {"negative_prompt_attention_mask"}
+# What `generation_config.json` may hold.
+DRAWING_DEFAULTS = {field.name: field.default for field in fields(DrawingArguments) if field.name not in _OF_A_CALL}
+
 
 def align(rows: Sequence[torch.LongTensor], pad_token_id: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Rows of ids to `(rows, columns)`, padded at the left, and their attention mask."""
+    """Rows of ids as `(rows, columns)`, padded at the left, and their attention mask."""
     ids = torch.nn.utils.rnn.pad_sequence(
         list(rows), batch_first=True, padding_value=pad_token_id, padding_side="left"
     )
@@ -44,21 +140,22 @@ def positions_of(mask: torch.LongTensor) -> torch.LongTensor:
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def move_columns(states: torch.Tensor, ends: torch.LongTensor, length: int) -> torch.Tensor:
+def move_columns(states: torch.Tensor, ends: torch.LongTensor | int, length: int) -> torch.Tensor:
     """
-    Of keys or values `(rows, heads, columns, dim)`: for each row the `length` columns before `ends[row]`. Columns that
+    The `length` columns before `ends[row]` of each row of keys or values `(rows, heads, columns, dim)`. Columns that
     would lie before the first repeat it; they are padding.
     """
-    columns = torch.arange(length, device=states.device) + (ends.to(states.device) - length)[:, None]
+    ends = torch.as_tensor(ends, device=states.device).expand(len(states))
+    columns = torch.arange(length, device=states.device) + (ends - length)[:, None]
     columns = columns.clamp(min=0)[:, None, :, None]
     return states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
 
 
 @contextmanager
 def undone_on_error(cache: Cache | None) -> Iterator[None]:
-    """Whatever stops or refuses the call inside, a `DynamicCache` is what it was: the same call can be made again."""
+    """Restores a `DynamicCache` if the enclosed call raises, so that the same call can be made again."""
     layers: list[Any] = cache.layers if isinstance(cache, DynamicCache) else []
-    # Its keys and values are replaced, never written to: to remember them costs nothing.
+    # Keys and values are replaced, never written to: remembering them costs nothing.
     before = [dict(vars(layer)) for layer in layers]
     try:
         yield
@@ -72,8 +169,8 @@ def undone_on_error(cache: Cache | None) -> Iterator[None]:
 
 class DrawingLayer(CacheLayerMixin):
     """
-    Keys and values of a prefix and, behind it, of an image: allocated once, never copied or grown. What is written
-    behind the prefix is overwritten by the next pass; fewer rows than there are write to the first ones.
+    Keys and values of a prefix and, behind it, of an image: allocated once, never copied or grown. Each pass
+    overwrites what is behind the prefix; a pass of fewer rows writes to the first ones.
     """
 
     is_sliding = False
@@ -89,9 +186,7 @@ class DrawingLayer(CacheLayerMixin):
         self.values = value_states.new_zeros(rows, heads, self.capacity, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> States:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, end = len(key_states), self.prefix_length + key_states.shape[2]
@@ -110,267 +205,292 @@ class DrawingLayer(CacheLayerMixin):
         return self.capacity
 
 
-class GuidanceBranches:
+@dataclass
+class Prefixes:
     """
-    The further contexts of guidance for all rows of a `generate()`. What stands in each before `<BOI>` is read once,
-    however many images are drawn.
+    What stands before the next image of each row, in one context.
 
     Args:
-        decoder: The call of `generate()`.
+        ids (`list[torch.LongTensor]`): Without padding; the last one is `<BOI>`.
+        latents (`list[list[torch.FloatTensor]]`): The images among the ids of each row that are not in `cache`.
+        pad_token_id (`int`)
+        cache (`DynamicCache`, *optional*):
+            Keys and values of all ids but the last, pads at the left. Empty or `None`: they are still to be read.
+        is_bos_alone (`bool`, defaults to `False`):
+            Whether at most the first token of the conditional context stands before `<BOI>`: seen from position 0, it
+            has the same keys and values in either context.
     """
 
-    def __init__(self, decoder: Any):
-        config = decoder.generation_config
-        self.decoder = decoder
-        self.scale = config.image_guidance_scale
-        self.input_image_scale = config.input_image_guidance_scale
-        self.contexts: list[list[torch.LongTensor]] = []
-        self.latents: list[list[list[torch.Tensor]]] = []
-        self._caches: dict[int, DynamicCache] = {}
-        negative_ids, negative_mask = config._negative_prompt
-        self.is_bos_alone = negative_ids is None
-        # Equal scales leave nothing of the images alone, a scale of 1 nothing of the unconditional context.
-        if self.input_image_scale not in (None, self.scale):
-            self._add_images_alone()
-            self.is_bos_alone = False
-        if (self.scale if self.input_image_scale is None else self.input_image_scale) != 1:
-            self._add_unconditional(negative_ids, negative_mask)
-
-    def __len__(self) -> int:
-        return len(self.contexts)
+    ids: list[torch.LongTensor]
+    latents: list[list[torch.Tensor]]
+    pad_token_id: int
+    cache: DynamicCache | None = None
+    is_bos_alone: bool = False
 
     @property
-    def have_prefixes(self) -> bool:
-        """Whether anything but the first token of the prompt stands before `<BOI>`."""
-        return not self.is_bos_alone and any(len(context) > 1 for rows in self.contexts for context in rows)
+    def num_cached(self) -> int:
+        return 0 if self.cache is None else self.cache.get_seq_length()
 
-    def _bos(self) -> list[torch.LongTensor]:
-        """The beginning-of-sequence token of each row that begins with it."""
-        bos = self.decoder.generation_config._bos_token_tensor
-        has_bos = [bos is not None and len(row) > 1 and bool(row[0] == bos) for row in self.decoder.ids]
-        return [row[:1] if keep else row[:0] for row, keep in zip(self.decoder.ids, has_bos, strict=True)]
+    @property
+    def must_be_read(self) -> bool:
+        """Whether anything stands before `<BOI>` that the conditional context has not."""
+        return not self.is_bos_alone and any(len(row) > 1 for row in self.ids)
 
-    def _add_unconditional(self, ids: torch.LongTensor | None, mask: torch.LongTensor | None) -> None:
-        boi = self.decoder.ids[0].new_tensor([self.decoder.config.image_start_token_id])
-        prefixes = self._bos()
-        if ids is not None:
-            if len(ids) not in (1, len(prefixes)):
-                raise ValueError(
-                    f"`negative_prompt_ids` has {len(ids)} rows for {len(prefixes)} prompts; pass one for all or one "
-                    "for each."
-                )
-            ids = ids.to(boi.device).expand(len(prefixes), -1)
-            mask = torch.ones_like(ids) if mask is None else mask.to(boi.device).expand(len(prefixes), -1)
-            if (ids == self.decoder.config.image_token_id).any():
-                raise ValueError("`negative_prompt_ids` holds an image; a negative prompt is text.")
-            prefixes = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
-            # One that ends at <BOI> already.
-            prefixes = [row[:-1] if len(row) and row[-1] == boi else row for row in prefixes]
-            self._check_positions(prefixes)
-        self.contexts.append([torch.cat([prefix, boi]) for prefix in prefixes])
-        self.latents.append([[] for _ in prefixes])
+    def read(self, model: PreTrainedModel) -> None:
+        """Fills the cache of all rows, once, however many images are drawn."""
+        if self.cache is not None or not any(len(row) > 1 for row in self.ids):
+            return
+        ids, mask = align([row[:-1] for row in self.ids], self.pad_token_id)
+        mask[mask.sum(dim=-1) == 0, -1] = 1  # a row without prefix sees a pad here, which its drawing will not see
+        self.cache = DynamicCache()
+        model(
+            ids,
+            latents=[image for row in self.latents for image in row] or None,
+            attention_mask=mask,
+            position_ids=positions_of(mask),
+            cache=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
 
-    def _check_positions(self, prefixes: list[torch.LongTensor]) -> None:
-        """The other contexts are no longer than their prompts."""
-        num_positions = getattr(self.decoder.config.text_config, "max_position_embeddings", None)
-        for row, (prefix, needed) in enumerate(zip(prefixes, self.decoder.image_lengths, strict=True)):
-            if num_positions is not None and len(prefix) + needed > num_positions:  # <BOI> and the patches
-                raise ValueError(
-                    f"`negative_prompt_ids` has {len(prefix)} tokens for row {row}, which with <BOI> and the patches "
-                    f"of an image are {len(prefix) + needed}, and `max_position_embeddings` is {num_positions}; "
-                    "shorten the negative prompt."
-                )
 
-    def _add_images_alone(self) -> None:
-        """The images of each prompt without its text."""
-        config, decoder = self.decoder.config, self.decoder
-        boi = decoder.ids[0].new_tensor([config.image_start_token_id])
-        image_ids = (config.image_start_token_id, config.image_token_id, config.image_end_token_id)
-        contexts = []
-        for bos, row, latents in zip(self._bos(), decoder.prompt_ids(), decoder.prompt_latents, strict=True):
-            is_image = torch.isin(row, row.new_tensor(image_ids))
-            blocks = row[is_image]
+def guidance_prefixes(
+    config: TransfusionConfig, arguments: DrawingArguments, prompts: Prefixes, bos_token_id: int | None
+) -> list[Prefixes]:
+    """
+    The further contexts of guidance, for all rows: the images of the prompt without its text, with an
+    `input_image_guidance_scale`, then the unconditional context. A context that the scales leave nothing of is left
+    out.
+
+    Args:
+        prompts ([`Prefixes`]): The prompts, with or without `<BOI>` at their end, and all their images.
+        bos_token_id (`int`, *optional*)
+
+    Raises:
+        ValueError: negative prompts that are not as many as the prompts, hold images or are too long; prompts
+            without images to guide by.
+    """
+    boi = prompts.ids[0].new_tensor([config.image_start_token_id])
+    has_bos = [bos_token_id is not None and len(row) > 1 and int(row[0]) == bos_token_id for row in prompts.ids]
+    bos = [row[:1] if keep else row[:0] for row, keep in zip(prompts.ids, has_bos, strict=True)]
+    contexts = []
+    if arguments.input_image_guidance_scale not in (None, arguments.image_guidance_scale):
+        image_ids = boi.new_tensor([config.image_start_token_id, config.image_token_id, config.image_end_token_id])
+        rows = []
+        for first, row, latents in zip(bos, prompts.ids, prompts.latents, strict=True):
+            blocks = row[torch.isin(row, image_ids)]
             if len(blocks) and blocks[-1] == boi:  # where the prompt itself asks for a drawing
                 blocks = blocks[:-1]
             if not latents or int((blocks == boi).sum()) != len(latents):
                 raise ValueError(
                     "`input_image_guidance_scale` guides by the images of the prompt, and a prompt has none (or they "
-                    "are in `past_key_values`); leave it `None`."
+                    "are in `cache`); leave it `None`."
                 )
-            contexts.append(torch.cat([bos, blocks, boi]))
-        self.contexts.append(contexts)
-        self.latents.append(decoder.prompt_latents)
+            rows.append(torch.cat([first, blocks, boi]))
+        contexts.append(Prefixes(rows, prompts.latents, prompts.pad_token_id))
+    if arguments.unconditional_scale != 1:
+        negative = _negative_prompts(config, arguments, len(bos), boi)
+        rows = [torch.cat([row, boi]) for row in (bos if negative is None else negative)]
+        is_bos_alone = negative is None and not contexts
+        contexts.append(Prefixes(rows, [[] for _ in rows], prompts.pad_token_id, is_bos_alone=is_bos_alone))
+    return contexts
 
-    def prefix_states(self, branch: int, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Keys and values of layer `index` for all rows, pads at the left; `None` where no context has a prefix."""
-        prefixes = [context[:-1] for context in self.contexts[branch]]
-        if not any(len(prefix) for prefix in prefixes):
-            return None
-        if branch not in self._caches:
-            self._caches[branch] = self._read(prefixes, self.latents[branch])
-        layer = self._caches[branch].layers[index]
-        return layer.keys, layer.values
 
-    def _read(self, prefixes: list[torch.LongTensor], latents: list[list[torch.Tensor]]) -> DynamicCache:
-        ids, mask = align(prefixes, self.decoder.pad_token_id)
-        mask[mask.sum(dim=-1) == 0, -1] = 1  # a row without prefix: a pad of its own, which its drawing will not see
-        cache = DynamicCache()
-        self.decoder.model(
-            ids,
-            latents=[image for row in latents for image in row] or None,
-            attention_mask=mask,
-            position_ids=positions_of(mask),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
+def _negative_prompts(
+    config: TransfusionConfig, arguments: DrawingArguments, num_rows: int, boi: torch.LongTensor
+) -> list[torch.LongTensor] | None:
+    """The ids of each row's negative prompt, without `<BOI>`."""
+    ids, mask = arguments.negative_prompt_ids, arguments.negative_prompt_attention_mask
+    if ids is None:
+        return None
+    if len(ids) not in (1, num_rows):
+        raise ValueError(
+            f"`negative_prompt_ids` has {len(ids)} rows for {num_rows} prompts; pass one for all or one for each."
         )
-        return cache
+    ids = ids.to(boi.device).expand(num_rows, -1)
+    mask = torch.ones_like(ids) if mask is None else mask.to(boi.device).expand(num_rows, -1)
+    if (ids == config.image_token_id).any():
+        raise ValueError("`negative_prompt_ids` holds an image; a negative prompt is text.")
+    rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
+    rows = [row[:-1] if len(row) and row[-1] == boi else row for row in rows]
+    num_positions = getattr(config.text_config, "max_position_embeddings", None)
+    sizes = arguments.sizes(config)
+    for i, (row, size) in enumerate(zip(rows, sizes * num_rows if len(sizes) == 1 else sizes, strict=True)):
+        needed = len(row) + config.num_patches(*size) + 1  # <BOI>
+        if num_positions is not None and needed > num_positions:
+            raise ValueError(
+                f"`negative_prompt_ids` has {len(row)} tokens for row {i}, which with <BOI> and the patches of an "
+                f"image are {needed}, and `max_position_embeddings` is {num_positions}; shorten the negative prompt."
+            )
+    return rows
 
-    def combine(self, predictions: list[torch.Tensor], rescale: float) -> torch.Tensor:
-        """
-        The guided prediction. With the scale s_I of the input image apart from the scale s (Eq. 3 of InstructPix2Pix,
-        arXiv 2211.09800): ε(∅) + s_I·(ε(image) − ε(∅)) + s·(ε(image, text) − ε(image)).
 
-        Args:
-            predictions (`list[torch.Tensor]`): Of the conditional context, then of each branch.
-            rescale (`float`): φ of Eq. 16, arXiv 2305.08891.
-        """
-        conditional, other, *nothing = predictions
-        guided = guide(conditional, other, self.scale)
-        if nothing:
-            guided = guided + (self.input_image_scale - 1) * (other - nothing[0])
-        return rescale_noise_cfg(guided, conditional, rescale) if rescale else guided
-
-
-class DenoisingLoop:
+def combine(predictions: list[torch.Tensor], arguments: DrawingArguments) -> torch.Tensor:
     """
-    The images of some rows, together. With guidance the branches stand behind the conditional rows, all in one pass.
-    The first pass reads whatever the cache does not hold yet; the others compute the image alone.
+    The guided prediction. With a scale s_I of the input image apart from the scale s (Eq. 3 of InstructPix2Pix, arXiv
+    2211.09800): ε(∅) + s_I·(ε(image) − ε(∅)) + s·(ε(image, text) − ε(image)), then rescaled by φ (Eq. 16, arXiv
+    2305.08891).
 
     Args:
-        decoder: The call of `generate()`.
-        rows (`list[int]`): Those to draw for, images of one size.
+        predictions (`list[torch.Tensor]`): Of the conditional context, then of each context of guidance.
+    """
+    conditional, other, *nothing = predictions
+    guided = guide(conditional, other, arguments.image_guidance_scale)
+    if nothing:
+        guided = guided + (arguments.unconditional_scale - 1) * (other - nothing[0])
+    rescale = arguments.guidance_rescale
+    return rescale_noise_cfg(guided, conditional, rescale) if rescale else guided
+
+
+class Drawing:
+    """
+    The images of some rows, drawn together: every context of every row in one batch, the conditional ones first. The
+    first pass reads whatever `contexts` do not hold in a cache; the others compute the image alone.
+
+    Args:
+        model (`TransfusionForCausalLMAndDiffusion`)
+        arguments ([`DrawingArguments`])
+        contexts (`list[Prefixes]`): The conditional context of all rows, then those of guidance.
+        rows (`list[int]`): The rows to draw for.
+        size (`tuple[int, int]`): Height and width of their latents.
+        use_cache (`bool`)
+        compile_config (`CompileConfig`, *optional*): Compiles the steps behind the first.
     """
 
-    def __init__(self, decoder: Any, rows: list[int]):
-        self.decoder = decoder
-        self.model = decoder.model
-        self.device = decoder.device
-        self.branches: GuidanceBranches = decoder.branches
-        self.rows = torch.tensor(rows, device=self.device)
-        self.size = decoder.sizes[rows[0]]
-        contexts = [decoder.ids[row] for row in rows]
-        self.latents = [decoder.latents[row] for row in rows]
-        for branch in range(len(self.branches)):
-            contexts += [self.branches.contexts[branch][row] for row in rows]
-        # The prefixes of the conditional rows are in the decoder's cache, but for their last token.
-        is_cached = decoder.cache is not None and decoder.cache.get_seq_length() > 0
-        for latents in self.branches.latents:
-            self.latents += [[] if is_cached else latents[row] for row in rows]
-        ids, mask = align(contexts, decoder.pad_token_id)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        arguments: DrawingArguments,
+        contexts: list[Prefixes],
+        rows: list[int],
+        size: tuple[int, int],
+        use_cache: bool = True,
+        compile_config: CompileConfig | None = None,
+    ):
+        self.model = model
+        self.arguments = arguments
+        self.num_guidance = len(contexts) - 1
+        self.size = size
+        main = contexts[0]
+        ids, mask = align([context.ids[row] for context in contexts for row in rows], main.pad_token_id)
+        is_cached = main.num_cached > 0
+        # Images that the first pass reads. Behind a cache, the contexts of guidance are in caches of their own.
+        self.latents = [main.latents[row] for row in rows]
+        self.latents += [[] if is_cached else context.latents[row] for context in contexts[1:] for row in rows]
         self.columns = ids.shape[1]
         self.num_cached = self.columns - 1 if is_cached else 0
-        num_patches = self.model.config.num_patches(*self.size)
-        block = ids.new_full((len(ids), num_patches), self.model.config.image_token_id)
+        num_patches = model.config.num_patches(*size)
+        block = ids.new_full((len(ids), num_patches), model.config.image_token_id)
         self.ids = torch.cat([ids, block], dim=-1)
         self.mask = torch.cat([mask, torch.ones_like(block)], dim=-1)
         self.positions = positions_of(self.mask)
-        self.cache: Any = None
-        if decoder.cache is not None:
-            capacity = self.columns + num_patches
-            self.cache = Cache(layer_class_to_replicate=partial(DrawingLayer, capacity))
+        self.cache: Cache | None = None
+        if use_cache:
+            self.cache = Cache(layer_class_to_replicate=partial(DrawingLayer, self.columns + num_patches))
         if is_cached:
-            self._copy_prefixes()
-        self.block_masks: dict[int, Any] = {}
-        self.num_steps = 0  # of the last `run`
-        # The steps alone: what else there is, is called once for an image and with other arguments.
-        options = decoder.generation_config.compile_config
-        self.step_model = self.model.model
-        if options is not None and not decoder.generation_config.disable_compile:
-            self.step_model = torch.compile(self.step_model, **options.to_dict())
+            self._copy_prefixes(contexts, rows)
+        self.num_steps = 0  # taken by `run`
+        self._block_masks: dict[int, Any] = {}
+        self._step_model = model.model
+        if compile_config is not None:
+            self._step_model = torch.compile(model.model, **compile_config.to_dict())
 
-    def _copy_prefixes(self) -> None:
-        lengths = torch.tensor([len(row) for row in self.decoder.ids], device=self.device)[self.rows]
-        main_length = self.decoder.cache.get_seq_length()
-        first = (main_length + 1 - lengths).clamp(max=main_length - 1)  # column of each row's first token
-        for index, layer in enumerate(self.decoder.cache.layers):
-            ends = torch.full((len(self.rows),), main_length, device=self.device)
-            states = [[move_columns(s[self.rows], ends, self.num_cached) for s in (layer.keys, layer.values)]]
-            for branch in range(len(self.branches)):
-                if self.branches.is_bos_alone:
-                    # Position 0 sees only itself: the token has the same keys and values in either context.
-                    arange = torch.arange(len(first), device=first.device)
-                    tokens = [s[self.rows][arange, :, first][:, :, None] for s in (layer.keys, layer.values)]
-                    prefix: Any = [token.expand(-1, -1, self.num_cached, -1) for token in tokens]
-                elif (given := self.branches.prefix_states(branch, index)) is not None:
-                    ends = torch.full((len(self.rows),), given[0].shape[2], device=self.device)
-                    prefix = [move_columns(s[self.rows], ends, self.num_cached) for s in given]
+    def _copy_prefixes(self, contexts: list[Prefixes], rows: list[int]) -> None:
+        main, index = contexts[0], torch.tensor(rows, device=self.ids.device)
+        assert main.cache is not None and self.cache is not None
+        for context in contexts[1:]:
+            if not context.is_bos_alone:
+                context.read(self.model)
+        end = main.num_cached
+        lengths = torch.tensor([len(main.ids[row]) for row in rows], device=index.device)
+        first = (end + 1 - lengths).clamp(max=end - 1)  # column of each row's first token
+        for number, layer in enumerate(main.cache.layers):
+            keys_and_values = [states[index] for states in (layer.keys, layer.values)]
+            parts = [[move_columns(states, end, self.num_cached) for states in keys_and_values]]
+            for context in contexts[1:]:
+                if context.is_bos_alone:
+                    row_numbers = torch.arange(len(rows), device=index.device)
+                    tokens = [states[row_numbers, :, first][:, :, None] for states in keys_and_values]
+                    parts.append([token.expand(-1, -1, self.num_cached, -1) for token in tokens])
+                elif context.cache is not None:
+                    own = context.cache.layers[number]
+                    states = (own.keys[index], own.values[index])
+                    parts.append([move_columns(s, s.shape[2], self.num_cached) for s in states])
                 else:
-                    prefix = [torch.zeros_like(s) for s in states[0]]
-                states.append(prefix)
-            self.cache.update(*(torch.cat(parts) for parts in zip(*states, strict=True)), index)
+                    parts.append([torch.zeros_like(states) for states in parts[0]])
+            self.cache.update(*(torch.cat(states) for states in zip(*parts, strict=True)), number)
         self._keep(self.num_cached)
 
     def _keep(self, num_columns: int) -> None:
         """Makes the first columns the prefix, behind which the next pass writes."""
+        assert self.cache is not None
         for layer in self.cache.layers:
             layer.prefix_length = num_columns
 
-    def run(self, generators) -> torch.Tensor:
-        """From pure noise to x_0, `(rows, channels, height, width)`, float32 throughout."""
-        config = self.decoder.generation_config
+    def run(
+        self,
+        generators: torch.Generator | list[torch.Generator] | None,
+        known: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        streamer: Any = None,
+    ) -> torch.Tensor:
+        """
+        From pure noise to x_0, float32 throughout.
+
+        Args:
+            generators (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all rows, or one for each.
+            known (`torch.FloatTensor` of shape `(rows, channels, height, width)`, *optional*): Latents to begin with.
+            mask (`torch.BoolTensor` of shape `(rows, 1, height, width)`, *optional*): Where to draw; default all over.
+            streamer (*optional*): Gets previews at its `preview_interval`.
+
+        Returns:
+            `torch.FloatTensor` of shape `(rows, channels, height, width)`.
+        """
+        arguments, num_contexts = self.arguments, 1 + self.num_guidance
         scheduler = make_sampling_scheduler(
-            self.model.noise_scheduler, config.scheduler, config.num_inference_steps, self.device
+            self.model.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.ids.device
         )
         step_kwargs = sampling_step_kwargs(scheduler, generators)
-        shape = (len(self.rows), self.model.config.latent_channels, *self.size)
-        noise = randn_tensor(shape, generator=generators, device=self.device, dtype=torch.float32)
+        shape = (len(self.ids) // num_contexts, self.model.config.latent_channels, *self.size)
+        noise = randn_tensor(shape, generator=generators, device=self.ids.device, dtype=torch.float32)
         x_t, timesteps = first_noise(scheduler, noise), scheduler.timesteps
-        # In "image" mode only, where all rows draw at once.
-        known, mask = self.decoder.known_latents, self.decoder.known_mask
-        if known is not None:
-            start = len(timesteps) - max(1, round(config.strength * len(timesteps)))
-            if start:
-                if hasattr(scheduler, "set_begin_index"):  # those that count their steps
-                    scheduler.set_begin_index(start)
-                timesteps = timesteps[start:]
-                x_t = at_timestep(scheduler, known, noise, timesteps[0])
-        self.num_steps = len(timesteps)
-        steps = logging.tqdm(timesteps, desc="draw", leave=False, disable=not config.progress_bar)
-        for i, t in enumerate(steps):
+        if known is not None and (start := len(timesteps) - max(1, round(arguments.strength * len(timesteps)))):
+            if hasattr(scheduler, "set_begin_index"):  # those that count their steps
+                scheduler.set_begin_index(start)
+            timesteps = timesteps[start:]
+            x_t = at_timestep(scheduler, known, noise, timesteps[0])
+        self.num_steps = num_steps = len(timesteps)
+        for i, t in enumerate(logging.tqdm(timesteps, desc="draw", leave=False, disable=not arguments.progress_bar)):
             x_in = model_input(scheduler, x_t, t)
-            is_guided = config.guidance_start <= i / self.num_steps < config.guidance_end
-            num_contexts = 1 + len(self.branches) if is_guided else 1
-            predictions = list(self._predict(x_in, t, num_contexts).chunk(num_contexts))
-            eps = predictions[0]
-            if num_contexts > 1:
-                eps = self.branches.combine(predictions, config.guidance_rescale)
-            self._preview(i + 1, x_in, eps, t)
-            x_t = scheduler.step(eps, t, x_t, **step_kwargs).prev_sample
-            if mask is not None:
-                is_last = i + 1 == self.num_steps
+            is_guided = arguments.guidance_start <= i / num_steps < arguments.guidance_end
+            predictions = list(self._predict(x_in, t, num_contexts if is_guided else 1).split(len(x_t)))
+            prediction = predictions[0] if len(predictions) == 1 else combine(predictions, arguments)
+            self._preview(streamer, i + 1, num_steps, x_in, prediction, t)
+            x_t = scheduler.step(prediction, t, x_t, **step_kwargs).prev_sample
+            if mask is not None and known is not None:
+                is_last = i + 1 == num_steps
                 kept = known if is_last else at_timestep(scheduler, known, noise, timesteps[i + 1])
                 x_t = torch.where(mask, x_t, kept)
-            if config.callback_on_step_end is not None:
-                changed = config.callback_on_step_end(self.model, i, t, {"latents": x_t})
+            if arguments.callback_on_step_end is not None:
+                changed = arguments.callback_on_step_end(self.model, i, t, {"latents": x_t})
                 x_t = (changed or {}).get("latents", x_t)
         return x_t
 
-    def _preview(self, step: int, x_in: torch.Tensor, prediction: torch.Tensor, t) -> None:
-        if hasattr(self.decoder.streamer, "check"):
-            self.decoder.streamer.check()
-        interval = getattr(self.decoder.streamer, "preview_interval", None)
-        if interval is not None and step % interval == 0 and step < self.num_steps:
+    def _preview(self, streamer: Any, step: int, num_steps: int, x_in, prediction, t) -> None:
+        if hasattr(streamer, "check"):
+            streamer.check()
+        interval = getattr(streamer, "preview_interval", None)
+        if interval is not None and step % interval == 0 and step < num_steps:
             x_0 = predicted_x_0(self.model.noise_scheduler, x_in[:1], prediction[:1], t)
-            self.decoder.streamer.put_image(self.model.decode_latents(x_0)[0], step, self.num_steps)
+            streamer.put_image(self.model.decode_latents(x_0)[0], step, num_steps)
 
     def _predict(self, x_t: torch.Tensor, t: torch.Tensor, num_contexts: int) -> torch.Tensor:
-        """One pass: ε of every row in its first contexts, `(rows · num_contexts, channels, height, width)`."""
+        """One pass: the prediction for every row in its first contexts, `(num_contexts · rows, …)`."""
         if self.cache is not None and self.cache.get_seq_length() == self.columns:
             x_in = x_t.repeat(num_contexts, 1, 1, 1)
-            (prediction,) = self._block_pass(self.step_model, x_in, t.expand(len(x_in)))
+            (prediction,) = self._block_pass(self._step_model, x_in, t.expand(len(x_in)))
             return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-        # The first pass reads all contexts, whether the step is guided or not: later ones may be.
+        # The first pass reads all contexts, whether its step is guided or not: later steps may be.
         num_rows = len(self.ids) if self.cache is not None else len(x_t) * num_contexts
         x_in = x_t.repeat(num_rows // len(x_t), 1, 1, 1)
         images = [[*row, x] for row, x in zip(self.latents[:num_rows], x_in, strict=True)]
@@ -380,11 +500,11 @@ class DenoisingLoop:
         output = self.model(
             self.ids[:num_rows, self.num_cached :],
             latents=[image for row in images for image in row],
-            timesteps=torch.where(is_last.to(self.device), t, 0),
+            timesteps=torch.where(is_last.to(t.device), t, 0),
             prediction_mask=is_last,
             attention_mask=self.mask[:num_rows],
             position_ids=self.positions[:num_rows, self.num_cached :],
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=1,
         )
@@ -394,61 +514,53 @@ class DenoisingLoop:
 
     def _block_mask(self, num_rows: int) -> Any:
         """The mask of the image alone behind its prefix: the same for every step."""
-        if num_rows not in self.block_masks:
+        if num_rows not in self._block_masks:
             config = self.model.config
             block = self.ids[:num_rows, self.columns :]
             block_ids = image_block_ids(block, config.image_token_id) if config.bidirectional_image_attention else None
-            self.block_masks[num_rows] = create_transfusion_mask(
+            self._block_masks[num_rows] = create_transfusion_mask(
                 config.text_config,
-                torch.empty(*block.shape, 0, dtype=self.model.dtype, device=self.device),
+                torch.empty(*block.shape, 0, dtype=self.model.dtype, device=block.device),
                 block_ids,
                 self.mask[:num_rows],
                 self.cache,
                 self.positions[:num_rows, self.columns :],
             )
-        return self.block_masks[num_rows]
+        return self._block_masks[num_rows]
 
-    def _block_pass(self, model: Any, x: torch.Tensor, timesteps: torch.Tensor | None) -> list[torch.Tensor]:
-        output = model(
+    def _block_pass(self, model: torch.nn.Module, x: torch.Tensor, timesteps: torch.Tensor | None) -> Any:
+        return model(
             self.ids[: len(x), self.columns :],
             latents=x,
             timesteps=timesteps,
             attention_mask=self._block_mask(len(x)),
             position_ids=self.positions[: len(x), self.columns :],
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
-        )
-        return output.image_predictions
+        ).image_predictions
 
-    def commit(self, x_0: torch.Tensor) -> None:
-        """Reads the finished images at t = 0 and hands the keys and values of these rows to the decoder."""
+    def read_back(self, x_0: torch.Tensor) -> list[States]:
+        """
+        Reads the finished images at t = 0.
+
+        Returns:
+            `list[tuple[torch.Tensor, torch.Tensor]]`: keys and values of each layer, of the conditional context of
+            each row and its image, pads at the left.
+        """
+        assert self.cache is not None
         self._block_pass(self.model.model, x_0, None)
-        main, length = self.decoder.cache, max(len(row) for row in self.decoder.ids) - 1
-        drawn_ends = torch.full((len(self.rows),), self.ids.shape[1], device=self.device)
-        all_rows, num_cached = len(self.decoder.ids), self.decoder.cache.get_seq_length()
-        for index, layer in enumerate(self.cache.layers):
-            drawn = [move_columns(states[: len(x_0)], drawn_ends, length) for states in (layer.keys, layer.values)]
-            if len(self.rows) < all_rows:
-                if num_cached:
-                    old = main.layers[index]
-                    ends = torch.full((all_rows,), num_cached, device=self.device)
-                    merged = [move_columns(states, ends, length) for states in (old.keys, old.values)]
-                else:  # prefixes of no token but <BOI>
-                    merged = [s.new_zeros(all_rows, *s.shape[1:]) for s in drawn]
-                for target, source in zip(merged, drawn, strict=True):
-                    target[self.rows] = source
-                drawn = merged
-            if index < len(main.layers):
-                main.layers[index].keys, main.layers[index].values = drawn
-            else:
-                main.update(*drawn, index)
+        return [(layer.keys[: len(x_0)], layer.values[: len(x_0)]) for layer in self.cache.layers]
 
 
 __all__ = [
-    "DenoisingLoop",
+    "DRAWING_DEFAULTS",
+    "Drawing",
+    "DrawingArguments",
     "DrawingLayer",
-    "GuidanceBranches",
+    "Prefixes",
     "align",
+    "combine",
+    "guidance_prefixes",
     "move_columns",
     "positions_of",
     "undone_on_error",
