@@ -11,6 +11,25 @@ from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
+# Table 2: layers, hidden size, heads; the SwiGLU width is 8/3 of the hidden size rounded up to a multiple of 256.
+_PRESETS: dict[str, dict[str, int]] = {
+    "0.16B": {"num_hidden_layers": 16, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048},
+    "0.37B": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 2816},
+    "0.76B": {"num_hidden_layers": 24, "hidden_size": 1536, "num_attention_heads": 24, "intermediate_size": 4096},
+    "1.4B": {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 5632},
+    "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008},
+}
+_VOCAB_SIZE = 32003  # Llama 2's tokens, then <BOI>, the patch placeholder and <EOI>
+
+# By patch size: channels of each level, ResNet blocks per level. The paper gives only the sum, 0.27B for every size.
+_PAPER_UNETS: dict[int, tuple[list[int], int]] = {
+    1: ([1344], 2),
+    2: ([512, 1056], 3),
+    4: ([448, 896, 896], 2),
+    8: ([320, 640, 640, 640], 3),
+}
+_PAPER_HIDDEN_SIZE = 768  # of the paper's smallest model
+
 # Where a saved folder's classes are: `register_for_auto_class` would record one Auto class only.
 AUTO_MAP = {
     "AutoConfig": "configuration_transfusion.TransfusionConfig",
@@ -32,66 +51,48 @@ CUSTOM_PIPELINES = {
 }
 _IS_REMOTE_CODE = __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
-# Table 2: layers, hidden size, heads; the SwiGLU width is 8/3 of the hidden size rounded up to a multiple of 256.
-# Llama 2's 32,000 tokens and, behind them, <BOI>, the patch placeholder and <EOI>.
-_PRESETS: dict[str, dict[str, int]] = {
-    "0.16B": {"num_hidden_layers": 16, "hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 2048},
-    "0.37B": {"num_hidden_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 2816},
-    "0.76B": {"num_hidden_layers": 24, "hidden_size": 1536, "num_attention_heads": 24, "intermediate_size": 4096},
-    "1.4B": {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 5632},
-    "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008},
-}
-
-
-# By patch size: channels of each level, ResNet blocks per level. The paper gives only the sum, 0.27B in every size.
-_PAPER_UNETS: dict[int, tuple[list[int], int]] = {
-    1: ([1344], 2),
-    2: ([512, 1056], 3),
-    4: ([448, 896, 896], 2),
-    8: ([320, 640, 640, 640], 3),
-}
-_PAPER_HIDDEN_SIZE = 768  # the smallest of the paper's models
-
 
 def paper_vae_config(scaling_factor: float, shift_factor: float | None = None) -> dict[str, Any]:
     """
-    The `vae_config` of the paper's autoencoder (§4.1): 8 times smaller sides, 8 channels.
+    The `vae_config` of the paper's autoencoder (§4.1): sides 8 times smaller, 8 channels.
 
-    NOTE: the paper says 86M parameters and no more; Stable Diffusion's layout with 8 channels has 83.7M.
+    NOTE: the paper says only that it has 86M parameters; Stable Diffusion's layout with 8 channels has 83.7M.
 
     Args:
         scaling_factor (`float`), shift_factor (`float`, *optional*):
-            Of the latents, as diffusers defines them: (z − shift) · scale. They are known once the autoencoder is
-            trained; `transfusion_hf.measure_latent_scale` measures them.
+            Scale and shift of the latents, as diffusers defines them: (z − shift) · scale. Measure them on the trained
+            autoencoder with `transfusion_hf.measure_latent_scale`.
     """
     channels = [128, 256, 512, 512]
     return {
-        "in_channels": 3,
-        "out_channels": 3,
+        "in_channels": 3, "out_channels": 3, "latent_channels": 8, "sample_size": 256,
         "down_block_types": ["DownEncoderBlock2D"] * len(channels),
         "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-        "block_out_channels": channels,
-        "layers_per_block": 2,
-        "latent_channels": 8,
-        "sample_size": 256,
-        "scaling_factor": scaling_factor,
-        "shift_factor": shift_factor,
-    }
+        "block_out_channels": channels, "layers_per_block": 2,
+        "scaling_factor": scaling_factor, "shift_factor": shift_factor,
+    }  # fmt: skip
 
 
 def vae_arguments(vae_config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of an `AutoencoderKL`, without what diffusers notes beside them (`_class_name` …)."""
+    """The arguments of an `AutoencoderKL`, without diffusers' own notes (`_class_name` …)."""
     return {name: value for name, value in vae_config.items() if not name.startswith("_")}
 
 
 def _preset_text_config(name: str) -> LlamaConfig:
-    return LlamaConfig(vocab_size=32003, max_position_embeddings=4096, **_PRESETS[name])
+    return LlamaConfig(vocab_size=_VOCAB_SIZE, max_position_embeddings=4096, **_PRESETS[name])
+
+
+def _refuse(problems: dict[str, Any]) -> None:
+    """Raises `ValueError` with the first message whose condition holds."""
+    for message, holds in problems.items():
+        if holds:
+            raise ValueError(message)
 
 
 @strict
 class TransfusionConfig(PreTrainedConfig):
     r"""
-    Configuration of a [`TransfusionForCausalLMAndDiffusion`]: a decoder, the light image parts around it, the noise
+    Configuration of a [`TransfusionForCausalLMAndDiffusion`]: the decoder, the image parts around it, the noise
     schedule and the special tokens. The defaults are the paper's 0.16B model (Table 2) over 32×32×8 latents.
 
     Args:
@@ -99,53 +100,50 @@ class TransfusionConfig(PreTrainedConfig):
             The decoder, of any supported family. Defaults to a `LlamaConfig` of the paper's smallest size.
         vae_config (`dict`, *optional*):
             The configuration of a diffusers `AutoencoderKL`, with `scaling_factor` and, for latents of 16 channels,
-            `shift_factor`; [`paper_vae_config`] makes the paper's. A model built from it alone has an untrained
-            autoencoder: `attach_vae` puts in a trained one. `None`: the image itself is the latent.
-        latent_channels (`int`, defaults to 8):
-            Channels of a latent; of the image itself without a VAE.
+            `shift_factor`; [`paper_vae_config`] makes the paper's. A model built from it has an untrained autoencoder
+            until `attach_vae` puts in a trained one. `None`: the image itself is the latent.
+        latent_channels (`int`, defaults to 8): Channels of a latent, or of the image without a VAE.
         sample_size (`int` or pair of `int`, defaults to 32):
-            Height and width, in latent pixels, of an image that `generate()` draws when it is not told a size.
+            Default height and width, in latent pixels, of the images that `generate()` draws.
         patch_size (`int`, defaults to 2):
             Side, in latent pixels, of the window that becomes one transformer vector (§3).
         patch_encoder (`str`, defaults to `"linear"`):
             How patches become vectors and back. `"linear"`: one linear layer on patch plus timestep embedding (with
             `patch_size=1` the paper's "none"). `"unet"`: U-Net down and up blocks (§3, Table 7).
         unet_block_out_channels (`list[int]`, *optional*):
-            For `"unet"`: channels at each resolution, log2(`patch_size`) + 1 of them. Defaults to a U-Net of 0.27B
-            parameters (0.262 to 0.271) for a decoder of the paper's sizes (hidden size of 768 or more) and patches of
-            1, 2, 4 or 8, otherwise to a quarter of the hidden size, and half of it at the last.
+            Channels at each of the U-Net's log2(`patch_size`) + 1 resolutions. For decoders of the paper's sizes
+            (hidden size of 768 or more) and patches of 1, 2, 4 or 8 defaults to a U-Net of 0.27B parameters (0.262 to
+            0.271), otherwise to a quarter of the hidden size, and half of it at the last.
         unet_layers_per_block (`int`, *optional*):
-            For `"unet"`: ResNet blocks at each resolution on the way down; one more on the way up.
+            The U-Net's ResNet blocks at each resolution on the way down; one more on the way up.
         unet_norm_num_groups (`int`, defaults to 32, or at most 8 for a small U-Net):
-            For `"unet"`: groups of its group norms, of two channels or more; divides all its channels.
+            Groups of the U-Net's group norms, of at least two channels; divides all its channels.
         pos_embed_type (`str`, *optional*):
-            `"sincos"`: adds a two-dimensional sine-cosine embedding of its row and column to each patch's vector.
-            `None`: as in the paper, position is the sequence's alone.
+            `"sincos"`: adds a two-dimensional sine-cosine embedding of row and column to each patch's vector.
+            `None`: patches have only their position in the sequence, as in the paper.
         timestep_embedding_dim (`int`, defaults to 256):
             Number of sinusoids of t, and width of the MLP that follows; even.
-        num_train_timesteps (`int`, defaults to 1000):
-            T, the number of steps of the noise schedule.
+        num_train_timesteps (`int`, defaults to 1000): T, the number of steps of the noise schedule.
         beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
             The noise schedule, by diffusers' name; the default is the cosine schedule (Eq. 3).
         prediction_type (`str`, defaults to `"epsilon"`):
             What the model predicts, by diffusers' name: `"epsilon"` (Eq. 3), `"v_prediction"`, `"sample"`, or
-            `"flow_prediction"`: flow matching, for which `beta_schedule` has no meaning.
-        diffusion_loss_weight (`float`, defaults to 5.0):
-            λ in L = L_LM + λ·L_DDPM (Eq. 4).
+            `"flow_prediction"` (flow matching, which does not use `beta_schedule`).
+        diffusion_loss_weight (`float`, defaults to 5.0): λ in L = L_LM + λ·L_DDPM (Eq. 4).
         bidirectional_image_attention (`bool`, defaults to `True`):
-            Whether the patches of one image see each other in both directions (Fig. 4). `False`: the causal ablation
-            of Table 5.
+            Whether the patches of one image attend to each other in both directions (Fig. 4). `False`: the causal
+            ablation of Table 5.
         untied_modalities (`list[str]`, *optional*):
-            `["image"]`: patches have projections, MLPs and norms of their own in each decoder layer, copies of the
-            text's at first; attention is shared. `<BOI>` and `<EOI>` are text. `None` or `[]`: all positions share all
-            weights, as in the paper.
+            `["image"]`: in each decoder layer patches have separate projections, MLPs and norms, initialised as copies
+            of the text's; attention is shared. `<BOI>` and `<EOI>` count as text. `None` or `[]`: all positions share
+            all weights, as in the paper.
         image_start_token_id (`int`, defaults to 32000): Id of `<BOI>`.
-        image_token_id (`int`, defaults to 32001): Id of the placeholder that stands where a patch does.
+        image_token_id (`int`, defaults to 32001): Id of the placeholder for one patch.
         image_end_token_id (`int`, defaults to 32002): Id of `<EOI>`.
         tie_word_embeddings (`bool`, *optional*): Always that of `text_config`.
 
     Raises:
-        ValueError: a field out of its range, special tokens that coincide or lie outside of the vocabulary.
+        ValueError: a field is out of range, or special tokens coincide or lie outside the vocabulary.
 
     Example:
 
@@ -157,7 +155,7 @@ class TransfusionConfig(PreTrainedConfig):
 
     model_type = "transfusion"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
-    # What `forward` returns beside the logits is nothing that an evaluation loop should gather.
+    # An evaluation loop gathers every other output of `forward`.
     keys_to_ignore_at_inference = [
         "cache", "lm_loss", "diffusion_loss", "image_predictions", "image_losses", "image_timesteps",
     ]  # fmt: skip
@@ -192,28 +190,14 @@ class TransfusionConfig(PreTrainedConfig):
             kwargs.pop("auto_map", None)
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
-        # Mirrored, or a tied family loses its head on reload: transformers reads the outer config's flag.
+        # Mirrored because transformers reads the outer flag: a tied family would lose its head on reload.
         tied = self.text_config.tie_word_embeddings
-        if self.tie_word_embeddings not in (None, tied):
-            raise ValueError(
-                f"`tie_word_embeddings` is {self.tie_word_embeddings} but that of `text_config` is {tied}; set it in "
-                "`text_config` only."
-            )
+        _refuse({
+            f"`tie_word_embeddings` is {self.tie_word_embeddings} but that of `text_config` is {tied}; set it in "
+            "`text_config` only.": self.tie_word_embeddings not in (None, tied),
+        })  # fmt: skip
         self.tie_word_embeddings = tied
         self.validate_transfusion()
-
-    def _complete_unet(self) -> None:
-        hidden_size, given = self.text_config.hidden_size, self.unet_block_out_channels
-        num_levels = max(self.patch_size, 1).bit_length()
-        channels: list | tuple
-        if given is None and hidden_size >= _PAPER_HIDDEN_SIZE and self.patch_size in _PAPER_UNETS:
-            channels, layers, groups = *_PAPER_UNETS[self.patch_size], 32
-        else:
-            small = [-(-hidden_size // 4 // 8) * 8] * (num_levels - 1) + [-(-hidden_size // 2 // 8) * 8]
-            channels, layers, groups = given or small, 1, min(8, small[0] // 2) if given is None else 32
-        self.unet_block_out_channels = list(channels)
-        self.unet_layers_per_block = layers if self.unet_layers_per_block is None else self.unet_layers_per_block
-        self.unet_norm_num_groups = groups if self.unet_norm_num_groups is None else self.unet_norm_num_groups
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> "TransfusionConfig":
@@ -223,9 +207,6 @@ class TransfusionConfig(PreTrainedConfig):
         Args:
             name (`str`): `"0.16B"`, `"0.37B"`, `"0.76B"`, `"1.4B"` or `"7B"`.
             kwargs: Further fields, as for the constructor.
-
-        Raises:
-            ValueError: `name` is no preset.
         """
         if name not in _PRESETS:
             raise ValueError(f"`name` must be one of the presets {', '.join(_PRESETS)}; got {name!r}.")
@@ -272,26 +253,21 @@ class TransfusionConfig(PreTrainedConfig):
 
     @property
     def vae_scale_factor(self) -> int:
-        """Pixels of the image along one side of a latent pixel: 1 without a VAE."""
+        """Image pixels along one side of a latent pixel; 1 without a VAE."""
         return 1 if self.vae_config is None else 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @property
     def pixels_per_patch(self) -> int:
-        """Pixels of the image along one side of a patch: image sizes are multiples of it."""
+        """Image pixels along one side of a patch; image sizes are multiples of it."""
         return self.vae_scale_factor * self.patch_size
 
     @property
     def first_timestep(self) -> int:
-        """The least t of a noised image: 0, or 1 with flow matching, where 0 is clean."""
+        """The smallest t of a noised image: 0, or 1 with flow matching, where t = 0 is clean."""
         return int(self.prediction_type == "flow_prediction")
 
     def num_patches(self, height: int, width: int) -> int:
-        """
-        Number of transformer vectors of an image whose latent is `height` × `width`.
-
-        Raises:
-            ValueError: a side is no positive multiple of `patch_size`.
-        """
+        """Number of transformer vectors of an image whose latent is `height` × `width`."""
         if height < 1 or width < 1 or height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"The sides of a latent must be positive multiples of `patch_size` ({self.patch_size}); got "
@@ -299,104 +275,34 @@ class TransfusionConfig(PreTrainedConfig):
             )
         return (height // self.patch_size) * (width // self.patch_size)
 
-    def _validate_vae(self, vae_config: dict[str, Any]) -> None:
-        name = vae_config.get("_class_name", "AutoencoderKL")
-        if name not in ("AutoencoderKL", "TransfusionVAE"):
-            raise ValueError(f"`vae_config` must be that of a diffusers `AutoencoderKL`; got one of `{name}`.")
-        missing = [key for key in ("block_out_channels", "latent_channels", "scaling_factor") if key not in vae_config]
-        if missing:
-            raise ValueError(
-                f"`vae_config` lacks {', '.join(missing)}. Without the scale of its own latents a model does not "
-                "learn; `transfusion_hf.measure_latent_scale` measures it."
-            )
-        channels, scale, shift = (vae_config.get(key) for key in ("latent_channels", "scaling_factor", "shift_factor"))
-        if channels != self.latent_channels:
-            raise ValueError(
-                f"`latent_channels` is {self.latent_channels}, but the latents of `vae_config` have {channels}."
-            )
-        if not isinstance(scale, (int, float)) or not scale > 0:
-            raise ValueError(f"`scaling_factor` of `vae_config` must be a positive number; got {scale!r}.")
-        if scale == 0.18215 and channels != 4:
-            raise ValueError(
-                "`scaling_factor` of `vae_config` is 0.18215, which diffusers writes where none was set: it is that "
-                f"of Stable Diffusion's 4 channels, and these are {channels}. Measure it by "
-                "`transfusion_hf.measure_latent_scale`."
-            )
-        for name in ("latents_mean", "latents_std"):
-            if vae_config.get(name) is not None:
-                raise ValueError(
-                    f"`vae_config` normalises each channel by its own `{name}`, which is not supported; only "
-                    "`scaling_factor` and `shift_factor` are."
-                )
-        if shift is None and channels == 16:
-            raise ValueError(
-                "`vae_config` has no `shift_factor`, but latents of 16 channels, as those of SD 3 (0.0609) and FLUX "
-                "(0.1159), are not centred, and without it training fails silently. Set it; 0.0 if it is really none."
-            )
-
-    def _validate_unet(self) -> None:
-        if self.patch_size & (self.patch_size - 1):
-            raise ValueError(
-                "`patch_encoder='unet'` halves the image again and again, so `patch_size` must be a power of two; "
-                f"got {self.patch_size}."
-            )
-        channels: Any = self.unet_block_out_channels
-        groups: Any = self.unet_norm_num_groups
-        num_levels = self.patch_size.bit_length()
-        if len(channels) != num_levels:
-            raise ValueError(
-                f"`unet_block_out_channels` must hold log2(`patch_size`) + 1 = {num_levels} numbers for patches of "
-                f"{self.patch_size}; got {channels}."
-            )
-        # A group of one channel is a single value where an image is a single patch, and its norm 0.
-        if groups < 1 or any(c < 2 * groups or c % groups for c in channels):
-            raise ValueError(
-                f"`unet_norm_num_groups` ({groups}) must divide every number of `unet_block_out_channels` and leave "
-                f"at least 2 channels to a group; got {channels}."
-            )
-        if self.unet_layers_per_block is None or self.unet_layers_per_block < 1:
-            raise ValueError(f"`unet_layers_per_block` must be at least 1; got {self.unet_layers_per_block}.")
-
     def validate_transfusion(self) -> None:
-        """Checks every field, once the U-Net's are complete. A model does so too, for fields that were set later."""
-        if self.patch_encoder == "unet":
-            self._complete_unet()
+        """Checks all fields, after completing the U-Net's. A model calls it again, for fields that were set later."""
         for name in ("latent_channels", "patch_size", "num_train_timesteps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1; got {getattr(self, name)}.")
-        if self.timestep_embedding_dim < 2 or self.timestep_embedding_dim % 2:
-            raise ValueError(
-                f"`timestep_embedding_dim` must be even and at least 2; got {self.timestep_embedding_dim}."
-            )
-        if self.patch_encoder not in ("linear", "unet"):
-            raise ValueError(f"`patch_encoder` must be 'linear' or 'unet'; got {self.patch_encoder!r}.")
+            _refuse({f"`{name}` must be at least 1; got {getattr(self, name)}.": getattr(self, name) < 1})
+        for name, allowed in (
+            ("patch_encoder", ["linear", "unet"]),
+            ("pos_embed_type", [None, "sincos"]),
+            ("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"]),
+            ("untied_modalities", [None, [], ["image"]]),
+        ):
+            *others, last = map(repr, allowed)
+            value = getattr(self, name)
+            _refuse({f"`{name}` must be {', '.join(others)} or {last}; got {value!r}.": value not in allowed})
+        dim, size, weight = self.timestep_embedding_dim, self.sample_size, self.diffusion_loss_weight
+        width = self.text_config.hidden_size
+        _refuse({
+            f"`timestep_embedding_dim` must be even and at least 2; got {dim}.": dim < 2 or dim % 2,
+            f"`pos_embed_type='sincos'` needs a hidden size that is a multiple of 4; got {width}.":
+                self.pos_embed_type == "sincos" and width % 4,
+            f"`diffusion_loss_weight` must not be negative; got {weight}.": weight < 0,
+            f"`sample_size` must be one integer or (height, width); got {size}.":
+                not isinstance(size, int) and len(size) != 2,
+        })  # fmt: skip
         if self.patch_encoder == "unet":
-            self._validate_unet()
-        if self.pos_embed_type not in (None, "sincos"):
-            raise ValueError(f"`pos_embed_type` must be None or 'sincos'; got {self.pos_embed_type!r}.")
-        if self.pos_embed_type == "sincos" and self.text_config.hidden_size % 4:
-            raise ValueError(
-                "`pos_embed_type='sincos'` needs a hidden size that is a multiple of 4; got "
-                f"{self.text_config.hidden_size}."
-            )
-        prediction_types = ("epsilon", "v_prediction", "sample", "flow_prediction")
-        if self.prediction_type not in prediction_types:
-            raise ValueError(
-                f"`prediction_type` must be one of {', '.join(prediction_types)}; got {self.prediction_type!r}."
-            )
-        if self.untied_modalities not in (None, [], ["image"]):
-            raise ValueError(
-                "`untied_modalities` must be None, [] or ['image']: text keeps the decoder's own weights; got "
-                f"{self.untied_modalities!r}."
-            )
+            self._complete_and_validate_unet()
         if self.vae_config is not None:
             self._validate_vae(self.vae_config)
-        if self.diffusion_loss_weight < 0:
-            raise ValueError(f"`diffusion_loss_weight` must not be negative; got {self.diffusion_loss_weight}.")
-        if not isinstance(self.sample_size, int) and len(self.sample_size) != 2:
-            raise ValueError(f"`sample_size` must be one integer or (height, width); got {self.sample_size}.")
         self.num_patches(*self.latent_size)
-
         vocab_size = self.text_config.vocab_size
         ids = {name: getattr(self, name) for name in ("image_start_token_id", "image_token_id", "image_end_token_id")}
         for name, value in ids.items():
@@ -406,13 +312,56 @@ class TransfusionConfig(PreTrainedConfig):
                     "`text_config.vocab_size` or let `TransfusionProcessor.for_model` add the tokens."
                 )
         if len(set(ids.values())) != len(ids):
-            raise ValueError(
-                f"The three image tokens must differ; got {', '.join(f'{k}={v}' for k, v in ids.items())}."
-            )
+            given = ", ".join(f"{name}={value}" for name, value in ids.items())
+            raise ValueError(f"The three image tokens must differ; got {given}.")
+
+    def _complete_and_validate_unet(self) -> None:
+        hidden_size, patch_size, given = self.text_config.hidden_size, self.patch_size, self.unet_block_out_channels
+        num_levels = patch_size.bit_length()
+        channels: list | tuple
+        if given is None and hidden_size >= _PAPER_HIDDEN_SIZE and patch_size in _PAPER_UNETS:
+            channels, layers, groups = *_PAPER_UNETS[patch_size], 32
+        else:
+            small = [-(-hidden_size // 4 // 8) * 8] * (num_levels - 1) + [-(-hidden_size // 2 // 8) * 8]
+            channels, layers, groups = given or small, 1, min(8, small[0] // 2) if given is None else 32
+        layers = layers if self.unet_layers_per_block is None else self.unet_layers_per_block
+        groups = groups if self.unet_norm_num_groups is None else self.unet_norm_num_groups
+        _refuse({
+            "`patch_size` must be a power of two with `patch_encoder='unet'`, which halves the image at each level; "
+            f"got {patch_size}.": patch_size & (patch_size - 1),
+            f"`unet_block_out_channels` must hold log2(`patch_size`) + 1 = {num_levels} numbers for patches of "
+            f"{patch_size}; got {channels}.": len(channels) != num_levels,
+            # In a group of one channel an image of one patch is a single value, and its norm 0.
+            f"`unet_norm_num_groups` ({groups}) must divide every number of `unet_block_out_channels` and leave at "
+            f"least 2 channels to a group; got {channels}.":
+                groups < 1 or any(c < 2 * groups or c % groups for c in channels),
+            f"`unet_layers_per_block` must be at least 1; got {layers}.": layers < 1,
+        })  # fmt: skip
+        self.unet_block_out_channels = list(channels)
+        self.unet_layers_per_block, self.unet_norm_num_groups = layers, groups
+
+    def _validate_vae(self, vae: dict[str, Any]) -> None:
+        name, channels, scale = vae.get("_class_name"), vae.get("latent_channels"), vae.get("scaling_factor")
+        missing = [key for key in ("block_out_channels", "latent_channels", "scaling_factor") if key not in vae]
+        normalised = [f"`{key}`" for key in ("latents_mean", "latents_std") if vae.get(key) is not None]
+        _refuse({
+            f"`vae_config` must be that of a diffusers `AutoencoderKL`; got one of `{name}`.":
+                name not in (None, "AutoencoderKL", "TransfusionVAE"),
+            f"`vae_config` lacks {', '.join(missing)}. A model cannot learn without the scale of its latents; measure "
+            "it with `transfusion_hf.measure_latent_scale`.": missing,
+            f"`latent_channels` is {self.latent_channels}, but the latents of `vae_config` have {channels}.":
+                channels != self.latent_channels,
+            f"`scaling_factor` of `vae_config` must be a positive number; got {scale!r}.":
+                not isinstance(scale, (int, float)) or not scale > 0,
+            "`scaling_factor` of `vae_config` is 0.18215, which diffusers writes where none was set. It fits "
+            f"Stable Diffusion's 4 channels, not {channels}; measure it with `transfusion_hf.measure_latent_scale`.":
+                scale == 0.18215 and channels != 4,
+            f"`vae_config` normalises each channel by its own {' and '.join(normalised)}, which is not supported; use "
+            "`scaling_factor` and `shift_factor`.": normalised,
+            "`vae_config` has no `shift_factor`, but latents of 16 channels, such as those of SD 3 (0.0609) and FLUX "
+            "(0.1159), are not centred, and training would fail silently. Set it, to 0.0 if there is none.":
+                vae.get("shift_factor") is None and channels == 16,
+        })  # fmt: skip
 
 
-__all__ = [
-    "TransfusionConfig",
-    "paper_vae_config",
-    "vae_arguments",
-]
+__all__ = ["TransfusionConfig", "paper_vae_config", "vae_arguments"]
