@@ -451,7 +451,7 @@ def test_a_plan_of_another_batch_is_refused():
     with pytest.raises(ValueError, match="`varlen_plan` excludes `attention_mask` and `cache`"):
         model(**pack, varlen_plan=plan, attention_mask=torch.ones_like(ids))
     model.config.bidirectional_image_attention = False
-    with pytest.raises(ValueError, match=r"which this model has not .*; pass no plan"):
+    with pytest.raises(ValueError, match=r"other images .* model with bidirectional attention .* pass none"):
         model(**pack, varlen_plan=plan)
 
 

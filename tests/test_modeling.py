@@ -183,9 +183,7 @@ def test_cached_equals_uncached_wherever_the_text_is_cut():
             after = latents[blocks_before:] if blocks_before < 2 else None
             first = model(ids[:, :cut], latents=before, cache=cache, use_cache=True).logits
             mask = torch.ones_like(ids)
-            second = model(
-                ids[:, cut:], latents=after, attention_mask=mask, cache=cache, use_cache=True
-            ).logits
+            second = model(ids[:, cut:], latents=after, attention_mask=mask, cache=cache, use_cache=True).logits
             torch.testing.assert_close(torch.cat([first, second], dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -224,7 +222,7 @@ def test_each_prediction_type_trains_on_its_target(prediction_type):
     predicted = model(ids, latents=a * x_0 + b * eps, timesteps=t).image_predictions
     expected = (torch.stack(predicted) - target[prediction_type]).square().mean()
     torch.testing.assert_close(output.diffusion_loss, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=f"`timesteps` must lie in 0 to {999 + is_flow}"):
+    with pytest.raises(ValueError, match=f"`timesteps` must hold one t from 0 to {999 + is_flow}"):
         model(ids, latents=x_0, labels=labels, timesteps=torch.tensor([0, 1001]))
 
 
@@ -345,8 +343,8 @@ def test_noising_and_losses_stay_float32_in_a_bfloat16_model():
     assert output.logits.dtype == torch.bfloat16
     assert output.image_predictions[0].dtype == output.diffusion_loss.dtype == torch.float32
     # In bfloat16 ᾱ_1 = 1 and σ_1 = 0: the noised image would be the clean one.
-    noised, *_ = model._noise_images([latents], torch.tensor([1]), None, None, [0])
-    assert noised[0].dtype == torch.float32 and not torch.equal(noised[0], latents)
+    (noised,) = model._noise_images([latents], torch.tensor([1]), noise_seeds=[0]).stacks
+    assert noised.dtype == torch.float32 and not torch.equal(noised, latents)
 
 
 def test_timestep_embedding_stays_float32_however_the_model_became_bfloat16(tmp_path):
@@ -437,11 +435,14 @@ def test_bad_input_names_what_was_expected_and_what_came(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"timesteps": torch.tensor([0, 1000])}, r"`timesteps` must lie in 0 to 999; got \[0, 1000\]"),
+        (
+            {"timesteps": torch.tensor([0, 1000])},
+            r"`timesteps` must hold one t from 0 to 999 .*; got \[0, 1000\]",
+        ),
         ({"max_timesteps": torch.tensor([0, 1000])}, r"`max_timesteps` must lie in 1 to 1000; got \[0, 1000\]"),
         ({"max_timesteps": torch.tensor([500])}, "`max_timesteps` must hold one value for each of 2 images; got 1"),
         ({"image_loss_mask": torch.tensor([True])}, "`image_loss_mask` must hold one value for each of 2 images"),
-        ({"timesteps": torch.tensor([5])}, "`timesteps` must hold one value for each of 2 images; got 1"),
+        ({"timesteps": torch.tensor([5])}, r"`timesteps` must hold one t .* for each of 2 images; got \[5\]"),
         ({"noise_seeds": [1, 2, 3]}, "`noise_seeds` must hold one value for each of 2 images; got 3"),
     ],
 )

@@ -21,9 +21,9 @@ from transfusion_hf import (
     TransfusionForCausalLMAndDiffusion,
     TransfusionSamplesCallback,
     TransfusionTrainer,
+    diffusion_transfusion,
     make_labels,
 )
-from transfusion_hf import lm_loss_transfusion as lm_loss
 from transfusion_hf.training.callbacks import log_pictures
 from transfusion_hf.training.trainer import _flops_per_token
 
@@ -433,7 +433,7 @@ def test_without_logits_the_losses_and_gradients_are_the_same():
 
 
 def test_the_logits_become_their_own_gradient(monkeypatch):
-    monkeypatch.setattr(lm_loss, "_PIECE", 40)  # pieces of 5 rows
+    monkeypatch.setattr(diffusion_transfusion, "_PIECE", 40)  # pieces of 5 rows
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(12, 8, generator=generator, dtype=torch.float64)
     targets = torch.randint(8, (12,), generator=generator)
@@ -442,7 +442,7 @@ def test_the_logits_become_their_own_gradient(monkeypatch):
     leaf = values.clone().requires_grad_()
     logits, places = leaf * 1, []
     logits.register_hook(lambda gradient: places.append(gradient.data_ptr()))
-    loss = lm_loss.sum_cross_entropy_(logits, targets) * 0.5
+    loss = diffusion_transfusion.sum_cross_entropy_(logits, targets) * 0.5
     loss.backward(retain_graph=True)
     torch.testing.assert_close(leaf.grad, expected.grad, rtol=0, atol=1e-12)
     assert places == [logits.data_ptr()]
@@ -451,7 +451,7 @@ def test_the_logits_become_their_own_gradient(monkeypatch):
     rounded = values.bfloat16()
     before = rounded.clone()
     torch.testing.assert_close(
-        lm_loss.sum_cross_entropy_(rounded, targets),
+        diffusion_transfusion.sum_cross_entropy_(rounded, targets),
         torch.nn.functional.cross_entropy(before.float(), targets, reduction="sum"),
     )
     assert torch.equal(rounded, before)

@@ -43,6 +43,7 @@ from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
 from .attention_transfusion import set_varlen_kernel, varlen_kernels  # noqa: E402
 from .cli.streamers import StreamedImage, TransfusionStreamer  # noqa: E402
 from .configuration_transfusion import TransfusionConfig, paper_vae_config  # noqa: E402
+from .conversion import language_model as _language_model  # noqa: E402, F401 - attaches `from_causal_lm`
 from .data.collator import TransfusionDataCollator  # noqa: E402
 from .generation_transfusion import TransfusionGenerateOutput  # noqa: E402
 from .image_processing_transfusion import TransfusionImageProcessor  # noqa: E402

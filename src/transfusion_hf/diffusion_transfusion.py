@@ -1,10 +1,11 @@
 """
-The diffusion half of Transfusion as pure functions over diffusers' schedulers (Eq. 2-3, arXiv 2408.11039).
+The mathematics of Transfusion as free functions: diffusion over diffusers' schedulers (Eq. 2-3, arXiv 2408.11039), and
+the LM loss (Eq. 1).
 
 Legend: `x_0` a clean latent, `eps` the noise ε, `x_t` = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε. Time runs from t = 0, almost clean, to
 t = T − 1, almost pure noise; a clean image is conditioned on as t = 0. Everything here is float32.
 
-Beside ε, as in the paper, a model may predict v, x_0 or the flow. With flow matching (arXiv 2210.02747) there is no ᾱ:
+A model may predict ε, as in the paper, v, x_0 or the flow. With flow matching (arXiv 2210.02747) there is no ᾱ:
 x_t = (1 − t/T)·x_0 + (t/T)·ε for t from 1 to T, and the target is ε − x_0.
 """
 
@@ -12,13 +13,23 @@ import copy
 import inspect
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
+from torch import nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedConfig
 
 from .configuration_transfusion import TransfusionConfig
+
+_PIECE = 2**24  # logits that are worked on at a time
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
@@ -53,14 +64,14 @@ def make_sampling_scheduler(
     device: torch.device,
 ) -> SchedulerMixin:
     """
-    A scheduler ready to sample, whose state nobody else shares.
+    A scheduler ready to sample, whose state is shared with nobody.
 
     Args:
         noise_scheduler (`SchedulerMixin`): That of the training.
         scheduler (`SchedulerMixin` or `str`, *optional*):
-            A diffusers scheduler, or the name of its class, then made from the model's own schedule to go from 0.98·T
-            or above to 0, however many the steps, and to clip x_0 if the training's does and it can (Euler's cannot).
-            Defaults to the DDPM sampler of the paper; for flow matching to Euler's.
+            A diffusers scheduler, or the name of its class. By name it is made from the model's own schedule, to go
+            from 0.98·T or above to 0 in any number of steps, and to clip x_0 if the training's does (Euler's cannot).
+            Default: the DDPM sampler of the paper; for flow matching Euler's.
         num_inference_steps (`int`): 1 to T.
 
     Raises:
@@ -70,34 +81,47 @@ def make_sampling_scheduler(
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
     if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train_timesteps:
         raise ValueError(f"`num_inference_steps` must be 1 to {num_train_timesteps}; got {num_inference_steps}.")
-    sampler: Any = scheduler
-    own = noise_scheduler.config
     is_named = scheduler is None or isinstance(scheduler, str)
-    if is_named:
-        scheduler_class = _scheduler_class(scheduler or type(noise_scheduler).__name__)
-        accepted = inspect.signature(scheduler_class).parameters
-        changes: dict[str, Any] = {}
-        if is_flow(noise_scheduler):
-            if "use_flow_sigmas" in accepted:
-                changes = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-        elif own.clip_sample and "clip_sample" not in accepted and "thresholding" in accepted:
-            changes = {"thresholding": True}  # at the `sample_max_value` of 1, its default, it clips to [−1, 1]
-        sampler = scheduler_class.from_config(own, **changes)
+    sampler: Any = _scheduler_of_name(noise_scheduler, scheduler) if is_named else scheduler
+    _check_same_schedule(sampler, noise_scheduler)
+    if is_named and not is_flow(noise_scheduler):
+        sampler = _from_noise_to_0(sampler, noise_scheduler.betas, num_inference_steps)
+    sampler = copy.deepcopy(sampler)
+    sampler.set_timesteps(num_inference_steps, device=device)
+    return sampler
+
+
+def _scheduler_of_name(noise_scheduler: SchedulerMixin, name: Any) -> Any:
+    own, name = noise_scheduler.config, name or type(noise_scheduler).__name__
+    scheduler_class: Any = getattr(diffusers, name, None)
+    if SchedulerMixin not in getattr(scheduler_class, "__mro__", ()):
+        raise ValueError(f"`scheduler` must name a scheduler of diffusers, such as 'DDIMScheduler'; got {name!r}.")
+    accepted = inspect.signature(scheduler_class).parameters
+    changes: dict[str, Any] = {}
+    if is_flow(noise_scheduler):
+        if "use_flow_sigmas" in accepted:
+            changes = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    elif own.clip_sample and "clip_sample" not in accepted and "thresholding" in accepted:
+        changes = {"thresholding": True}  # with its default `sample_max_value` of 1 it clips to [−1, 1]
+    return scheduler_class.from_config(own, **changes)
+
+
+def _check_same_schedule(sampler: Any, noise_scheduler: SchedulerMixin) -> None:
     remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
     if not isinstance(sampler, SchedulerMixin):
         raise ValueError(
             f"`scheduler` must be a diffusers scheduler, its class name or `None`; got {sampler!r}; {remedy}."
         )
-    # Of diffusers' own flow matching the config says no type; multistep samplers need both, flow sigmas and the type.
+    # The config of diffusers' own flow matching names no type; multistep samplers need flow sigmas and the type.
     is_flow_only = type(sampler).__name__.startswith("FlowMatch")
-    wanted = "flow_prediction" if is_flow(noise_scheduler) else own.prediction_type
+    wanted = "flow_prediction" if is_flow(noise_scheduler) else noise_scheduler.config.prediction_type
     sampled = "flow_prediction" if is_flow_only else sampler.config.get("prediction_type")
     if sampled != wanted:
         raise ValueError(
             f"`scheduler` samples a model of prediction type {sampled!r}, this one predicts {wanted!r}; {remedy}."
         )
     is_same = is_flow(sampler) == is_flow(noise_scheduler)
-    is_same = is_same and sampler.config.get("num_train_timesteps") == num_train_timesteps
+    is_same = is_same and sampler.config.get("num_train_timesteps") == noise_scheduler.config.num_train_timesteps
     if is_same and not is_flow(noise_scheduler):
         schedules = [getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in (sampler, noise_scheduler)]
         is_same = schedules[0].shape == schedules[1].shape and torch.allclose(*schedules, atol=1e-6)
@@ -105,11 +129,31 @@ def make_sampling_scheduler(
         raise ValueError(
             f"`scheduler` ({type(sampler).__name__}) has another noise schedule than the model; {remedy}."
         )
-    if is_named and not is_flow(noise_scheduler):
-        sampler = _from_noise_to_0(sampler, noise_scheduler.betas, num_inference_steps)
-    sampler = copy.deepcopy(sampler)
-    sampler.set_timesteps(num_inference_steps, device=device)
-    return sampler
+
+
+def _from_noise_to_0(sampler: Any, betas: torch.Tensor, num_steps: int) -> Any:
+    """The sampler with steps that begin at 0.98·T or above and end at 0."""
+    num_train_timesteps = len(betas)
+    first = int(0.98 * num_train_timesteps)
+    # DDIM and its kin go from t to t − T // steps, on no other grid than "leading".
+    has_any_grid = hasattr(sampler, "sigmas") or hasattr(sampler, "previous_timestep")
+    sampler.set_timesteps(num_steps)
+    # How far to move "leading" steps up, to begin at noise, unless they would then end too early.
+    missing = max(0, first - int(sampler.timesteps[0]))
+    if missing <= num_train_timesteps // num_steps * (2 if has_any_grid else 1):
+        return type(sampler).from_config(sampler.config, **({"steps_offset": missing} if missing else {}))
+    if has_any_grid and num_steps <= first:
+        # Evenly over the model's schedule without its end.
+        kept = {"num_train_timesteps": first + 1, "trained_betas": betas[: first + 1].tolist()}
+        return type(sampler).from_config(sampler.config, **kept, timestep_spacing="linspace")
+    raise ValueError(
+        f"`num_inference_steps={num_steps}` cannot be divided evenly from noise to 0 by {type(sampler).__name__}; "
+        f"pass a smaller divisor of {num_train_timesteps}."
+    )
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(int(seed))
 
 
 def content_seeds(stacks: Sequence[torch.Tensor]) -> list[int]:
@@ -139,6 +183,15 @@ def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | Non
         draws = [torch.rand((), generator=_generator(seed)) for seed in seeds]
         uniform = torch.stack(draws).to(max_timesteps.device)
     return (uniform * max_timesteps).long()
+
+
+def check_timesteps(timesteps: torch.Tensor, num_images: int, config: TransfusionConfig) -> None:
+    """Raises `ValueError` unless there is one t in range for each image."""
+    last = config.num_train_timesteps - 1 + config.first_timestep
+    if timesteps.shape != (num_images,) or not ((timesteps >= 0) & (timesteps <= last)).all():
+        raise ValueError(
+            f"`timesteps` must hold one t from 0 to {last} for each of {num_images} images; got {timesteps.tolist()}."
+        )
 
 
 def sample_noise(stacks: Sequence[torch.Tensor], seeds: Sequence[int] | None = None) -> list[torch.Tensor]:
@@ -203,6 +256,67 @@ def prediction_targets(
     return list(x_0 if prediction_type == "sample" else eps)
 
 
+def chosen_rows(stacks: Sequence[torch.Tensor], mask: torch.BoolTensor) -> list[list[int]]:
+    """The images of each stack that a mask `(num_images,)` over all of them chooses (one device synchronisation)."""
+    chosen = iter(mask.tolist())
+    return [[i for i in range(len(stack)) if next(chosen)] for stack in stacks]
+
+
+@dataclass
+class NoisedImages:
+    """
+    What a training step makes of clean images.
+
+    Args:
+        stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): x_t, or x_0 of clean context.
+        timesteps (`torch.LongTensor` of shape `(num_images,)`): 0 for clean context.
+        targets (`list[torch.Tensor]`): What to predict of the noised images, in stacks of these alone.
+        is_noised (`torch.BoolTensor` of shape `(num_images,)`, *optional*): `None`: all are.
+    """
+
+    stacks: list[torch.Tensor]
+    timesteps: torch.LongTensor
+    targets: list[torch.Tensor]
+    is_noised: torch.BoolTensor | None
+
+    @property
+    def prediction_mask(self) -> torch.BoolTensor | None:
+        """The images to predict: the noised ones, or the first if there is none, so that each image part is used."""
+        if self.targets:
+            return self.is_noised
+        return torch.arange(len(self.timesteps), device=self.timesteps.device) == 0
+
+    @property
+    def noised_timesteps(self) -> torch.LongTensor:
+        return self.timesteps if self.is_noised is None else self.timesteps[self.is_noised]
+
+
+def noise_images(
+    noise_scheduler: SchedulerMixin,
+    x_0: Sequence[torch.Tensor],
+    eps: Sequence[torch.Tensor],
+    timesteps: torch.LongTensor,
+    is_noised: torch.BoolTensor | None = None,
+) -> NoisedImages:
+    """
+    The forward diffusion of a training step.
+
+    Args:
+        is_noised (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
+            `False`: clean context, with t = 0 and no target. Default: all are noised.
+        noise_scheduler, x_0, eps, timesteps: As in [`add_noise`].
+    """
+    if is_noised is not None:
+        timesteps = torch.where(is_noised, timesteps, 0)
+    stacks = add_noise(noise_scheduler, x_0, eps, timesteps)
+    targets = prediction_targets(noise_scheduler, x_0, eps, timesteps)
+    if is_noised is not None:
+        keep = is_noised.split([len(stack) for stack in x_0])
+        stacks = [torch.where(k[:, None, None, None], x, o) for k, x, o in zip(keep, stacks, x_0, strict=True)]
+        targets = [t[row] for t, row in zip(targets, chosen_rows(x_0, is_noised), strict=True) if row]
+    return NoisedImages(stacks, timesteps, targets, is_noised)
+
+
 def predicted_x_0(
     noise_scheduler: SchedulerMixin, x_t: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor
 ) -> torch.Tensor:
@@ -238,6 +352,121 @@ def image_losses(predictions: Sequence[torch.Tensor], targets: Sequence[torch.Te
     return torch.cat([(p - t).square().flatten(1).mean(1) for p, t in zip(predictions, targets, strict=True)])
 
 
+def mean_image_loss(
+    losses: torch.Tensor,
+    num_labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    num_images_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """
+    L_DDPM as the mean over images, or this micro-batch's part of that of a batch.
+
+    Args:
+        losses (`torch.FloatTensor` of shape `(num_noised_images,)`)
+        num_labels (`torch.LongTensor` of shape `()`): Labels in this micro-batch.
+        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labels in the batch: weights the mean by the share.
+        num_images_in_batch (`torch.Tensor` or `int`, *optional*): Noised images in the batch: the exact part.
+
+    Raises:
+        ValueError: a batch without labels.
+    """
+    if num_images_in_batch is not None:
+        return losses.sum() / num_images_in_batch
+    if num_items_in_batch is None:
+        return losses.mean()
+    if not num_items_in_batch:
+        raise ValueError(
+            "`num_items_in_batch` is 0: the Trainer counts labels, and a batch of images without any cannot be "
+            "weighted. Give each row a text token, such as an end of sequence."
+        )
+    return losses.mean() * (num_labels / torch.as_tensor(num_items_in_batch).to(losses.device))
+
+
+def scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
+    """What Cohere, Granite and Gemma do to their logits after the head."""
+    if (scale := getattr(text_config, "logit_scale", None)) is not None:
+        logits = logits * scale
+    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+class _CrossEntropyInPlace(torch.autograd.Function):
+    """The sum of the cross entropies. The logits become their own gradient: nothing else of their size is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        total = logits.new_zeros(())
+        num_rows = max(1, _PIECE // logits.shape[1])
+        for rows, ids in zip(logits.split(num_rows), targets[:, None].split(num_rows), strict=True):
+            rows.sub_(rows.logsumexp(1, keepdim=True))
+            total -= rows.gather(1, ids).sum()
+            rows.exp_().scatter_add_(1, ids, rows.new_full(ids.shape, -1.0))
+        ctx.gradient = logits
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if ctx.gradient is None:
+            raise RuntimeError(
+                "The LM loss without logits goes backward once. Pass `skip_logits=False` to `forward` for a second "
+                "time, as with `retain_graph=True`."
+            )
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(grad_output), None
+
+
+@torch.compiler.disable  # a compiled graph cannot hold a function that keeps what it overwrote
+def sum_cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """
+    The sum of −log softmax(logits)[target] (L_LM, Eq. 1), in at least float32. In place: float32 and float64 logits
+    hold nothing useful afterwards. The backward pass then needs no memory beyond theirs; `F.cross_entropy` takes three
+    times as much.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(num_labels, vocab)`)
+        targets (`torch.LongTensor` of shape `(num_labels,)`)
+
+    Returns:
+        `torch.FloatTensor` of shape `()`.
+
+    Raises:
+        RuntimeError: a second backward pass.
+    """
+    return _CrossEntropyInPlace.apply(at_least_float32(logits), targets)
+
+
+def sum_cross_entropy_by_liger(
+    hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor, text_config: PreTrainedConfig
+) -> torch.Tensor:
+    """
+    Fused LM head and cross-entropy (Liger), which computes the logits in pieces and keeps none.
+
+    Args:
+        hidden_states (`torch.FloatTensor` of shape `(num_labels, hidden)`)
+        head (`nn.Linear`)
+        targets (`torch.LongTensor` of shape `(num_labels,)`)
+        text_config (`PreTrainedConfig`)
+
+    Raises:
+        ImportError: Liger is not installed.
+    """
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError as error:
+        raise ImportError("`use_liger_loss` needs Liger; `pip install liger-kernel`.") from error
+    cap = getattr(text_config, "final_logit_softcapping", None)
+    scale = getattr(text_config, "logit_scale", None) or 1.0
+    scale = scale / (getattr(text_config, "logits_scaling", None) or 1.0)
+    if scale != 1.0:  # no such family has a head with bias
+        hidden_states = hidden_states * scale
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap)
+    return loss(head.weight, hidden_states, targets, head.bias)
+
+
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     """Classifier-free guidance: the unconditional prediction moved `guidance_scale` times towards the conditional."""
     return unconditional + guidance_scale * (conditional - unconditional)
@@ -271,42 +500,3 @@ def sampling_step_kwargs(scheduler: SchedulerMixin, generator: Any) -> dict[str,
     accepted = inspect.signature(scheduler.step).parameters
     kwargs = {"generator": generator, "use_clipped_model_output": True}
     return {name: value for name, value in kwargs.items() if name in accepted}
-
-
-def _from_noise_to_0(sampler: Any, betas: torch.Tensor, num_steps: int) -> Any:
-    """The sampler with steps that begin at 0.98·T or above and end at 0."""
-    num_train_timesteps = len(betas)
-    first = int(0.98 * num_train_timesteps)
-    # DDIM's kind goes from t to t − T // steps, on no other grid than "leading".
-    has_any_grid = hasattr(sampler, "sigmas") or hasattr(sampler, "previous_timestep")
-
-    def offset(steps: int) -> int | None:
-        """How far to move "leading" steps up, to begin at noise; `None` if they would then end too early."""
-        sampler.set_timesteps(steps)
-        missing = max(0, first - int(sampler.timesteps[0]))
-        return missing if missing <= num_train_timesteps // steps * (2 if has_any_grid else 1) else None
-
-    moved = offset(num_steps)
-    if moved is not None:
-        return type(sampler).from_config(sampler.config, **({"steps_offset": moved} if moved else {}))
-    if has_any_grid and num_steps <= first:
-        # Evenly over the model's schedule without its end.
-        kept = {"num_train_timesteps": first + 1, "trained_betas": betas[: first + 1].tolist()}
-        return type(sampler).from_config(sampler.config, **kept, timestep_spacing="linspace")
-    fewer, more = range(num_steps - 1, 0, -1), range(num_steps + 1, num_train_timesteps + 1)
-    nearest = [next((steps for steps in side if offset(steps) is not None), None) for side in (fewer, more)]
-    raise ValueError(
-        f"`num_inference_steps={num_steps}` cannot be divided evenly from noise to 0 by {type(sampler).__name__}; the "
-        f"nearest that can: {' or '.join(str(steps) for steps in nearest if steps)}."
-    )
-
-
-def _scheduler_class(name: str) -> Any:
-    scheduler_class = getattr(diffusers, name, None)
-    if not isinstance(scheduler_class, type) or not issubclass(scheduler_class, SchedulerMixin):
-        raise ValueError(f"`scheduler` must name a scheduler of diffusers, as 'DDIMScheduler'; got {name!r}.")
-    return scheduler_class
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(int(seed))

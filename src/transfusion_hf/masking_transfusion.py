@@ -1,23 +1,32 @@
 """
-From input ids to the attention mask of Transfusion (Fig. 4, arXiv 2408.11039): causal everywhere, and full attention
-among the patches of one image. The only file that follows transformers' mask API.
+From input ids to Transfusion's attention mask (Fig. 4, arXiv 2408.11039): causal everywhere, bidirectional among the
+patches of one image. The only file that follows transformers' mask API.
 """
+
+from typing import Any
 
 import torch
 from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
 from .attention_transfusion import VARLEN_ATTENTION, VarlenPlan, make_varlen_plan
+from .configuration_transfusion import TransfusionConfig
 
 
-def check_attn_implementation(attn_implementation: str | None) -> None:
+def check_attn_implementation(attn_implementation: str | dict | None) -> None:
     """
-    Refuses the attention implementations that would lose the image blocks without a word.
+    Refuses the attention implementations that would silently lose the image blocks.
+
+    Args:
+        attn_implementation (`str` or `dict`, *optional*): A dict holds those of the sub-configs.
 
     Raises:
         ValueError: a stock flash implementation.
     """
-    if attn_implementation is not None and "flash" in attn_implementation:
+    if isinstance(attn_implementation, dict):
+        for value in attn_implementation.values():
+            check_attn_implementation(value)
+    elif attn_implementation is not None and "flash" in attn_implementation:
         raise ValueError(
             f"`attn_implementation={attn_implementation!r}` cannot compute Transfusion's mask: flash attention knows "
             "only causal and full attention, so transformers would silently drop the bidirectional image blocks. Use "
@@ -27,7 +36,7 @@ def check_attn_implementation(attn_implementation: str | None) -> None:
 
 def image_block_ids(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
     """
-    Numbers the images of each row: a run of placeholders is one image, `<BOI>` and `<EOI>` keep neighbours apart.
+    Numbers the images of each row: a run of placeholders is one image; `<BOI>` and `<EOI>` keep neighbours apart.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, seq)`)
@@ -51,6 +60,51 @@ def image_block_lengths(block_ids: torch.LongTensor) -> list[int]:
     return torch.bincount(flat).tolist()
 
 
+def check_image_blocks(
+    stacks: list[torch.Tensor] | None, block_ids: torch.LongTensor | None, config: TransfusionConfig
+) -> None:
+    """
+    Images and blocks must be equal in number and length, or the placeholders would be filled wrongly.
+
+    Args:
+        stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`, *optional*): The latents.
+        block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): From [`image_block_ids`].
+
+    Raises:
+        ValueError: they are not, an image has a wrong size or holds NaN or infinite values.
+    """
+    if stacks is None:
+        if block_ids is not None and (block_ids >= 0).any():
+            raise ValueError(
+                f"`input_ids` has {len(image_block_lengths(block_ids))} image blocks but no images were passed; pass "
+                "`pixel_values` or `latents`, one image per block."
+            )
+        return
+    if block_ids is None:
+        raise ValueError("`inputs_embeds` holds text only; pass images together with `input_ids`.")
+    num_patches = []
+    for stack in stacks:
+        if stack.ndim != 4 or stack.shape[1] != config.latent_channels:
+            raise ValueError(
+                f"Latents must have shape (num_images, {config.latent_channels}, height, width), as `latent_channels` "
+                f"says; got {tuple(stack.shape)}."
+            )
+        num_patches += [config.num_patches(*stack.shape[2:])] * len(stack)
+        if not torch.isfinite(stack).all():
+            raise ValueError("`pixel_values` or `latents` hold NaN or infinite values; expected finite numbers.")
+    block_lengths = image_block_lengths(block_ids)
+    if len(num_patches) != len(block_lengths):
+        raise ValueError(
+            f"`pixel_values` or `latents` hold {len(num_patches)} images but `input_ids` has {len(block_lengths)} "
+            "image blocks; pass one image per block."
+        )
+    if num_patches != block_lengths:
+        raise ValueError(
+            f"`input_ids` has image blocks of {block_lengths} patches but the images have {num_patches}; an image "
+            "needs one placeholder per patch, in one uninterrupted run."
+        )
+
+
 def create_transfusion_mask(
     text_config: PreTrainedConfig,
     inputs_embeds: torch.Tensor,
@@ -58,7 +112,8 @@ def create_transfusion_mask(
     attention_mask: torch.Tensor | None,
     cache: Cache | None,
     position_ids: torch.LongTensor | None,
-):
+    varlen_plan: VarlenPlan | None = None,
+) -> Any:
     """
     The mask for the new positions, in whatever form the decoder and its attention implementation want.
 
@@ -66,26 +121,37 @@ def create_transfusion_mask(
         text_config (`PreTrainedConfig`): The decoder's.
         inputs_embeds (`torch.Tensor` of shape `(batch, seq, hidden)`): Only its shape, dtype and device are read.
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
-            Of the new positions, as from [`image_block_ids`]. `None`: causal throughout. An image never straddles
-            the border between cache and new positions, so those of the cache are not needed.
+            Of the new positions, from [`image_block_ids`]; `None`: causal throughout. An image never straddles the
+            border between cache and new positions, so the cached ones are not needed.
         attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*): 0 at padding.
         cache (`Cache`, *optional*)
         position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
+        varlen_plan (`VarlenPlan`, *optional*): A plan made before, in place of `attention_mask` and `cache`.
 
     Returns:
-        A tensor, a `BlockMask`, `None`, or a dict of those by layer type, for the decoder's `attention_mask`; or, for
-        `"transfusion_varlen"`, a `VarlenPlan`.
+        What the decoder takes as `attention_mask`: a tensor, a `BlockMask`, `None`, or a dict of those by layer type;
+        for `"transfusion_varlen"` a `VarlenPlan`.
 
     Raises:
-        ValueError: the decoder runs on a stock flash implementation.
+        ValueError: the decoder runs on a stock flash implementation; `varlen_plan` was made for another batch.
     """
     check_attn_implementation(text_config._attn_implementation)
+    batch, seq = inputs_embeds.shape[:2]
+    if varlen_plan is not None:
+        if attention_mask is not None or cache is not None:
+            raise ValueError("`varlen_plan` excludes `attention_mask` and `cache`; pass one of them.")
+        if not torch.compiler.is_compiling():
+            _check_varlen_plan(varlen_plan, text_config, (batch, seq), block_ids, position_ids)
+        return varlen_plan.to(inputs_embeds.device)
     if text_config._attn_implementation == VARLEN_ATTENTION:
-        return _create_varlen_plan(inputs_embeds, block_ids, attention_mask, cache, position_ids)
+        is_packed = attention_mask is None and cache is None
+        document_ids = _document_ids(position_ids, batch, seq) if is_packed else None
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, seq if cache is None else cache.get_seq_length() + seq)
+        return make_varlen_plan(attention_mask, seq, block_ids, document_ids, inputs_embeds.device)
     if block_ids is not None and cache is not None:
         # The library wants the ids of prefix and query together; shorter ones give a wrong mask without an error.
-        past_length = cache.get_seq_length()
-        block_ids = torch.nn.functional.pad(block_ids, (past_length, 0), value=-1)
+        block_ids = torch.nn.functional.pad(block_ids, (cache.get_seq_length(), 0), value=-1)
     return create_masks_for_generate(
         config=text_config,
         inputs_embeds=inputs_embeds,
@@ -96,80 +162,52 @@ def create_transfusion_mask(
     )
 
 
-def _create_varlen_plan(inputs_embeds, block_ids, attention_mask, cache, position_ids) -> VarlenPlan:
-    batch, seq = inputs_embeds.shape[:2]
-    past_length = 0 if cache is None else cache.get_seq_length()
-    document_ids = None
-    if attention_mask is None:
-        attention_mask = torch.ones(batch, past_length + seq)
-        if cache is None and position_ids is not None:
-            # transformers' own rule for documents packed into a row: positions that do not go on.
-            document_ids = find_packed_sequence_indices(position_ids.expand(batch, -1))
-    return make_varlen_plan(attention_mask, seq, block_ids, document_ids, inputs_embeds.device)
-
-
 def make_packed_plan(input_ids: torch.LongTensor, position_ids: torch.LongTensor, image_token_id: int) -> VarlenPlan:
     """
     The plan of packed rows, for `varlen_plan` of `TransfusionModel.forward`.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, seq)`): Padding counts as a document.
-        position_ids (`torch.LongTensor` of shape `(batch, seq)`): They begin anew at each document.
+        position_ids (`torch.LongTensor` of shape `(batch, seq)`): They restart at each document.
         image_token_id (`int`): Id of the placeholder.
     """
     block_ids = image_block_ids(input_ids, image_token_id)
-    document_ids = find_packed_sequence_indices(position_ids)
+    document_ids = _document_ids(position_ids, *input_ids.shape)
     return make_varlen_plan(torch.ones_like(input_ids), input_ids.shape[1], block_ids, document_ids)
 
 
-def check_varlen_plan(
+def _document_ids(position_ids: torch.LongTensor | None, batch: int, seq: int) -> torch.LongTensor | None:
+    """transformers' own rule for documents packed into a row: a new one starts where positions do not go on."""
+    return None if position_ids is None else find_packed_sequence_indices(position_ids.expand(batch, seq))
+
+
+def _check_varlen_plan(
     plan: VarlenPlan,
     text_config: PreTrainedConfig,
-    shape: torch.Size,
+    shape: tuple[int, int],
     block_ids: torch.LongTensor | None,
     position_ids: torch.LongTensor | None,
-    is_bidirectional: bool = True,
 ) -> None:
-    """
-    Refuses a plan, handed in by the caller, that was made for other inputs (one device synchronisation).
-
-    Args:
-        plan (`VarlenPlan`)
-        text_config (`PreTrainedConfig`): The decoder's.
-        shape (`torch.Size`): `(batch, seq)`.
-        block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
-        position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
-        is_bidirectional (`bool`, defaults to `True`): `config.bidirectional_image_attention`.
-
-    Raises:
-        ValueError: other images or documents, a plan with images where attention is causal, or an attention
-            implementation that uses no plan.
-    """
+    """One device synchronisation."""
     if text_config._attn_implementation != VARLEN_ATTENTION:
         raise ValueError(
             f"`varlen_plan` is for `attn_implementation='{VARLEN_ATTENTION}'`; this model runs on "
             f"{text_config._attn_implementation!r}. Have the collator make none, or set that implementation."
         )
-    if not is_bidirectional and plan.block_ids is not None and bool((plan.block_ids >= 0).any()):
-        raise ValueError(
-            "`varlen_plan` has attention in both directions inside images, which this model has not "
-            "(`bidirectional_image_attention=False`); pass no plan, and the model makes its own."
-        )
-    document_ids = None if position_ids is None else find_packed_sequence_indices(position_ids.expand(shape))
     for what, own, other, default in (
         ("images", plan.block_ids, block_ids, -1),
-        ("documents", plan.document_ids, document_ids, 0),
+        ("documents", plan.document_ids, _document_ids(position_ids, *shape), 0),
     ):
         own, other = (torch.tensor(default).expand(shape) if ids is None else ids for ids in (own, other))
         if own.shape != other.shape or not torch.equal(own.to(other.device), other):
             raise ValueError(
-                f"`varlen_plan` was made for other {what} than those of `input_ids` and `position_ids`; make it from "
-                "the batch that it goes with."
+                f"`varlen_plan` was made for other {what} than those of `input_ids` and `position_ids`, or for a "
+                "model with bidirectional attention in images; make it from the batch that it goes with, or pass none."
             )
 
 
-def is_prepared(attention_mask) -> bool:
-    """Whether the mask is one that [`create_transfusion_mask`] made, to be handed on as it is."""
+def is_prepared(attention_mask: Any) -> bool:
+    """Whether [`create_transfusion_mask`] made the mask, so that it is handed on as it is."""
     if attention_mask is None or isinstance(attention_mask, (dict, VarlenPlan)):
         return attention_mask is not None
     return len(attention_mask.shape) == 4

@@ -1,46 +1,44 @@
 """
-Transfusion (Zhou et al., arXiv 2408.11039): any decoder of transformers, the light image parts around it, two losses.
+Transfusion (Zhou et al., arXiv 2408.11039): any transformers decoder, the light image parts around it, two losses.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    AutoModel,
-    Cache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_transfusion import VarlenPlan
-from .configuration_transfusion import (
-    TransfusionConfig,
-    vae_arguments,
-)
-from .conversion_transfusion import TransfusionConversionMixin
+from .configuration_transfusion import TransfusionConfig, vae_arguments
 from .diffusion_transfusion import (
-    add_noise,
+    NoisedImages,
+    at_least_float32,
+    check_timesteps,
+    chosen_rows,
     content_seeds,
     image_losses,
     make_noise_scheduler,
-    prediction_targets,
+    mean_image_loss,
+    noise_images,
     sample_noise,
     sample_timesteps,
+    scale_logits,
+    sum_cross_entropy_,
+    sum_cross_entropy_by_liger,
 )
 from .generation_transfusion import DRAWING_DEFAULTS, TransfusionGenerationMixin
-from .lm_loss_transfusion import scale_logits, sum_cross_entropy_, sum_cross_entropy_by_liger
 from .masking_transfusion import (
     check_attn_implementation,
-    check_varlen_plan,
+    check_image_blocks,
     create_transfusion_mask,
     image_block_ids,
-    image_block_lengths,
     is_prepared,
 )
 from .modality_transfusion import ModalityRouter, image_parameters, untie_modalities
@@ -52,12 +50,13 @@ from .patching_transfusion import (
     TransfusionUNetPatchEncoder,
     TransfusionVAE,
     apply_by_size,
+    fit_patch_parts,
     sincos_positions,
     stack_images,
 )
 
-# Decoders whose logits are `scale(lm_head(model(x)))` with what `scale_logits` knows, all of whose layers are softmax
-# attention under a mask that the model takes prepared: a test holds each to its own `...ForCausalLM`.
+# Decoders whose logits are `scale_logits(lm_head(model(x)))`, with softmax attention in all layers under a mask that
+# the model takes prepared: a test holds each to its own `...ForCausalLM`.
 SUPPORTED_TEXT_MODELS = (
     "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite",
     "helium", "llama", "ministral", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss",
@@ -67,7 +66,7 @@ _HEADS_WITH_BIAS = ("phi",)
 
 
 def check_text_config(text_config: PreTrainedConfig) -> None:
-    """Raises `ValueError` for what is no decoder of a supported family."""
+    """Raises `ValueError` unless the config is that of a causal decoder of a supported family."""
     if text_config.model_type not in SUPPORTED_TEXT_MODELS:
         raise ValueError(
             f"`text_config.model_type` {text_config.model_type!r} is not supported. Recurrent, linear-attention, "
@@ -78,14 +77,19 @@ def check_text_config(text_config: PreTrainedConfig) -> None:
         raise ValueError("`text_config` is that of an encoder, bidirectional over text; pass a causal decoder's.")
 
 
+def mean_row(rows: torch.Tensor) -> torch.Tensor:
+    """The mean of `(num_rows, ...)` over its rows, summed in float32 without a float32 copy of all of them."""
+    return (sum(part.float().sum(0) for part in rows.split(4096)) / len(rows)).to(rows.dtype)
+
+
 @dataclass
 class TransfusionModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, seq, hidden)`)
         image_predictions (`list[torch.FloatTensor]`, *optional*):
-            What is predicted, ε or as `config.prediction_type` says, where `timesteps` was given: in stacks, of shape
-            `(num_images, channels, height, width)` each, of the images in `prediction_mask` only.
+            With `timesteps`: the prediction (ε, or what `config.prediction_type` says) for the images in
+            `prediction_mask`, in stacks of shape `(num_images, channels, height, width)`.
     """
 
     image_predictions: list[torch.Tensor] | None = None
@@ -100,9 +104,8 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
         lm_loss (`torch.FloatTensor` of shape `()`, *optional*): L_LM, as it enters `loss`.
         diffusion_loss (`torch.FloatTensor` of shape `()`, *optional*): L_DDPM, as it enters `loss`.
         image_predictions (`list[torch.FloatTensor]`, *optional*):
-            What is predicted of each image, ε or as `config.prediction_type` says, `(channels, height, width)`,
-            float32; with `labels` or `timesteps`. Of the images in `prediction_mask` only, or, with `labels`, in
-            `image_loss_mask`.
+            With `labels` or `timesteps`: the prediction (ε, or what `config.prediction_type` says) for each image in
+            `image_loss_mask` or `prediction_mask`, `(channels, height, width)`, float32.
         image_losses (`torch.FloatTensor` of shape `(num_noised_images,)`, *optional*):
             With `labels`: the mean squared error of each image that was noised.
         image_timesteps (`torch.Tensor` of shape `(num_noised_images,)`, *optional*): t of those.
@@ -115,8 +118,41 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
     image_timesteps: torch.Tensor | None = None
 
 
+@dataclass
+class _Patches:
+    """
+    The encoded images of a batch, and where they stand in it.
+
+    Args:
+        states (`list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`): One for each stack.
+        skips (`list[tuple[torch.Tensor, ...]]`, *optional*): What the patch decoder needs of the encoder.
+        is_patch (`torch.BoolTensor` of shape `(batch, seq)`)
+    """
+
+    states: list[torch.Tensor]
+    skips: list[tuple[torch.Tensor, ...]] | None
+    is_patch: torch.Tensor
+
+    def __post_init__(self) -> None:
+        self.lengths = [states.shape[0] * states.shape[1] for states in self.states]
+        # A denoising step is all patches: known by its shape, with nothing to look for on the device.
+        self.is_everything = sum(self.lengths) == self.is_patch.numel()
+
+    def put_into(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`hidden_states` of shape `(batch, seq, hidden)` with the patches in place of the placeholders."""
+        flat = torch.cat([states.flatten(0, 1) for states in self.states]).to(hidden_states.dtype)
+        if self.is_everything:
+            return flat.view_as(hidden_states)
+        return hidden_states.masked_scatter(self.is_patch[..., None], flat)
+
+    def taken_from(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
+        """The patches of `hidden_states`, in the shapes of `states`."""
+        flat = hidden_states.flatten(0, 1) if self.is_everything else hidden_states[self.is_patch]
+        return [f.view_as(s) for f, s in zip(flat.split(self.lengths), self.states, strict=True)]
+
+
 class TransfusionPreTrainedModel(PreTrainedModel):
-    """What transformers wants to know of every Transfusion model."""
+    """What transformers needs to know about every Transfusion model."""
 
     config: TransfusionConfig
     config_class = TransfusionConfig
@@ -138,9 +174,14 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_attention_backend = True
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation, *args, **kwargs):
+    def __init__(self, config: TransfusionConfig):
+        for one in (config, config.text_config):  # before the library looks for the kernels
+            check_attn_implementation(one._attn_implementation)
+        super().__init__(config)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         check_attn_implementation(attn_implementation)
-        return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
+        super().set_attn_implementation(attn_implementation, allow_all_kernels)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -149,14 +190,19 @@ class TransfusionPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # all attention is the decoder's, whose source the library searches in its own right
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        # Image weights that a checkpoint does not have begin as copies of the text's.
+        named = [(name.rpartition(".")[0], image, text) for name, image, text in image_parameters(self)]
+        new = [pair for module, *pair in named if not getattr(self.get_submodule(module), "_is_hf_initialized", False)]
+        super().initialize_weights()
+        for image, text in new:
+            initialization.copy_(image, text)  # leaves what was loaded
 
     @torch.no_grad()
     def copy_text_weights_(self) -> None:
         """
-        Makes the image weights of `untied_modalities` copies of the text's, as for a language model that was loaded.
+        Makes the image weights of `untied_modalities` copies of the text's, for a language model that was loaded.
 
         Raises:
             ValueError: the model has none.
@@ -165,16 +211,6 @@ class TransfusionPreTrainedModel(PreTrainedModel):
             raise ValueError("There are no image weights to copy to: `untied_modalities` of the config is empty.")
         for _, image, text in image_parameters(self):
             image.copy_(text)
-
-    def _initialize_missing_keys(self, is_quantized: bool) -> None:
-        # Image weights that a checkpoint does not have, begin as copies there, too.
-        pairs = list(image_parameters(self))
-        missing = [name for name, image, _ in pairs if not getattr(image, "_is_hf_initialized", False)]
-        super()._initialize_missing_keys(is_quantized)
-        with torch.no_grad():
-            for name, image, text in image_parameters(self):
-                if name in missing:
-                    image.copy_(text)
 
 
 class TransfusionModel(TransfusionPreTrainedModel):
@@ -188,10 +224,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
     def __init__(self, config: TransfusionConfig):
         super().__init__(config)
         config.validate_transfusion()
-        text_config = config.text_config
-        check_text_config(text_config)
-        check_attn_implementation(text_config._attn_implementation)
-        self.language_model = AutoModel.from_config(text_config)
+        check_text_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config)
         if config.untied_modalities:
             untie_modalities(self.language_model)
         is_unet = config.patch_encoder == "unet"
@@ -222,17 +256,19 @@ class TransfusionModel(TransfusionPreTrainedModel):
         **kwargs: Any,
     ) -> TransfusionModelOutputWithPast:
         r"""
+        Embeds text and patches, attends, and predicts the noise of the images with a t.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 Text tokens, and `image_token_id` where a patch stands.
             latents (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
-                The images of all rows in order, as the transformer shall see them; or a list of them,
-                `(channels, height, width)` each, where sizes differ.
+                The images of all rows in order, as the transformer shall see them; or, where sizes differ, a list of
+                images `(channels, height, width)`.
             timesteps (`torch.Tensor` of shape `(num_images,)`, *optional*):
-                t of each image, 0 to T − 1 (with flow matching to T). Given, the noise of images is predicted; `None`:
-                all images are clean (t = 0) and only read.
+                t of each image, 0 to T − 1 (T with flow matching), whose noise is predicted. `None`: all images are
+                clean (t = 0) and only read.
             prediction_mask (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
-                The images to predict the noise of; the others are only encoded. With `timesteps`; all where `None`.
+                With `timesteps`: the images to predict the noise of; the others are only encoded. Default: all.
             attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*):
                 0 at padding; or a mask prepared by `create_transfusion_mask`.
             position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
@@ -242,56 +278,27 @@ class TransfusionModel(TransfusionPreTrainedModel):
             use_cache (`bool`, *optional*)
             varlen_plan (`VarlenPlan`, *optional*):
                 In place of `attention_mask`, for `attn_implementation="transfusion_varlen"`: the plan of a batch
-                without padding or cache, as the collator makes it. `None`: it is made here.
+                without padding or cache, which the collator makes. `None`: it is made here.
 
         Raises:
-            ValueError: images and image blocks do not match, an image has a wrong size or values that are no numbers,
-                `varlen_plan` was made for another batch.
+            ValueError: images and image blocks do not match, an image has a wrong size or holds NaN or infinite
+                values, `varlen_plan` was made for another batch.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        block_ids: Any = None
-        if input_ids is not None:
-            if input_ids.numel() == 0:
-                raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
-            block_ids = image_block_ids(input_ids, self.config.image_token_id)
         stacks = None if latents is None else stack_images(latents) or None
-        # Under a mask already prepared, a step of generation, there is nothing left to check.
+        block_ids = self._block_ids(input_ids, inputs_embeds)
+        # Under a prepared mask, in a step of generation, there is nothing left to check.
         if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
             self._check_images(stacks, block_ids, timesteps, prediction_mask)
 
-        if stacks is not None:
-            num_images = sum(len(stack) for stack in stacks)
-            encoder_timesteps = stacks[0].new_zeros(num_images) if timesteps is None else timesteps
-            # Before the embedding of the text, as `_encode_blank` is: FSDP2 wants one order in all processes.
-            patches, skips = self.patch_encoder(stacks, encoder_timesteps)
+        # Before the embedding of the text, where `_encode_blank` is too: FSDP2 wants one order in all processes.
+        patches = None if stacks is None else self._encode(stacks, timesteps, block_ids)
         hidden_states: Any = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
-        if stacks is not None:
-            if self.config.pos_embed_type == "sincos":
-                patches = [p + self._positions(stack).to(p) for p, stack in zip(patches, stacks, strict=True)]
-            is_patch = block_ids >= 0
-            flat = torch.cat([p.flatten(0, 1) for p in patches]).to(hidden_states.dtype)  # (total patches, hidden)
-            # A denoising step is all patches: known by its shape, with nothing to look for.
-            is_all_patches = len(flat) == is_patch.numel()
-            if is_all_patches:
-                hidden_states = flat.view_as(hidden_states)
-            else:
-                hidden_states = hidden_states.masked_scatter(is_patch[..., None], flat)
+        if patches is not None:
+            hidden_states = patches.put_into(hidden_states)
 
-        if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
-        # Text alone needs no blocks, and then transformers can use the faster causal kernels.
-        has_blocks = stacks is not None and self.config.bidirectional_image_attention
-        if varlen_plan is not None:
-            if attention_mask is not None or cache is not None:
-                raise ValueError("`varlen_plan` excludes `attention_mask` and `cache`; pass one of them.")
-            if not torch.compiler.is_compiling():
-                blocks = block_ids if has_blocks else None
-                is_bidirectional = self.config.bidirectional_image_attention
-                shape = hidden_states.shape[:2]
-                check_varlen_plan(varlen_plan, self.config.text_config, shape, blocks, position_ids, is_bidirectional)
-            attention_mask = varlen_plan.to(hidden_states.device)
-        elif not is_prepared(attention_mask):
+        if varlen_plan is not None or not is_prepared(attention_mask):
+            # Text alone needs no blocks, and then transformers can use the faster causal kernels.
+            has_blocks = patches is not None and self.config.bidirectional_image_attention
             attention_mask = create_transfusion_mask(
                 self.config.text_config,
                 hidden_states,
@@ -299,16 +306,14 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 attention_mask,
                 cache,
                 position_ids,
+                varlen_plan,
             )
         if isinstance(attention_mask, VarlenPlan):
             kwargs["varlen_plan"], attention_mask = attention_mask, None
-        # Text alone runs as if there were no image weights, but that in training they have a gradient, of 0: another
-        # process may have images.
-        if self.config.untied_modalities and (stacks is not None or (self.training and torch.is_grad_enabled())):
-            patches_here = (None, 0) if stacks is None else (is_patch, len(flat))
-            kwargs["modality_router"] = ModalityRouter(
-                self.config.text_config.model_type, hidden_states.shape[:2], *patches_here
-            )
+        if (router := self._modality_router(hidden_states, patches)) is not None:
+            kwargs["modality_router"] = router
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training
         outputs = self.language_model(
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
@@ -317,13 +322,11 @@ class TransfusionModel(TransfusionPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
+
         image_predictions = None
-        if stacks is not None and timesteps is not None:
-            states = outputs.last_hidden_state
-            states = states.flatten(0, 1) if is_all_patches else states[is_patch]  # (total patches, hidden)
-            states = states.split([p.shape[0] * p.shape[1] for p in patches])
-            states = [s.view_as(p) for s, p in zip(states, patches, strict=True)]
-            image_predictions = self._predict(stacks, states, skips, prediction_mask)
+        if stacks is not None and patches is not None and timesteps is not None:
+            states = patches.taken_from(outputs.last_hidden_state)
+            image_predictions = self._predict(stacks, states, patches.skips, prediction_mask)
         return TransfusionModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             cache=outputs.cache,
@@ -332,9 +335,32 @@ class TransfusionModel(TransfusionPreTrainedModel):
             image_predictions=image_predictions,
         )
 
-    def _positions(self, stack: torch.Tensor) -> torch.Tensor:
-        height, width = (side // self.config.patch_size for side in stack.shape[2:])
-        return sincos_positions(height, width, self.config.text_config.hidden_size)
+    def _block_ids(self, input_ids: Any, inputs_embeds: Any) -> Any:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if input_ids is None:
+            return None
+        if input_ids.numel() == 0:
+            raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
+        return image_block_ids(input_ids, self.config.image_token_id)
+
+    def _encode(self, stacks: list[torch.Tensor], timesteps: torch.Tensor | None, block_ids: torch.Tensor) -> _Patches:
+        if timesteps is None:
+            timesteps = stacks[0].new_zeros(sum(len(stack) for stack in stacks))
+        states, skips = self.patch_encoder(stacks, timesteps)
+        if self.config.pos_embed_type == "sincos":
+            hidden_size, side = self.config.text_config.hidden_size, self.config.patch_size
+            grids = [(stack.shape[2] // side, stack.shape[3] // side) for stack in stacks]
+            states = [s + sincos_positions(*grid, hidden_size).to(s) for s, grid in zip(states, grids, strict=True)]
+        return _Patches(states, skips, block_ids >= 0)
+
+    def _modality_router(self, hidden_states: torch.Tensor, patches: _Patches | None) -> ModalityRouter | None:
+        # Text alone runs as if there were no image weights, except that in training these get a gradient of 0: another
+        # process may have images.
+        if not self.config.untied_modalities or (patches is None and not (self.training and torch.is_grad_enabled())):
+            return None
+        where = (None, 0) if patches is None else (patches.is_patch, sum(patches.lengths))
+        return ModalityRouter(self.config.text_config.model_type, hidden_states.shape[:2], *where)
 
     def _predict(
         self,
@@ -343,77 +369,37 @@ class TransfusionModel(TransfusionPreTrainedModel):
         skips: list[tuple[torch.Tensor, ...]] | None,
         mask: torch.BoolTensor | None,
     ) -> list[torch.Tensor]:
-        """The predictions of the images chosen, in stacks; stacks of which none is chosen are left out."""
+        """The predictions of the chosen images, in stacks; stacks of which none is chosen are left out."""
         sizes = [tuple(stack.shape[2:]) for stack in stacks]
         if mask is not None:
-            rows = _chosen_rows(stacks, mask)
+            rows = chosen_rows(stacks, mask)
             sizes = [size for size, row in zip(sizes, rows, strict=True) if row]
             hidden_states = [states[row] for states, row in zip(hidden_states, rows, strict=True) if row]
             if skips is not None:
                 skips = [tuple(s[row] for s in skip) for skip, row in zip(skips, rows, strict=True) if row]
         return self.patch_decoder(hidden_states, sizes, skips) if sizes else []
 
-    def _check_images(
-        self,
-        stacks: list[torch.Tensor] | None,
-        block_ids: torch.LongTensor | None,
-        timesteps: torch.Tensor | None,
-        prediction_mask: torch.BoolTensor | None,
-    ) -> None:
-        """Images and blocks must be the same in number and length: the placeholders would be filled wrongly."""
+    def _check_images(self, stacks: Any, block_ids: Any, timesteps: Any, prediction_mask: Any) -> None:
+        check_image_blocks(stacks, block_ids, self.config)
         if stacks is None:
-            if block_ids is not None and (block_ids >= 0).any():
-                raise ValueError(
-                    f"`input_ids` has {len(image_block_lengths(block_ids))} image blocks but no images were passed; "
-                    "pass `pixel_values` or `latents`, one image per block."
-                )
             return
-        if block_ids is None:
-            raise ValueError("`inputs_embeds` holds text only; pass images together with `input_ids`.")
-        num_patches = []
-        for stack in stacks:
-            if stack.ndim != 4 or stack.shape[1] != self.config.latent_channels:
-                raise ValueError(
-                    f"Latents must have shape (num_images, {self.config.latent_channels}, height, width), as "
-                    f"`latent_channels` says; got {tuple(stack.shape)}."
-                )
-            num_patches += [self.config.num_patches(*stack.shape[2:])] * len(stack)
-            if not torch.isfinite(stack).all():
-                raise ValueError("`pixel_values` or `latents` hold NaN or infinite values; expected finite numbers.")
-        block_lengths = image_block_lengths(block_ids)
-        if len(num_patches) != len(block_lengths):
+        num_images = sum(len(stack) for stack in stacks)
+        if prediction_mask is not None and (timesteps is None or len(prediction_mask) != num_images):
             raise ValueError(
-                f"`pixel_values` or `latents` hold {len(num_patches)} images but `input_ids` has {len(block_lengths)} "
-                "image blocks; pass one image per block."
-            )
-        if num_patches != block_lengths:
-            raise ValueError(
-                f"`input_ids` has image blocks of {block_lengths} patches but the images have {num_patches}; an image "
-                "needs one placeholder per patch, in one uninterrupted run."
-            )
-        if prediction_mask is not None and (timesteps is None or len(prediction_mask) != len(num_patches)):
-            raise ValueError(
-                f"`prediction_mask` must hold one value for each of {len(num_patches)} images, together with "
-                f"`timesteps`; got {len(prediction_mask)}."
+                f"`prediction_mask` must hold one value for each of {num_images} images, together with `timesteps`; "
+                f"got {len(prediction_mask)}."
             )
         if timesteps is not None:
-            last = self.config.num_train_timesteps - 1 + self.config.first_timestep
-            if timesteps.shape != (len(num_patches),) or not ((timesteps >= 0) & (timesteps <= last)).all():
-                raise ValueError(
-                    f"`timesteps` must hold one t from 0 to {last} for each of {len(num_patches)} images; got "
-                    f"{timesteps.tolist()}."
-                )
+            check_timesteps(timesteps, num_images, self.config)
 
 
-class TransfusionForCausalLMAndDiffusion(
-    TransfusionConversionMixin, TransfusionPreTrainedModel, TransfusionGenerationMixin
-):
+class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, TransfusionGenerationMixin):
     """
     Transfusion with its LM head and both losses: reads text and images, writes text and draws images.
 
     Attributes:
         use_liger_loss (`bool`, defaults to `False`):
-            Where the LM head runs only at labels, to compute it and the LM loss by Liger's fused kernel.
+            Where the LM head runs only at labels: whether Liger's fused kernel computes it and the LM loss.
 
     Raises:
         ValueError: as [`TransfusionModel`].
@@ -435,9 +421,9 @@ class TransfusionForCausalLMAndDiffusion(
         for name, default in DRAWING_DEFAULTS.items():
             setattr(self.generation_config, name, default)
         self.post_init()
-        if not self.model.tp_plan:  # a family that has none, as StableLM: then not the head alone, which may be tied
+        if not self.model.tp_plan:  # a family without one (StableLM): then not the head alone, which may be tied
             self.tp_plan = None
-        # Last: `post_init` would initialise it anew, and `dtype` and `device` are those of the first parameters.
+        # Last: `post_init` would initialise it again, and `dtype` and `device` are those of the first parameters.
         self.vae = None if config.vae_config is None else TransfusionVAE(**vae_arguments(config.vae_config))
         # FSDP takes its classes from here by default, and expects to find each.
         present = {type(module).__name__ for module in self.modules()}
@@ -446,15 +432,15 @@ class TransfusionForCausalLMAndDiffusion(
     @property
     def noise_scheduler(self):
         """
-        The scheduler of the training, a `DDPMScheduler` unless the model predicts a flow. Other samplers are made from
-        its config: `DDIMScheduler.from_config(model.noise_scheduler.config)`.
+        The scheduler of the training: a `DDPMScheduler`, or for flow matching a `FlowMatchEulerDiscreteScheduler`.
+        Other samplers are made from its config: `DDIMScheduler.from_config(model.noise_scheduler.config)`.
         """
         if self._noise_scheduler is None:  # not in __init__, which `from_pretrained` runs on the meta device
             self._noise_scheduler = make_noise_scheduler(self.config)
         return self._noise_scheduler
 
     def reset_noise_scheduler(self) -> None:
-        """Has the schedule made anew after a change of the configuration."""
+        """Rebuilds the schedule after a change of the configuration."""
         self._noise_scheduler = None
 
     def encode_images(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -465,9 +451,9 @@ class TransfusionForCausalLMAndDiffusion(
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, or a list of images)
 
         Raises:
-            ValueError: channels that the VAE does not take, sides that are no multiples of VAE factor × patch.
+            ValueError: channels that the VAE does not take, sides that are not multiples of VAE factor × patch.
         """
-        stacks, vae = [_at_least_float32(stack) for stack in stack_images(pixel_values)], self.vae
+        stacks, vae = [at_least_float32(stack) for stack in stack_images(pixel_values)], self.vae
         if vae is None:
             return stacks
         channels, side = vae.config.in_channels, self.config.pixels_per_patch
@@ -483,13 +469,37 @@ class TransfusionForCausalLMAndDiffusion(
         return [latents for (latents,) in encoded]
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents `(num_images, latent_channels, height, width)` to images in [−1, 1]; undoes [`encode_images`]."""
+        return latents if self.vae is None else self.vae.to_images(latents)
+
+    def init_patch_parts(self, embedding: torch.Tensor | None = None) -> None:
         """
-        Latents to images in [−1, 1]; undoes [`encode_images`].
+        New patch encoder and decoder, as a trained language model needs them: patches enter as large as its words, and
+        the first prediction is 0.
 
         Args:
-            latents (`torch.FloatTensor` of shape `(num_images, latent_channels, height, width)`)
+            embedding (`torch.FloatTensor` of shape `(vocab, hidden)`, *optional*):
+                The weights whose size, device and dtype they get; default the model's own.
         """
-        return latents if self.vae is None else self.vae.to_images(latents)
+        weight = self.get_input_embeddings().weight.detach() if embedding is None else embedding
+        parts = nn.ModuleList(type(part)(self.config) for part in (self.model.patch_encoder, self.model.patch_decoder))
+        parts.apply(self._init_weights).to(weight)
+        self.model.patch_encoder, self.model.patch_decoder = parts
+        std = math.sqrt(sum(rows.float().square().sum().item() for rows in weight.split(4096)) / weight.numel())
+        scale = getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0)
+        fit_patch_parts(*parts, self.config, std * scale)
+
+    def grow_vocabulary(self, num_tokens: int, pad_to_multiple_of: int | None = None) -> None:
+        """Grows the vocabulary to at least `num_tokens`. New rows of embedding and head are the mean of the others."""
+        before = self.config.text_config.vocab_size
+        if num_tokens <= before and pad_to_multiple_of is None:
+            return
+        self.resize_token_embeddings(max(num_tokens, before), pad_to_multiple_of, mean_resizing=False)
+        head = self.get_output_embeddings()
+        with torch.no_grad():
+            for rows in (self.get_input_embeddings().weight, head.weight, head.bias):
+                if rows is not None:
+                    rows[before:] = mean_row(rows[:before])
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
@@ -526,26 +536,21 @@ class TransfusionForCausalLMAndDiffusion(
             latents (`torch.FloatTensor` of shape `(num_images, latent_channels, height, width)`, *optional*):
                 In place of `pixel_values`: latents, or a list of them.
             timesteps (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                With `labels`: the t to noise each image to, drawn where `None`. Without: the t that the given latents
-                have, for which their noise is predicted; `None`: all are clean, t = 0.
+                With `labels`: the t to noise each image to; default: drawn. Without: the t that the given latents
+                have, whose noise is predicted; `None`: all are clean, t = 0.
             prediction_mask (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
-                Without `labels`: the images to predict the noise of; all where `None`.
+                Without `labels`: the images to predict the noise of. Default: all.
             max_timesteps (`torch.LongTensor` of shape `(num_images,)`, *optional*):
-                Each t is drawn below it (§4.3.4); T where `None`.
+                Each t is drawn below it (§4.3.4). Default: T.
             image_loss_mask (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
-                `False`: the image is clean context, with t = 0, no noise and no loss. All `True` where `None`.
+                `False`: the image is clean context, with t = 0, no noise and no loss. Default: all `True`.
             noise_seeds (`list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
-                Seeds of t and ε. Where `None`, the global generator decides in training, and in evaluation the
-                image's own values, so that an evaluation loss is the same every time.
-            attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*): 0 at padding.
-            position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
-            cache (`Cache`, *optional*)
-            inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, hidden)`, *optional*):
-                In place of `input_ids`, for text alone.
+                Seeds of t and ε. Default: in training the global generator; in evaluation the image's own values, so
+                that an evaluation loss is the same every time.
+            attention_mask, position_ids, cache, inputs_embeds, use_cache: As in [`TransfusionModel.forward`].
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 The input ids, with −100 wherever there is no LM loss: patches, `<EOI>`, padding (footnote 8). They are
                 shifted here and masked no further.
-            use_cache (`bool`, *optional*)
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 Number of last positions, or the positions, to compute logits for; 0: all.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
@@ -555,7 +560,7 @@ class TransfusionForCausalLMAndDiffusion(
                 an average over micro-batches in which one without images counts as 0: mix images into each.
             num_images_in_batch (`torch.Tensor` or `int`, *optional*):
                 Number of noised images in the whole batch, as [`TransfusionTrainer`] counts it. `diffusion_loss` is
-                then exact, too, whatever each micro-batch holds.
+                then exact too, whatever each micro-batch holds.
             skip_logits (`bool`, *optional*, defaults to `True` in training with `labels`):
                 Whether to run the LM head only where there is a label, and to return no logits.
             kwargs: `varlen_plan`, as in [`TransfusionModel.forward`], and what the decoder takes.
@@ -563,33 +568,18 @@ class TransfusionForCausalLMAndDiffusion(
         Raises:
             ValueError: as [`TransfusionModel.forward`]; also for both or neither of two arguments where one is needed.
         """
-        if pixel_values is not None and latents is not None:
-            raise ValueError("Pass `pixel_values` or `latents`, not both.")
-        stacks: list[torch.Tensor] | None = None
-        if pixel_values is not None:
-            stacks = self.encode_images(pixel_values) or None
-        elif latents is not None:
-            stacks = [_at_least_float32(stack) for stack in stack_images(latents)] or None
-
-        if labels is not None and prediction_mask is not None:
-            raise ValueError("`prediction_mask` is for inference; in training pass `image_loss_mask`.")
-        if labels is None:
-            for name, value in (("max_timesteps", max_timesteps), ("image_loss_mask", image_loss_mask)):
-                if value is not None:
-                    raise ValueError(
-                        f"`{name}` is for training, but no `labels` came, without which images are clean and no loss "
-                        "is computed. (The Trainer takes them away with `label_smoothing_factor`.)"
-                    )
-        targets: list[torch.Tensor] = []
+        stacks = self._latents_of(pixel_values, latents)
+        noised: NoisedImages | None = None
         blank = None
-        if labels is not None and stacks is not None:
-            stacks, targets, timesteps, prediction_mask = self._noise_images(
-                stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds
-            )
-            if not targets:  # clean context alone: one is predicted all the same, see below
-                prediction_mask = torch.arange(len(timesteps), device=timesteps.device) == 0
-        elif labels is not None:
+        if labels is None:
+            _refuse_without_labels(max_timesteps=max_timesteps, image_loss_mask=image_loss_mask)
+        elif prediction_mask is not None:
+            raise ValueError("`prediction_mask` is for inference; in training pass `image_loss_mask`.")
+        elif stacks is None:
             blank = self._encode_blank()
+        else:
+            noised = self._noise_images(stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds)
+            stacks, timesteps, prediction_mask = noised.stacks, noised.timesteps, noised.prediction_mask
 
         outputs = self.model(
             input_ids=input_ids,
@@ -603,137 +593,122 @@ class TransfusionForCausalLMAndDiffusion(
             use_cache=use_cache,
             **kwargs,
         )
-        blank_prediction = None if blank is None else self.model.patch_decoder(*blank)[0]
-        hidden_states, targets_of_text = outputs.last_hidden_state, None
-        if skip_logits if skip_logits is not None else self.training and labels is not None:
-            if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
-                raise ValueError("`skip_logits` needs `labels`, and excludes `logits_to_keep`.")
-            # Patches and what else has no label cost no logits.
-            is_target = labels[:, 1:] != -100
-            targets_of_text = labels[:, 1:][is_target]
-            hidden_states = hidden_states[:, :-1][is_target]  # (num_labels, hidden)
-        else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            hidden_states = hidden_states[:, kept]
-        is_fused = self.use_liger_loss and targets_of_text is not None and len(targets_of_text) > 0
-        logits = None if is_fused else scale_logits(self.lm_head(hidden_states), self.config.text_config)
-        predictions = outputs.image_predictions
+        predictions = outputs.image_predictions if blank is None else self.model.patch_decoder(*blank)
         if predictions is not None:
-            predictions = [_at_least_float32(stack) for stack in predictions]
+            predictions = [at_least_float32(stack) for stack in predictions]
 
-        loss, lm_loss, diffusion_loss = None, None, None
-        losses_of_images, timesteps_of_images = None, None
+        num_labels = None if labels is None else (labels[:, 1:] != -100).sum()
+        num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        logits, lm_loss = self._read_text(outputs.last_hidden_state, labels, num_items, logits_to_keep, skip_logits)
+        loss, losses = None, None
+        diffusion_loss: Any = None
+        if noised is not None and noised.targets:
+            losses = image_losses(predictions, noised.targets)
+            diffusion_loss = mean_image_loss(losses, num_labels, num_items_in_batch, num_images_in_batch)
+        elif labels is not None:
+            # Without images to learn from, each image part still gets a gradient of 0, and in its turn: without it, or
+            # in another order than in other processes, DDP, FSDP2 and ZeRO-3 would wait for it.
+            diffusion_loss, predictions = 0.0 * predictions[0].sum(), None
         if labels is not None:
-            num_labels = (labels[:, 1:] != -100).sum()
-            num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-            num_items = num_items.to(hidden_states.device).clamp(min=1)
-            if logits is None:
-                lm_loss = sum_cross_entropy_by_liger(
-                    hidden_states, self.lm_head, targets_of_text, self.config.text_config
-                )
-                lm_loss = lm_loss / num_items
-            elif targets_of_text is None or hasattr(self, "_loss_function"):  # the latter is what a user has set
-                lm_loss = self.loss_function(
-                    logits, labels, self.config.text_config.vocab_size, num_items, shift_labels=targets_of_text
-                )
-            else:
-                lm_loss = sum_cross_entropy_(logits, targets_of_text) / num_items
-            # Without images to learn from, each image part still gets a gradient, of 0, and in its turn: without it,
-            # or in another order than in other processes, DDP, FSDP2 and ZeRO-3 would wait for it.
-            if blank_prediction is not None:
-                diffusion_loss = 0.0 * _at_least_float32(blank_prediction).sum()
-            elif not targets:
-                diffusion_loss, predictions = 0.0 * predictions[0].sum(), None
-            else:
-                losses_of_images = image_losses(predictions, targets)
-                assert timesteps is not None
-                timesteps_of_images = timesteps if prediction_mask is None else timesteps[prediction_mask]
-                if num_images_in_batch is not None:
-                    diffusion_loss = losses_of_images.sum() / num_images_in_batch
-                else:
-                    diffusion_loss = losses_of_images.mean()
-                    if num_items_in_batch is not None:
-                        if not num_items_in_batch:
-                            raise ValueError(
-                                "`num_items_in_batch` is 0: the Trainer counts labels, and a batch of images without "
-                                "any cannot be weighted. Give each row a text token, as an end of sequence."
-                            )
-                        diffusion_loss = diffusion_loss * (num_labels / num_items)
             loss = lm_loss + self.config.diffusion_loss_weight * diffusion_loss
 
         return TransfusionCausalLMOutputWithPast(
             loss=loss,
-            logits=logits if targets_of_text is None else None,
+            logits=logits,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
             diffusion_loss=diffusion_loss,
             image_predictions=None if predictions is None else [image for stack in predictions for image in stack],
-            image_losses=None if losses_of_images is None else losses_of_images.detach(),
-            image_timesteps=timesteps_of_images,
+            image_losses=None if losses is None else losses.detach(),
+            image_timesteps=None if losses is None or noised is None else noised.noised_timesteps,
         )
 
-    def _noise_images(self, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds):
-        """
-        The forward diffusion of a training step: stacks of x_0 → stacks of x_t, the targets in stacks of the noised
-        images alone, t, and which are noised (`None`: all).
-        """
+    def _latents_of(self, pixel_values: Any, latents: Any) -> list[torch.Tensor] | None:
+        if pixel_values is not None and latents is not None:
+            raise ValueError("Pass `pixel_values` or `latents`, not both.")
+        if pixel_values is not None:
+            return self.encode_images(pixel_values) or None
+        return None if latents is None else [at_least_float32(stack) for stack in stack_images(latents)] or None
+
+    def _noise_images(
+        self,
+        stacks: list[torch.Tensor],
+        timesteps: torch.Tensor | None = None,
+        max_timesteps: torch.Tensor | None = None,
+        image_loss_mask: torch.Tensor | None = None,
+        noise_seeds: Sequence[int] | torch.Tensor | None = None,
+    ) -> NoisedImages:
+        """The forward diffusion of a training step, with t and ε from the seeds."""
         num_images, device = sum(len(stack) for stack in stacks), stacks[0].device
-        num_train_timesteps, first = self.config.num_train_timesteps, self.config.first_timestep
-        per_image = {
-            "timesteps": timesteps,
-            "max_timesteps": max_timesteps,
-            "image_loss_mask": image_loss_mask,
-            "noise_seeds": noise_seeds,
-        }
+        per_image = {"max_timesteps": max_timesteps, "image_loss_mask": image_loss_mask, "noise_seeds": noise_seeds}
         for name, value in per_image.items():
             if value is not None and len(value) != num_images:
                 raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(value)}.")
         if noise_seeds is None and not self.training:
             noise_seeds = content_seeds(stacks)
-        if timesteps is None:
+        num_train_timesteps = self.config.num_train_timesteps
+        if timesteps is not None:
+            check_timesteps(timesteps, num_images, self.config)
+        else:
             if max_timesteps is None:
                 max_timesteps = torch.full((num_images,), num_train_timesteps, device=device)
             elif not ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
                 raise ValueError(
                     f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}."
                 )
-            timesteps = sample_timesteps(max_timesteps, noise_seeds) + first
-        elif not ((timesteps >= 0) & (timesteps < num_train_timesteps + first)).all():
-            raise ValueError(
-                f"`timesteps` must lie in 0 to {num_train_timesteps - 1 + first}; got {timesteps.tolist()}."
-            )
-        timesteps = timesteps.to(device)
+            timesteps = sample_timesteps(max_timesteps, noise_seeds) + self.config.first_timestep
         noise = sample_noise(stacks, noise_seeds)
-        if image_loss_mask is None:
-            targets = prediction_targets(self.noise_scheduler, stacks, noise, timesteps)
-            return add_noise(self.noise_scheduler, stacks, noise, timesteps), targets, timesteps, None
-        is_noised = image_loss_mask.to(device=device, dtype=torch.bool)
-        timesteps = torch.where(is_noised, timesteps, 0)
-        noised = add_noise(self.noise_scheduler, stacks, noise, timesteps)
-        keep = is_noised.split([len(stack) for stack in stacks])
-        noised = [torch.where(k[:, None, None, None], n, s) for k, n, s in zip(keep, noised, stacks, strict=True)]
-        targets = prediction_targets(self.noise_scheduler, stacks, noise, timesteps)
-        targets = [target[row] for target, row in zip(targets, _chosen_rows(stacks, is_noised), strict=True) if row]
-        return noised, targets, timesteps, is_noised
+        is_noised = None if image_loss_mask is None else image_loss_mask.to(device=device, dtype=torch.bool)
+        return noise_images(self.noise_scheduler, stacks, noise, timesteps.to(device), is_noised)
 
     def _encode_blank(self) -> tuple:
-        """What the patch decoder takes, of an image of one patch without anything on it."""
+        """The arguments of the patch decoder for an image of one empty patch."""
         side = self.config.patch_size
         stack = torch.zeros(1, self.config.latent_channels, side, side, device=self.device)
         hidden_states, skips = self.model.patch_encoder([stack], stack.new_zeros(1))
         return hidden_states, [(side, side)], skips
 
+    def _read_text(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_items: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        skip_logits: bool | None,
+    ) -> tuple[Any, Any]:
+        """The logits (`None` with `skip_logits`) and L_LM (Eq. 1; `None` without `labels`)."""
+        text_config, targets = self.config.text_config, None
+        if num_items is not None:
+            num_items = num_items.to(hidden_states.device).clamp(min=1)
+        if skip_logits if skip_logits is not None else self.training and labels is not None:
+            if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
+                raise ValueError("`skip_logits` needs `labels`, and excludes `logits_to_keep`.")
+            # Patches and whatever else has no label cost no logits.
+            is_target = labels[:, 1:] != -100
+            targets = labels[:, 1:][is_target]
+            hidden_states = hidden_states[:, :-1][is_target]  # (num_labels, hidden)
+            if self.use_liger_loss and len(targets) > 0:
+                return None, sum_cross_entropy_by_liger(hidden_states, self.lm_head, targets, text_config) / num_items
+        else:
+            hidden_states = slice_logits_to_keep(hidden_states, logits_to_keep)
+        logits = scale_logits(self.lm_head(hidden_states), text_config)
+        if labels is None:
+            return logits, None
+        if targets is not None and not hasattr(self, "_loss_function"):  # which is what a user has set
+            return None, sum_cross_entropy_(logits, targets) / num_items
+        loss = self.loss_function(logits, labels, text_config.vocab_size, num_items, shift_labels=targets)
+        return logits if targets is None else None, loss
 
-def _chosen_rows(stacks: list[torch.Tensor], mask: torch.BoolTensor) -> list[list[int]]:
-    """The images of each stack that a mask `(num_images,)` over all of them chooses (one device synchronisation)."""
-    chosen = iter(mask.tolist())
-    return [[i for i in range(len(stack)) if next(chosen)] for stack in stacks]
 
-
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _refuse_without_labels(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` is for training, but no `labels` came, without which images are clean and no loss is "
+                "computed. (The Trainer takes them away with `label_smoothing_factor`.)"
+            )
 
 
 __all__ = [
@@ -744,4 +719,5 @@ __all__ = [
     "TransfusionModelOutputWithPast",
     "TransfusionPreTrainedModel",
     "check_text_config",
+    "mean_row",
 ]

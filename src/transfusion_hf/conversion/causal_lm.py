@@ -18,12 +18,12 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ..configuration_transfusion import TransfusionConfig
-from ..conversion_transfusion import causal_lm_config, generation_values, mean_row, unfit_message
 from ..hub.card import make_model_card
 from ..modality_transfusion import IMAGE, image_name
-from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion, check_text_config
+from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion, check_text_config, mean_row
 from ..processing_transfusion import TransfusionProcessor
 from ..vae.attach import attach_vae
+from .language_model import causal_lm_config, generation_values, unfit_message
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -1,0 +1,121 @@
+"""In memory: a language model of transformers becomes a Transfusion that can learn to draw."""
+
+import copy
+import os
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from ..configuration_transfusion import TransfusionConfig
+from ..modality_transfusion import untie_modalities
+from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
+
+# The arguments of `from_pretrained` that say where a checkpoint lies.
+_HUB_ARGUMENTS = (
+    "cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code",
+)  # fmt: skip
+
+
+def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> TransfusionConfig:
+    """
+    The configuration of the Transfusion that a language model becomes: its vocabulary grows by the three image tokens
+    that `kwargs`, the fields of [`TransfusionConfig`], do not name.
+
+    Raises:
+        ValueError: a quantised model.
+    """
+    if getattr(text_config, "quantization_config", None) is not None:
+        raise ValueError(
+            "`quantization_config`: a quantised language model cannot be converted; take the original, and quantise "
+            "the result when loading it."
+        )
+    text_config = copy.deepcopy(text_config)
+    size = getattr(text_config, "vocab_size", 0)
+    for offset, name in enumerate(("image_start_token_id", "image_token_id", "image_end_token_id")):
+        kwargs.setdefault(name, size + offset)
+        text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), kwargs[name] + 1)
+    return TransfusionConfig(text_config=text_config, **kwargs)
+
+
+def generation_values(generation_config: GenerationConfig) -> dict[str, Any]:
+    """What a language model's generation config sets, without the library's bookkeeping."""
+    values = generation_config.to_diff_dict().items()
+    return {k: v for k, v in values if v is not None and k != "transformers_version" and not k.startswith("_")}
+
+
+def unfit_message(problems: dict[str, list[str]]) -> str:
+    """What is wrong with a checkpoint's tensors, by name."""
+    said = [f"{what}: {', '.join(names[:5])} ({len(names)} in all)" for what, names in problems.items() if names]
+    return f"The checkpoint does not fit its configuration. Tensors {'; '.join(said)}."
+
+
+def from_causal_lm(
+    pretrained_model_name_or_path: str | os.PathLike | PreTrainedModel,
+    pad_to_multiple_of: int | None = None,
+    attn_implementation: str | None = None,
+    **kwargs: Any,
+) -> TransfusionForCausalLMAndDiffusion:
+    """
+    Turns a language model into one that can learn to draw, also as
+    `TransfusionForCausalLMAndDiffusion.from_causal_lm`. Its text stays as it was: the weights are taken as they are,
+    and the vocabulary grows by `<BOI>`, the placeholder of a patch and `<EOI>`, whose rows are the mean of the others.
+    Patches enter as large as its words, and the first prediction is 0. Where the embedding has more rows than the
+    tokenizer has tokens, `image_start_token_id` and its like may name spare ones; those stay as they are.
+
+    Call `attach_vae(model, ...)` next if images are latents, and `TransfusionProcessor.for_model(model, tokenizer)`.
+    `conversion/convert_causal_lm.py` does all of it without holding the model in memory.
+
+    Args:
+        pretrained_model_name_or_path (`str`, `os.PathLike` or `PreTrainedModel`):
+            A folder, a repository on the Hub, or the language model itself, whose modules are then shared (and given
+            image weights with `untied_modalities`).
+        pad_to_multiple_of (`int`, *optional*): Pads the grown vocabulary to a multiple of this.
+        attn_implementation (`str`, *optional*)
+        kwargs: Fields of [`TransfusionConfig`], such as `latent_channels` and `sample_size`; the others go to
+            `AutoModelForCausalLM.from_pretrained`: `dtype`, `revision`, `device_map` …
+
+    Raises:
+        ValueError: a model that is not a decoder of a family in `SUPPORTED_TEXT_MODELS`, or is quantised; a checkpoint
+            that is not complete or does not fit its configuration.
+
+    Example:
+
+    ```python
+    >>> model = TransfusionForCausalLMAndDiffusion.from_causal_lm("HuggingFaceTB/SmolLM2-135M", sample_size=64)
+    ```"""
+    fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TransfusionConfig.__annotations__}
+    source: Any = pretrained_model_name_or_path
+    is_loaded = isinstance(source, PreTrainedModel)
+    where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+    text_config = source.config if is_loaded else AutoConfig.from_pretrained(source, **where)
+    config = causal_lm_config(text_config, **fields)
+    with torch.device("meta"):  # refuses what cannot be converted before anything large is loaded
+        model = TransfusionForCausalLMAndDiffusion(config)
+    language_model = source
+    if not is_loaded:
+        language_model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
+        problems = {
+            "missing": sorted(found["missing_keys"]),
+            "unknown": sorted(found["unexpected_keys"]),
+            "of another shape": sorted(key for key, *_ in found["mismatched_keys"]),
+        }
+        if any(problems.values()):  # the library would fill in random weights
+            raise ValueError(unfit_message(problems))
+    model.model.language_model = language_model.base_model
+    if config.untied_modalities:
+        untie_modalities(model.model.language_model)
+    model.lm_head = language_model.get_output_embeddings()
+    config.text_config = model.model.language_model.config
+    model.grow_vocabulary(config.image_end_token_id + 1, pad_to_multiple_of)
+    model.init_patch_parts()
+    model.generation_config.update(**generation_values(language_model.generation_config))
+    if attn_implementation is not None:
+        model.set_attn_implementation(attn_implementation)
+    return model.eval()
+
+
+# Users look for it beside `from_pretrained`, but the model's code, which travels with checkpoints, imports no wing.
+TransfusionForCausalLMAndDiffusion.from_causal_lm = staticmethod(from_causal_lm)  # type: ignore[attr-defined]
+
+__all__ = ["causal_lm_config", "from_causal_lm", "generation_values", "unfit_message"]
