@@ -70,7 +70,7 @@ def test_latents_may_take_the_place_of_images(processor, max_length):
     for actual, latent in zip(batch["latents"], expected, strict=True):
         torch.testing.assert_close(actual, latent, atol=1e-6, rtol=0)
     assert "pixel_values" not in batch and batch["max_timesteps"].tolist() == [1000] * 3
-    with pytest.raises(ValueError, match="`features` mix images and latents; pass the ones or the others"):
+    with pytest.raises(ValueError, match="Pass `images` or `latents`, not both"):
         TransfusionDataCollator(processor)([*samples, {"text": "red", "image": RED}])
 
 

@@ -38,12 +38,12 @@ SIZES = [(32, 32), (32, 48), (64, 40), (96, 96)]
 ASPECTS = ("color", "kind", "count", "position")
 
 
-def scenes(size: tuple[int, int] = (32, 32), num: int = 200, num_groups: int | None = None) -> list[Scene]:
+def scenes(size: tuple[int, int] = (32, 32), num: int = 25) -> list[Scene]:
     rng = np.random.default_rng(0)
-    return [sample_scene(rng, *size, num_groups=num_groups) for _ in range(num)]
+    return [sample_scene(rng, *size) for _ in range(num)]
 
 
-def edits(size: tuple[int, int] = (32, 32), num: int = 200) -> list[Edit]:
+def edits(size: tuple[int, int] = (32, 32), num: int = 25) -> list[Edit]:
     rng = np.random.default_rng(0)
     return [sample_edit(rng, *size) for _ in range(num)]
 
@@ -122,9 +122,11 @@ def test_kinds_fill_of_their_box_what_circle_square_and_triangle_do():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_captions_parse_back(size):
-    found = scenes(size)
+    found = scenes(size, 60)
     for scene in found:
         assert parse_caption(scene.caption) == (scene.groups, scene.relation)
+    assert {group.kind for scene in found for group in scene.groups} == {*KINDS}
+    assert {group.color for scene in found for group in scene.groups} == {*COLORS}
     assert {group.count for scene in found for group in scene.groups} == {1, 2, 3}
     assert {scene.relation for scene in found} == {None, *RELATIONS}
 
@@ -157,7 +159,7 @@ def test_every_drawn_scene_is_read_to_the_pixel_and_judged_correct(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_noise_specks_and_a_mild_blur_do_not_mislead_the_reader(size):
     rng = np.random.default_rng(0)
-    for i, scene in enumerate(scenes(size, 100)):
+    for i, scene in enumerate(scenes(size, 20)):
         image = draw_scene(scene)
         for _ in range(3):
             x, y = int(rng.integers(size[1] - 1)), int(rng.integers(size[0] - 1))
@@ -172,7 +174,7 @@ def test_noise_specks_and_a_mild_blur_do_not_mislead_the_reader(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_a_changed_caption_is_wrong_in_the_aspect_that_changed(size):
     rng = np.random.default_rng(1)
-    for scene in scenes(size, 50):
+    for scene in scenes(size, 8):
         image = draw_scene(scene)
         which = int(rng.integers(len(scene.groups)))
         group = scene.groups[which]
@@ -194,7 +196,7 @@ def test_a_scene_elsewhere_has_the_wrong_position_only():
     scene = RED_CIRCLE_AND_BLUE_SQUARES
     image = draw_scene(scene)
     for shift, wrong in ((3, []), (5, ["position"])):
-        moved = replace(scene, boxes=((scene.boxes[0][0].with_span(1, 10 + shift, 20 + shift),), scene.boxes[1]))
+        moved = replace(scene, boxes=((Box(2, 10 + shift, 12, 20 + shift),), scene.boxes[1]))
         assert wrong_aspects(check_scene(draw_scene(moved), scene)) == wrong
         assert check_caption(draw_scene(moved), scene.caption).correct
     assert wrong_aspects(check_scene(image, scene)) == []
@@ -206,7 +208,7 @@ def test_pictures_of_nothing_are_not_correct(size):
         for mode in ("RGB", "L", "RGBA"):
             image = Image.new(mode, size[::-1], color)
             assert read_shapes(image) == []
-            for scene in scenes(size, 5):
+            for scene in scenes(size, 2):
                 assert wrong_aspects(check_caption(image, scene.caption)) == [*ASPECTS]
                 assert not check_scene(image, scene).correct
 
@@ -214,7 +216,7 @@ def test_pictures_of_nothing_are_not_correct(size):
 @pytest.mark.parametrize("size", SIZES)
 def test_noise_alone_is_not_correct(size):
     rng = np.random.default_rng(0)
-    for scene in scenes(size, 50):
+    for scene in scenes(size, 10):
         image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
         assert not any(shape.kind for shape in read_shapes(image))
         assert not check_caption(image, scene.caption).correct and not check_scene(image, scene).correct
@@ -239,7 +241,7 @@ def test_groups_that_merge_or_split_are_not_correct():
 
 @pytest.mark.parametrize("size", SIZES)
 def test_edits_have_exact_targets_and_leave_the_rest_as_it_is(size):
-    for edit in edits(size, 100):
+    for edit in edits(size, 20):
         source, target = draw_scene(edit.source), draw_scene(edit.target)
         assert check_scene(target, edit.target).correct and check_caption(target, edit.target.caption).correct
         assert not check_scene(source, edit.target).correct and not check_scene(target, edit.source).correct
@@ -268,29 +270,19 @@ def changed_group(edit: Edit) -> ShapeGroup:
 
 def test_an_instruction_names_one_group_and_says_what_becomes_of_it():
     found = Counter()
-    for edit in edits(num=600):
+    for edit in edits(num=200):
         group, source, target = changed_group(edit), edit.source, edit.target
         verb = edit.instruction.split()[0]
         found[verb] += 1
         rest = [other for other in source.groups if other != group]
         named = f"the {group.noun}" if all(o.kind != group.kind for o in rest) else f"the {group.color} {group.noun}"
-        (new,) = [g for g in target.groups if g not in rest] or [None]
-        if verb == "make":
-            assert edit.instruction == f"make {named} {new.color}" and new == replace(group, color=new.color)
-        elif verb == "turn":
-            what = f"a {new.kind}" if group.count == 1 else f"{new.kind}s"
-            assert edit.instruction == f"turn {named} into {what}" and new == replace(group, kind=new.kind)
-        elif verb == "remove":
+        if verb == "remove":
             assert edit.instruction == f"remove {named}" and target.groups == (rest[0],)
         else:
-            opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-            assert target.relation == opposite[source.relation] and target.groups == source.groups
-            assert edit.instruction.startswith(f"move {named} {target.relation} the ")
-            assert edit.instruction.endswith(rest[0].noun) and target.boxes[1] == source.boxes[1]
-            sizes = [[box.right - box.left for box in scene.boxes[0]] for scene in (source, target)]
-            assert sizes[0] == sizes[1]
-        assert len(source.groups) == 1 or verb in ("remove", "move") or target.relation == source.relation
-    assert len(found) == len(EDITS) and min(found.values()) > 100
+            (new,) = [g for g in target.groups if g not in rest]
+            assert edit.instruction == f"make {named} {new.color}" and new == replace(group, color=new.color)
+            assert target.relation == source.relation and new.color != group.color
+    assert len(found) == len(EDITS) and min(found.values()) > 70
 
 
 @pytest.mark.parametrize("task", ["caption", "edit"])
@@ -340,8 +332,8 @@ def test_samples_of_several_sizes_go_through_the_collator(processor):
 
 def test_the_trainer_trains_on_the_endless_set(processor, tmp_path):
     args = TrainingArguments(
-        str(tmp_path), remove_unused_columns=False, report_to="none", use_cpu=True, max_steps=2,
-        per_device_train_batch_size=2, dataloader_num_workers=2, save_strategy="no",
+        str(tmp_path), remove_unused_columns=False, report_to="none", use_cpu=True, max_steps=1,
+        per_device_train_batch_size=2, save_strategy="no",
         accelerator_config={"dispatch_batches": False},
     )  # fmt: skip
     model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
@@ -391,8 +383,7 @@ def test_bad_input_is_named():
         lambda: replace(scene, groups=scene.groups[:1], boxes=(circle,)): r"got 'left of', but \[None\] hold",
         lambda: replace(scene, boxes=((Box(2, 28, 12, 31),), squares)): r"but \['left of', 'below'\] hold",
         lambda: sample_scene(np.random.default_rng(0), 31, 64): r"at least 32 pixels; got \(31, 64\)",
-        lambda: sample_scene(np.random.default_rng(0), 32, 32, 3): "`num_groups` must be 1 or 2, .*got 3",
-        lambda: sample_scene(np.random.default_rng(0), 32, 32, 1, movable=True): "and 2 if `movable`; got 1",
+        lambda: sample_scene(np.random.default_rng(0), 32, 32, 3): "`num_groups` must be 1 or 2; got 3",
         lambda: check_scene(Image.new("RGB", (32, 48)), scene): "size, 32 × 48; got 48 × 32. Resize it",
         lambda: ShapesDataset(0): "`num_samples` must be at least 1; got 0",
         lambda: ShapesDataset(1, []): "`sizes` must hold at least one",

@@ -1,4 +1,4 @@
-"""`python -m transfusion_hf.latents`, an older form of `transfusion latents`."""
+"""`python -m transfusion_hf.latents`, the same as `transfusion latents`."""
 
 from .data.latents import main, write_latents
 

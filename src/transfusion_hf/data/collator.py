@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from ..masking_transfusion import make_packed_plan
 from ..processing_transfusion import TransfusionProcessor
@@ -13,14 +15,8 @@ from ..processing_transfusion import TransfusionProcessor
 
 def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     """
-    Packs items into rows: each, from the longest, into the first row that has room.
-
-    Args:
-        lengths (`list[int]`): Of the items, at most `max_length` each.
-        max_length (`int`): Room of a row.
-
-    Returns:
-        `list[list[int]]`: The items of each row.
+    Packs items, of at most `max_length` each, into rows of that length: from the longest on, each into the first row
+    that has room. Returns the indices of the items in each row.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -34,48 +30,58 @@ def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return rows
 
 
+def images_of(sample: dict[str, Any]) -> list[Any]:
+    """The images of a sample, from `images` or `image`, which are `None` where a dataset mixes in plain text."""
+    image, images = sample.get("image"), sample.get("images")
+    if image is not None and images is not None:
+        raise ValueError("A sample holds its images in `image` or in `images`; got both.")
+    return list(images) if images is not None else [] if image is None else [image]
+
+
+def latents_of(sample: dict[str, Any]) -> list[torch.Tensor]:
+    """The latents of a sample, from `latents`: a list of them, or one; as tensors, or as the nested lists of a row."""
+    latents = sample.get("latents")
+    tensors = [torch.as_tensor(x, dtype=torch.float32) for x in (() if latents is None else latents)]
+    return [torch.stack(tensors)] if tensors and tensors[0].ndim == 2 else tensors
+
+
 @dataclass
 class TransfusionDataCollator:
     r"""
-    Batches samples for the `Trainer` (with `remove_unused_columns=False`): each in a row of its own, padded at the
-    right; or packed, with `max_length`, behind one another in as few rows of that length as first-fit finds. Documents
-    in a row do not see each other: their positions begin anew, by which transformers and `"transfusion_varlen"` tell
-    them apart.
+    Batches samples for the `Trainer` (with `remove_unused_columns=False`). Each sample gets its own row, padded at the
+    right. With `max_length`, samples are packed into rows of that length instead, by first-fit. Documents in a row do
+    not see each other: their positions restart at 0, which transformers and `"transfusion_varlen"` understand.
 
-    A sample is a dict with `text` and, in `image` or the list `images`, the images that belong to it. Where the text
-    marks the places of its images with the processor's image token, it is taken as it stands. Otherwise it is a
-    caption of one image, and chance decides, by torch's global generator: caption first with
-    `caption_first_probability`, image first otherwise, then with t below `image_first_max_timesteps` (§3, §4.3.4); a
-    caption that comes first is dropped with `caption_dropout`, which teaches the unconditional context of guidance.
-    For an evaluation that is the same every time, mark the images, or evaluate by `TransfusionTrainer`.
+    A sample is a dict with `text` and, in `image` or the list `images`, its images; or, in `latents`, one latent of
+    shape `(latent_channels, height, width)` or a list of them. Optional keys with one value per image:
+    `image_loss_mask` (`bool`, `False` for clean context) and `max_timesteps` (`int`).
 
-    In place of images there may be latents, `(latent_channels, height, width)` each, in `latents`: a list, or the one.
-
-    Optional further keys: `image_loss_mask` (list of `bool`, `False` for clean context) and `max_timesteps` (list of
-    `int`), one value per image.
+    Text that marks the places of its images with the processor's image token stays as it is. Otherwise it is the
+    caption of one image, and torch's global generator decides: caption first with `caption_first_probability`; else
+    image first, with t below `image_first_max_timesteps` (§3, §4.3.4). A caption that comes first is dropped with
+    `caption_dropout`, which teaches the unconditional context of guidance.
 
     Args:
         processor (`TransfusionProcessor`)
         caption_first_probability (`float`, defaults to 0.8)
-        caption_dropout (`float`, defaults to 0.1):
-            NOTE: the paper does not give a rate; 0.1 is the usual one.
+        caption_dropout (`float`, defaults to 0.1): NOTE: the paper does not give a rate; 0.1 is the usual one.
         image_first_max_timesteps (`int`, defaults to 500)
-        num_train_timesteps (`int`, defaults to 1000): T of the model, the limit of all other images.
+        num_train_timesteps (`int`, defaults to 1000): T of the model, the noise limit of all other images.
         max_length (`int`, *optional*): Pack samples into rows of this length.
         truncation (`bool`, defaults to `False`):
-            Whether a sample longer than `max_length` loses its end, an image at the cut as a whole; else an error.
+            Cut samples longer than `max_length`, before an image rather than within, instead of raising.
         return_varlen_plan (`bool`, defaults to `False`):
-            Whether packs come with the plan for `attn_implementation="transfusion_varlen"`, made in the data
-            loader's workers rather than in `forward`.
+            Make the plan of packed rows for `attn_implementation="transfusion_varlen"` here, in the data loader's
+            workers, rather than in `forward`.
 
-    Returns, when called, a dict of `input_ids` and `labels` of shape `(batch, seq)`, `attention_mask` of that shape
-    or, packed, `position_ids` (and `varlen_plan`), and, where there are images, `pixel_values` of shape
+    Returns, when called, a dict of `input_ids` and `labels` of shape `(batch, seq)`; `attention_mask` of that shape
+    or, when packed, `position_ids` (and `varlen_plan`); and, if there are images, `pixel_values` of shape
     `(num_images, channels, height, width)` or `latents`, `max_timesteps` and `image_loss_mask` of shape
     `(num_images,)`.
 
     Raises:
-        ValueError: no samples, images and latents in one batch, a probability outside of 0 to 1, images without
-            markers that are not one to a caption, a sample or an image longer than `max_length`.
+        ValueError: no samples, images and latents in one batch, a probability outside of 0 to 1, unmarked images that
+            are not one per caption, a sample or an image longer than `max_length`.
     """
 
     processor: TransfusionProcessor
@@ -86,79 +92,54 @@ class TransfusionDataCollator:
     max_length: int | None = None
     truncation: bool = False
     return_varlen_plan: bool = False
-    # Tokens, and room for them. Shared, so that what the workers of a data loader count is seen here.
+    # Tokens and places of the packed rows. Shared, so that the workers of a data loader count here, too.
     _filled: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(2, dtype=torch.long), init=False, repr=False, compare=False
+        default_factory=lambda: torch.zeros(2, dtype=torch.long).share_memory_(), init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
-        self._filled.share_memory_()
         for name in ("return_varlen_plan", "truncation"):
             if getattr(self, name) and self.max_length is None:
                 raise ValueError(f"`{name}` is for packs; pass `max_length` too.")
         for name in ("caption_first_probability", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in 0 to 1; got {getattr(self, name)}.")
-        eos = self.processor.tokenizer.eos_token or ""
-        has_eos = bool(eos) and self.processor.tokenizer("").input_ids[-1:] == [self.processor.tokenizer.eos_token_id]
-        self._end = "" if has_eos else eos
+        tokenizer = self.processor.tokenizer
+        has_eos = tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]
+        self._end = "" if has_eos else tokenizer.eos_token or ""
 
     @property
     def fill_rate(self) -> float:
-        """Share of the packed rows so far that is not padding, workers of a data loader included; NaN before any."""
+        """Share of the packed rows so far that is not padding, counted in workers, too; NaN before the first row."""
         tokens, room = self._filled.tolist()
         return tokens / room if room else math.nan
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if not features:
             raise ValueError("`features` must hold at least one sample; got none.")
-        texts: list[str] = []
-        images: list[Any] = []
-        max_timesteps: list[int] = []
-        image_loss_mask: list[bool] = []
-        num_images: list[int] = []
-        kind = self._kind(features)
-        for feature in features:
-            pictures = self._images_of(feature, kind)
-            text, limit = self._arrange(feature["text"], len(pictures))
-            texts.append(text + self._end)
-            images += pictures
-            num_images.append(len(pictures))
-            max_timesteps += self._per_image(feature, "max_timesteps", len(pictures), limit)
-            image_loss_mask += self._per_image(feature, "image_loss_mask", len(pictures), True)
-        given = {kind: images or None}
-        batch = self.processor(text=texts, return_labels=True, padding=True, padding_side="right", **given)
-        if images:
-            batch["max_timesteps"] = torch.tensor(max_timesteps)
-            batch["image_loss_mask"] = torch.tensor(image_loss_mask)
-        return dict(batch) if self.max_length is None else self._pack(dict(batch), num_images)
-
-    @staticmethod
-    def _kind(features: Sequence[dict[str, Any]]) -> str:
-        """Whether the images of a batch come as `"images"` or as `"latents"`."""
-        kinds = {
-            "latents" if name == "latents" else "images"
-            for feature in features
-            for name in ("image", "images", "latents")
-            if feature.get(name) is not None
-        }
-        if len(kinds) == 2:
-            raise ValueError(
-                "`features` mix images and latents; pass the ones or the others in all samples of a batch."
+        texts, images, latents, limits, masks = zip(*map(self._read, features), strict=True)
+        batch = dict(
+            self.processor(
+                text=list(texts),
+                images=[*chain(*images)],
+                latents=[*chain(*latents)],
+                return_labels=True,
+                padding=True,
+                padding_side="right",
             )
-        return kinds.pop() if kinds else "images"
+        )
+        if any(limits):
+            batch["max_timesteps"] = torch.tensor([*chain(*limits)])
+            batch["image_loss_mask"] = torch.tensor([*chain(*masks)])
+        return batch if self.max_length is None else self._pack(batch, [*map(len, limits)], self.max_length)
 
-    @staticmethod
-    def _images_of(feature: dict[str, Any], kind: str) -> list[Any]:
-        # `None` where a data set mixes texts with and without images.
-        image, several = feature.get("image"), feature.get(kind)
-        if image is not None and several is not None:
-            raise ValueError(f"A sample holds its images in `image` or in `{kind}`; got both.")
-        if kind == "latents" and several is not None:
-            # Data sets give nested lists.
-            tensors = [torch.as_tensor(x, dtype=torch.float32) for x in several]
-            return [torch.stack(tensors)] if tensors and tensors[0].ndim == 2 else tensors
-        return list(several) if several is not None else [] if image is None else [image]
+    def _read(self, feature: dict[str, Any]) -> tuple[str, list[Any], list[torch.Tensor], list[int], list[bool]]:
+        """Text, images, latents, noise limits and loss mask of a sample."""
+        images, latents = images_of(feature), latents_of(feature)
+        num_images = len(images) + len(latents)
+        text, limit = self._arrange(feature["text"], num_images)
+        limits = _per_image(feature, "max_timesteps", num_images, limit)
+        return text + self._end, images, latents, limits, _per_image(feature, "image_loss_mask", num_images, True)
 
     def _arrange(self, text: str, num_images: int) -> tuple[str, int]:
         """The text with its marker, and the noise limit of its images."""
@@ -174,76 +155,66 @@ class TransfusionDataCollator:
             return marker + text, self.image_first_max_timesteps
         return marker if dropout < self.caption_dropout else text + marker, self.num_train_timesteps
 
-    def _pack(self, batch: dict[str, Any], num_images: list[int]) -> dict[str, Any]:
-        """Rows of whole samples, first-fit from the longest; images follow their samples."""
-        assert self.max_length is not None
-        mask = batch.pop("attention_mask").bool()
-        samples = [
-            {name: batch[name][i][mask[i]] for name in ("input_ids", "labels")} | {"num_images": num_images[i]}
-            for i in range(len(mask))
-        ]
-        samples = [self._fit(i, sample) for i, sample in enumerate(samples)]
-        first_image = [sum(num_images[:i]) for i in range(len(num_images))]
-        rows = first_fit([len(sample["input_ids"]) for sample in samples], self.max_length)
-        fill = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": -100}
+    def _pack(self, batch: dict[str, Any], num_images: list[int], max_length: int) -> dict[str, Any]:
+        """Packs whole samples into rows; the images follow the order of their samples."""
+        is_real = batch["attention_mask"].bool()
+        ids, labels = (
+            [row[mask] for row, mask in zip(batch[name], is_real, strict=True)] for name in ("input_ids", "labels")
+        )
+        images = list(torch.arange(sum(num_images)).split(num_images))  # the indices of each sample's images
+        for i, sample in enumerate(ids):
+            if len(sample) > max_length:
+                end, num_kept = self._find_cut(i, sample, max_length)
+                ids[i], labels[i], images[i] = sample[:end], labels[i][:end], images[i][:num_kept]
         packed: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "position_ids": []}
-        kept_images: list[int] = []
+        rows = first_fit([len(sample) for sample in ids], max_length)
         for row in rows:
-            for i in row:
-                kept_images += range(first_image[i], first_image[i] + samples[i]["num_images"])
-            lengths = [len(samples[i]["input_ids"]) for i in row]
-            padding = self.max_length - sum(lengths)
-            for name, value in fill.items():
-                packed[name].append(torch.cat([*(samples[i][name] for i in row), torch.full((padding,), value)]))
+            lengths = [len(ids[i]) for i in row]
+            padding = max_length - sum(lengths)
+            for name, samples, value in (
+                ("input_ids", ids, self.processor.tokenizer.pad_token_id),
+                ("labels", labels, -100),
+            ):
+                packed[name].append(pad(torch.cat([samples[i] for i in row]), (0, padding), value=value))
             packed["position_ids"].append(torch.cat([torch.arange(length) for length in (*lengths, padding)]))
         result: dict[str, Any] = {name: torch.stack(tensors) for name, tensors in packed.items()}
-        ids = result["input_ids"]
-        self._filled += torch.tensor([sum(len(sample["input_ids"]) for sample in samples), ids.numel()])
+        self._filled += torch.tensor([sum(map(len, ids)), len(rows) * max_length])
         if self.return_varlen_plan:
-            result["varlen_plan"] = make_packed_plan(ids, result["position_ids"], self.processor.image_token_id)
-        if kept_images:
-            for name in ("max_timesteps", "image_loss_mask"):
-                result[name] = batch[name][kept_images]
-            name = "latents" if "latents" in batch else "pixel_values"
-            pictures = batch[name]
-            is_tensor = isinstance(pictures, torch.Tensor)
-            result[name] = pictures[kept_images] if is_tensor else [pictures[i] for i in kept_images]
+            token_id = self.processor.image_token_id
+            result["varlen_plan"] = make_packed_plan(result["input_ids"], result["position_ids"], token_id)
+        kept = torch.cat([images[i] for row in rows for i in row])
+        for name in ("pixel_values", "latents", "max_timesteps", "image_loss_mask") if len(kept) else ():
+            if (values := batch.get(name)) is not None:
+                is_tensor = isinstance(values, torch.Tensor)
+                result[name] = values[kept] if is_tensor else [values[i] for i in kept.tolist()]
         return result
 
-    def _fit(self, index: int, sample: dict[str, Any]) -> dict[str, Any]:
-        """The sample, cut to `max_length` if that is allowed, but never through an image."""
-        assert self.max_length is not None
-        ids, limit = sample["input_ids"], self.max_length
-        if len(ids) <= limit:
-            return sample
-        # An image is a run of placeholders between its two tokens, which a text may also hold by themselves.
-        is_patch = ids == self.processor.image_token_id
-        starts = (is_patch & ~is_patch.roll(1)).nonzero()[:, 0].tolist()
-        ends = (is_patch & ~is_patch.roll(-1)).nonzero()[:, 0].tolist()
-        starts, ends = [start - 1 for start in starts], [end + 1 for end in ends]
+    def _find_cut(self, index: int, ids: torch.Tensor, max_length: int) -> tuple[int, int]:
+        """Where to cut a sample that is too long, before an image rather than within; and how many images remain."""
+        is_patch = (ids == self.processor.image_token_id).int()
+        edges = pad(is_patch, (1, 1)).diff()
+        starts = ((edges == 1).nonzero()[:, 0] - 1).tolist()  # `<BOI>` and
+        ends = (edges == -1).nonzero()[:, 0].tolist()  # `<EOI>`, which a text may also hold without an image
         longest = max((end - start + 1 for start, end in zip(starts, ends, strict=True)), default=0)
-        if longest > limit or not self.truncation:
-            what = f"an image of {longest}" if longest > limit else f"{len(ids)}"
+        if longest > max_length or not self.truncation:
+            what = f"an image of {longest}" if longest > max_length else f"{len(ids)}"
             raise ValueError(
-                f"`max_length` is {limit}, but sample {index} has {what} tokens; raise it, shrink the image, or for "
-                "text pass `truncation=True`."
+                f"`max_length` is {max_length}, but sample {index} has {what} tokens; raise it, shrink the image, or "
+                "for text pass `truncation=True`."
             )
-        cut = next((start for start, end in zip(starts, ends, strict=True) if start < limit <= end), limit)
-        return {
-            "input_ids": ids[:cut],
-            "labels": sample["labels"][:cut],
-            "num_images": sum(end < cut for end in ends),
-        }
+        within = (start for start, end in zip(starts, ends, strict=True) if start < max_length <= end)
+        cut = next(within, max_length)
+        return cut, sum(end < cut for end in ends)
 
-    def _per_image(self, feature: dict[str, Any], name: str, num_images: int, default: Any) -> list[Any]:
-        values = feature.get(name)
-        if values is None:
-            return [default] * num_images
-        if isinstance(values, (bool, int)):
-            values = [values]
-        if len(values) != num_images:
-            raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(values)}.")
-        return list(values)
+
+def _per_image(feature: dict[str, Any], name: str, num_images: int, default: Any) -> list[Any]:
+    values = feature.get(name)
+    if values is None:
+        return [default] * num_images
+    values = [values] if isinstance(values, (bool, int)) else list(values)
+    if len(values) != num_images:
+        raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(values)}.")
+    return values
 
 
 __all__ = ["TransfusionDataCollator", "first_fit"]

@@ -1,8 +1,4 @@
-"""
-Latents computed once, for training without the autoencoder:
-
-    python -m transfusion_hf.data.latents MODEL DATASET OUTPUT --image_column image --caption_column text
-"""
+"""Latents computed once, for training without the autoencoder: `transfusion latents MODEL DATASET OUTPUT`."""
 
 import argparse
 import hashlib
@@ -20,10 +16,10 @@ from transformers.utils import logging
 
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..processing_transfusion import TransfusionProcessor
-from .dataset import TransfusionDataset, hf_datasets, images_of
+from .collator import images_of
+from .dataset import TransfusionDataset, hf_datasets
 
-# Hidden, so that `datasets` does not take it for data.
-MANIFEST = ".manifest.json"
+MANIFEST = ".manifest.json"  # hidden, so that `datasets` does not take it for data
 
 
 def write_latents(
@@ -36,30 +32,23 @@ def write_latents(
 ) -> None:
     r"""
     Writes samples with latents in place of images (§4.1), in files `shard-00000.parquet` and so on. Training on them
-    is training on the images, as cropped and resized by the processor: the VAE's posterior enters by its mode in
-    either case. Values are float32. Texts stay as they are, for the collator to arrange.
+    equals training on the images after the processor's cropping and resizing, since the mode of the VAE's posterior is
+    used in both cases. Latents are float32. Texts are not changed; the collator arranges them.
 
-    A run that was broken off continues after its last whole shard, and writes what it would have written.
+    A run that was interrupted continues after its last complete shard, and writes the same bytes.
 
     Args:
-        model (`TransfusionForCausalLMAndDiffusion`): Its VAE computes, on its device. Without one, images are latents.
+        model (`TransfusionForCausalLMAndDiffusion`): Its VAE encodes; without one, pixels are latents.
         processor (`TransfusionProcessor`): The model's.
-        dataset (`TransfusionDataset`, or any iterable of samples): The same, in the same order, when continuing.
-        output_dir (`str` or `os.PathLike`): Of its own for each process, where several share the work.
+        dataset (`TransfusionDataset`, or any iterable of samples): To continue, the same in the same order.
+        output_dir (`str` or `os.PathLike`): A separate folder for each process, if several share the work.
         batch_size (`int`, defaults to 32): Samples to encode at once.
-        shard_size (`int`, defaults to 1000): Samples of a file.
+        shard_size (`int`, defaults to 1000): Samples per file.
 
     Raises:
-        ValueError: `output_dir` holds latents of another VAE, image processor or of other sizes; sizes below 1.
-
-    Example:
-
-    ```python
-    >>> write_latents(model, processor, TransfusionDataset.from_captions(captions), "latents")
-    >>> latents = load_dataset("parquet", data_dir="latents", split="train", streaming=True)
-    >>> pairs = TransfusionDataset.from_latents(latents, shuffle=True)
-    ```"""
-    import pyarrow.parquet  # comes with `datasets`, whose absence is told by the import of `.data`
+        ValueError: `output_dir` holds latents from another VAE, image processor or sizes; a size below 1.
+    """
+    import pyarrow.parquet  # comes with `datasets`
 
     if batch_size < 1 or shard_size < 1:
         raise ValueError(f"`batch_size` and `shard_size` must be at least 1; got {batch_size} and {shard_size}.")
@@ -68,7 +57,7 @@ def write_latents(
     made_with = {
         "vae": _digest(model),
         "image_processor": json.loads(processor.image_processor.to_json_string()),
-        "batch_size": batch_size,  # the last digits may depend on it
+        "batch_size": batch_size,  # changes the last digits
         "shard_size": shard_size,
     }
     manifest: dict[str, Any] = {"made_with": made_with, "num_shards": 0, "num_samples": 0, "dataset": None}
@@ -79,12 +68,12 @@ def write_latents(
                 f"`output_dir` {folder} holds latents made with another {', '.join(others)}. Continue with the same, "
                 "or choose another folder."
             )
-    if isinstance(dataset, TransfusionDataset):
+    if not isinstance(dataset, TransfusionDataset):
+        samples = islice(dataset, manifest["num_samples"], None)
+    else:
         if manifest["dataset"] is not None:
             dataset.load_state_dict(manifest["dataset"])
         samples = iter(dataset)
-    else:
-        samples = islice(dataset, manifest["num_samples"], None)
     with logging.tqdm(
         desc="latents", unit=" samples", initial=manifest["num_samples"], total=length_hint(dataset) or None
     ) as progress:
@@ -95,7 +84,7 @@ def write_latents(
                 progress.update(len(rows) - start)
             file = folder / f"shard-{manifest['num_shards']:05}.parquet"
             table = hf_datasets.Dataset.from_list(rows, features=_features()).data.table
-            pyarrow.parquet.write_table(table, f"{file}.tmp")  # without a progress bar for each
+            pyarrow.parquet.write_table(table, f"{file}.tmp")  # `to_parquet` shows a progress bar for each file
             os.replace(f"{file}.tmp", file)
             manifest["num_shards"] += 1
             manifest["num_samples"] += len(rows)
@@ -107,13 +96,12 @@ def write_latents(
 def _encode(
     model: TransfusionForCausalLMAndDiffusion, processor: TransfusionProcessor, samples: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The rows of samples, latents as arrays."""
     images = [images_of(sample) for sample in samples]
-    latents: list[torch.Tensor] = []
+    latents: Iterable[torch.Tensor] = ()
     if any(images):
         pixel_values = processor.image_processor([image for some in images for image in some])["pixel_values"]
         stacks = model.encode_images([pixels.to(model.device) for pixels in pixel_values])
-        latents = [latent for stack in stacks for latent in stack.float().cpu()]
+        latents = (latent for stack in stacks for latent in stack.float().cpu())
     remaining = iter(latents)
     return [
         {
@@ -127,21 +115,19 @@ def _encode(
 
 
 def _features() -> "hf_datasets.Features":
-    latent: Any = hf_datasets.Value("float32")
-    for _ in ("width", "height", "channels"):
-        latent = hf_datasets.List(latent)
+    value, several = hf_datasets.Value, hf_datasets.List
     return hf_datasets.Features(
         {
-            "text": hf_datasets.Value("string"),
-            "latents": hf_datasets.List(latent),
-            "image_loss_mask": hf_datasets.List(hf_datasets.Value("bool")),
-            "max_timesteps": hf_datasets.List(hf_datasets.Value("int64")),
+            "text": value("string"),
+            "latents": several(several(several(several(value("float32"))))),  # image, channel, row, column
+            "image_loss_mask": several(value("bool")),
+            "max_timesteps": several(value("int64")),
         }
     )
 
 
 def _digest(model: TransfusionForCausalLMAndDiffusion) -> str | None:
-    """Of the VAE's configuration and weights."""
+    """Hash of the VAE's configuration and weights."""
     if model.vae is None:
         return None
     digest = hashlib.sha256(json.dumps(model.config.vae_config, sort_keys=True).encode())
@@ -151,9 +137,10 @@ def _digest(model: TransfusionForCausalLMAndDiffusion) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """`transfusion latents`: writes the latents of a dataset of images with captions."""
+    parser = argparse.ArgumentParser("transfusion latents", description=__doc__)
     parser.add_argument("model", help="a folder or a repository of the Hub")
-    parser.add_argument("dataset", help="what `datasets.load_dataset` takes; images with captions")
+    parser.add_argument("dataset", help="images with captions, as `datasets.load_dataset` takes them")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--split", default="train")
     parser.add_argument("--streaming", action="store_true", help="do not download first")
@@ -166,13 +153,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = AutoModelForMultimodalLM.from_pretrained(args.model).to(args.device)
     processor = AutoProcessor.from_pretrained(args.model)
     rows = hf_datasets.load_dataset(args.dataset, split=args.split, streaming=args.streaming)
-    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    dataset = TransfusionDataset.from_captions(rows, **columns, image_token=processor.image_token)
+    dataset = TransfusionDataset.from_captions(
+        rows, args.image_column, args.caption_column, image_token=processor.image_token
+    )
     write_latents(model, processor, dataset, args.output_dir, args.batch_size, args.shard_size)
     print(f"{args.output_dir}: done, {dataset.num_skipped} broken rows skipped")
 
 
-__all__ = ["write_latents"]
-
-if __name__ == "__main__":
-    main()
+__all__ = ["main", "write_latents"]
