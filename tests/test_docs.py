@@ -116,6 +116,8 @@ def private_overrides() -> set[str]:
     """Private methods of transformers that our classes override, without those that a base class leaves abstract."""
     found = set()
     for info in pkgutil.walk_packages(transfusion_hf.__path__, "transfusion_hf."):
+        if info.name == "transfusion_hf.cli.app":  # Gradio takes seconds to import, and the page overrides nothing
+            continue
         module = importlib.import_module(info.name)
         for owner in vars(module).values():
             if not inspect.isclass(owner) or owner.__module__ != module.__name__:
