@@ -73,16 +73,16 @@ def test_a_card_holds_what_is_given(hub):
     }
     for line in (
         "| parameters | 1,234,567 |",
-        "| images | 4 × 4 pixels where no size is asked for, 4 positions each |",
+        "| images | 4 × 4 pixels by default, 4 positions each |",
         "| diffusion | `flow_prediction`, 1000 steps, λ = 5 |",
-        "| image weights | projections, MLPs and norms of their own in each layer |",
+        "| image weights | separate projections, MLPs and norms in each layer |",
         "| steps | 12 |",
         "| lm_loss/part | 0.5 |",
-        "![Drawn by the model during its training](samples/step-12.png)",
+        "![Images drawn during training](samples/step-12.png)",
     ):
         assert line in card.text.splitlines()
     assert "[someone/language-model](https://huggingface.co/someone/language-model)" in card.text
-    assert "is for its author to say" not in card.text and "no weights" not in card.text
+    assert "written from the configuration alone" not in card.text and "no weights" not in card.text
 
 
 def test_a_card_claims_nothing_that_is_not_given(hub):
@@ -90,9 +90,9 @@ def test_a_card_claims_nothing_that_is_not_given(hub):
     card = make_model_card(config, "digits", evaluation={"loss": 1.25})
     card.validate()
     assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}  # no results without a data set
-    assert "| loss | 1.25 |" in card.text and "is for its author to say" in card.text
+    assert "| loss | 1.25 |" in card.text and "written from the configuration alone" in card.text
     assert "| autoencoder | `AutoencoderKL`, 8 times smaller sides, scale 0.9 |" in card.text
-    assert "## Samples" not in card.text and "image weights" not in card.text and "parameters" not in card.text
+    assert "![Images" not in card.text and "image weights" not in card.text and "parameters" not in card.text
 
 
 @pytest.mark.parametrize(

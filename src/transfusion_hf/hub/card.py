@@ -1,4 +1,4 @@
-"""The card of a model: what its configuration and its training say of it, with the metadata that the Hub reads."""
+"""Model cards: what the configuration and the training say about a model, with the Hub's metadata."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,21 +13,18 @@ TEMPLATE = """---
 # {{ model_name }}
 
 {% if not has_weights -%}
-**A configuration, not a model: no weights of this size are public.** It is for training your own.
+**A configuration without weights: no weights of this size are public.** Use it to train a model.
 
 {% endif -%}
-A Transfusion (Zhou et al., [arXiv 2408.11039](https://arxiv.org/abs/2408.11039)): one transformer that predicts the
-next token and diffuses images, and so reads and writes text and images in any order.
-{%- if base_models %} It was made from {{ base_models }}.{% endif %}
-The code is that of `transfusion_hf`{% if has_weights %}, and lies beside the weights{% endif %}.
-
-## Use
+Transfusion ([arXiv 2408.11039](https://arxiv.org/abs/2408.11039)) is one transformer that predicts the next token and
+denoises images, so it reads and writes text and images in any order.
+{%- if base_models %} This model was made from {{ base_models }}.{% endif %}
 
 ```python
 {% if has_weights -%}
 from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
 
-name = "{{ model_name }}"  # or the folder
+name = "{{ model_name }}"  # or a local folder
 draw = pipeline("text-to-image", model=name, trust_remote_code=True)
 draw("a prompt").save("drawn.png")
 
@@ -45,55 +42,28 @@ processor = TransfusionProcessor.for_model(model, AutoTokenizer.from_pretrained(
 {%- endif %}
 ```
 {% if has_weights %}
-With `transfusion_hf` installed and imported, `trust_remote_code` is not needed. Without it the code needs torch,
-torchvision, diffusers and transformers; the checkpoint was saved with transformers {{ transformers_version }}.
+The remote code needs torch, torchvision, diffusers and transformers; the checkpoint was saved with transformers
+{{ transformers_version }}. With `transfusion_hf` imported, `trust_remote_code` is not needed.
 {% endif %}
-## Model
+{%- for title, table in tables %}
+## {{ title }}
 
 | | |
 |---|---|
-{% for name, value in facts -%}
-| {{ name }} | {{ value }} |
-{% endfor %}
-## Training
-{% if training %}
-| | |
-|---|---|
-{% for name, value in training.items() -%}
+{% for name, value in table.items() -%}
 | {{ name }} | {{ value }} |
 {% endfor -%}
-{%- elif has_weights %}
-This card was written from the configuration alone. What the model was trained on, and how, is for its author to say.
-{% else %}
-None. `examples/train.py` follows the paper's recipe (§4.1).
-{% endif -%}
-{%- if evaluation %}
-## Evaluation
-{% if dataset_name %}
-On {{ dataset_name }}.
-{% endif %}
-| | |
-|---|---|
-{% for name, value in evaluation.items() -%}
-| {{ name }} | {{ "%.4g" | format(value) }} |
-{% endfor -%}
-{%- endif %}
+{%- endfor %}
 {%- if samples %}
-## Samples
-
-![Drawn by the model during its training]({{ samples }})
+![Images drawn during training]({{ samples }})
 {% endif %}
-## Limits
-
-{% if has_weights -%}
-Nothing here was measured but what stands above: neither the quality of its pictures nor what they show of people and
-their prejudices. Look at it before you use it.
-{%- else -%}
-Without weights there is nothing to evaluate; no figure of the paper is claimed for what you train.
-{%- endif %}
-
-## Citation
-
+{%- if not training %}
+{% if has_weights %}This card was written from the configuration alone; its author has not described the training data.
+{%- else %}`examples/train.py` follows the paper's recipe (§4.1).{% endif %}
+{% endif %}
+{%- if has_weights %}
+Only what the tables show was measured. Image quality and social biases were not; check both before you use the model.
+{% endif %}
 ```bibtex
 @article{zhou2024transfusion,
   title   = {Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model},
@@ -106,31 +76,34 @@ Without weights there is nothing to evaluate; no figure of the paper is claimed 
 """
 
 
-def _facts(config: Any, num_parameters: int | None, has_weights: bool) -> list[tuple[str, Any]]:
-    text, (height, width) = config.text_config, config.latent_size
-    factor, vae = config.vae_scale_factor, config.vae_config
-    autoencoder: str = "none: the image itself is the latent"
+def _facts(config: Any, num_parameters: int | None, has_weights: bool) -> dict[str, Any]:
+    text, vae, factor = config.text_config, config.vae_config, config.vae_scale_factor
+    height, width = config.latent_size
     if vae is not None:
         autoencoder = f"`AutoencoderKL`, {factor} times smaller sides, scale {vae['scaling_factor']:.5g}"
-    elif not has_weights:
-        autoencoder = "none yet: bring one; the paper's makes the sides 8 times smaller"
+    elif has_weights:
+        autoencoder = "none: the image itself is the latent"
+    else:
+        autoencoder = "not included; the paper's makes the sides 8 times smaller"
     unit = "pixels" if has_weights or vae is not None else "latent pixels"
-    facts = [
-        ("decoder", f"`{text.model_type}`, {text.num_hidden_layers} layers, {text.hidden_size} wide, "
-                    f"{text.num_attention_heads} heads"),
-        ("vocabulary", f"{text.vocab_size:,} tokens"),
-        ("images", f"{width * factor} × {height * factor} {unit} where no size is asked for, "
-                   f"{config.num_patches(height, width)} positions each"),
-        ("patches", f"{config.patch_size} × {config.patch_size} of {config.latent_channels} channels, "
-                    f"{'a U-Net' if config.patch_encoder == 'unet' else 'a linear layer'} in and out"),
-        ("autoencoder", autoencoder),
-        ("diffusion", f"`{config.prediction_type}`"
-                      + ("" if config.first_timestep else f" on `{config.beta_schedule}`")
-                      + f", {config.num_train_timesteps} steps, λ = {config.diffusion_loss_weight:g}"),
-    ]  # fmt: skip
+    encoder = "a U-Net" if config.patch_encoder == "unet" else "a linear layer"
+    schedule = "" if config.first_timestep else f" on `{config.beta_schedule}`"
+    facts = {} if num_parameters is None else {"parameters": f"{num_parameters:,}"}
+    facts |= {
+        "decoder": f"`{text.model_type}`, {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
+        f"{text.num_attention_heads} heads",
+        "vocabulary": f"{text.vocab_size:,} tokens",
+        "images": f"{width * factor} × {height * factor} {unit} by default, {config.num_patches(height, width)} "
+        "positions each",
+        "patches": f"{config.patch_size} × {config.patch_size} of {config.latent_channels} channels, {encoder} in and "
+        "out",
+        "autoencoder": autoencoder,
+        "diffusion": f"`{config.prediction_type}`{schedule}, {config.num_train_timesteps} steps, "
+        f"λ = {config.diffusion_loss_weight:g}",
+    }
     if config.untied_modalities:
-        facts.append(("image weights", "projections, MLPs and norms of their own in each layer"))
-    return facts if num_parameters is None else [("parameters", f"{num_parameters:,}"), *facts]
+        facts["image weights"] = "separate projections, MLPs and norms in each layer"
+    return facts
 
 
 def make_model_card(
@@ -150,39 +123,30 @@ def make_model_card(
     samples: str | None = None,
 ) -> ModelCard:
     r"""
-    A card with the Hub's metadata. What is not given is not claimed.
+    A card with the Hub's metadata. It claims only what is passed.
 
     Args:
         config (`TransfusionConfig`)
-        model_name (`str`): The repository, as far as it is known.
-        preset (`str`, *optional*): For a card of one of the paper's sizes, of which there are no weights.
+        model_name (`str`): The repository, or any other name.
+        preset (`str`, *optional*): For the card of one of the paper's sizes, without weights.
         num_parameters (`int`, *optional*)
-        license (`str`, *optional*): Of the weights, by the Hub's name for it, as `"apache-2.0"`.
-        language (`str` or `list[str]`, *optional*): By ISO 639-1.
-        base_model (`str` or `list[str]`, *optional*): The repositories of what it was made from.
-        datasets (`str` or `list[str]`, *optional*): The repositories of what it was trained on.
+        license (`str`, *optional*): The license of the weights, by the Hub's name, such as `"apache-2.0"`.
+        language (`str` or `list[str]`, *optional*): ISO 639-1 codes.
+        base_model (`str` or `list[str]`, *optional*): The repositories that the model was made from.
+        datasets (`str` or `list[str]`, *optional*): The repositories of the training data.
         dataset_name (`str`, *optional*):
-            What it was evaluated on, in words; defaults to the first of `datasets`. Without either the Hub takes no
-            results, and they stand in the text alone.
+            What the model was evaluated on; defaults to the first of `datasets`. Without either, the results stand in
+            the text but not in the metadata, where the Hub needs a data set.
         tags (`list[str]`, *optional*)
         training (`dict[str, Any]`, *optional*), evaluation (`dict[str, float]`, *optional*): Shown as tables.
-        samples (`str`, *optional*): The path, in the repository, of a picture with samples.
-
-    Returns:
-        `huggingface_hub.ModelCard`
+        samples (`str`, *optional*): The path of a picture in the repository.
     """
     base_model, datasets = ([x] if isinstance(x, str) else list(x or []) for x in (base_model, datasets))
     dataset_name = dataset_name or next(iter(datasets), None)
     results = [
-        EvalResult(
-            task_type=PIPELINE_TAG,
-            dataset_type=next(iter(datasets), dataset_name),
-            dataset_name=dataset_name,
-            metric_type=name,
-            metric_value=value,
-        )
+        EvalResult(PIPELINE_TAG, next(iter(datasets), dataset_name), dataset_name, name, value)
         for name, value in (evaluation or {}).items()
-        if dataset_name and "/" not in name  # not the parts that a metric is shown in
+        if dataset_name and "/" not in name  # the parts of a metric stay in the table
     ]
     data = ModelCardData(
         model_name=model_name if results else None,
@@ -196,6 +160,12 @@ def make_model_card(
         tags=list(dict.fromkeys(["transfusion", "text-to-image", *tags])),
         eval_results=results or None,
     )
+    title = f"Evaluation on {dataset_name}" if dataset_name else "Evaluation"
+    tables = {
+        "Model": _facts(config, num_parameters, has_weights=preset is None),
+        "Training": training,
+        title: {name: f"{value:.4g}" for name, value in (evaluation or {}).items()},
+    }
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE,
@@ -205,10 +175,8 @@ def make_model_card(
         config=config,
         base_models=", ".join(f"[{name}](https://huggingface.co/{name})" for name in base_model),
         transformers_version=config.to_dict().get("transformers_version"),
-        facts=_facts(config, num_parameters, has_weights=preset is None),
+        tables=[(title, table) for title, table in tables.items() if table],
         training=training,
-        evaluation=evaluation,
-        dataset_name=dataset_name,
         samples=samples,
     )
 
