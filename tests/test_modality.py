@@ -21,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessorList
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion
-from transfusion_hf.conversion.causal_lm import causal_lm_key, convert_causal_lm
+from transfusion_hf.conversion.causal_lm import convert_causal_lm
+from transfusion_hf.conversion.export import extract_causal_lm
 from transfusion_hf.modality_transfusion import image_parameters, untie_modalities
 from transfusion_hf.training.plans import TRAINING_PLANS, set_trainable
 from transfusion_hf.training.trainer import _flops_per_token
@@ -360,7 +361,7 @@ def test_nothing_untied_is_the_model_of_the_paper(nothing):
 def test_a_family_with_parameters_outside_of_modules_is_refused():
     decoder = tiny.model().model.language_model
     decoder.layers[1].self_attn.sinks = nn.Parameter(torch.zeros(4))
-    with pytest.raises(ValueError, match=r"cannot part a LlamaDecoderLayer.*sinks"):
+    with pytest.raises(ValueError, match=r"cannot split a LlamaDecoderLayer.*sinks"):
         untie_modalities(decoder)
 
 
@@ -412,10 +413,9 @@ def test_a_language_model_is_converted_with_image_weights_that_are_copies_and_dr
         assert torch.equal(model(ids).logits[..., : len(tokenizer)], expected)
         pairs = list(image_parameters(model))
         assert pairs and all(torch.equal(image, text) for _, image, text in pairs)
-        back = {causal_lm_key(key): value[: len(tokenizer)] for key, value in model.state_dict().items()}
-        back.pop(None)
+        back = extract_causal_lm(model, len(tokenizer)).state_dict()
         assert back.keys() == weights.keys()
-        assert all(torch.equal(value, weights[key][: len(tokenizer)]) for key, value in back.items())
+        assert all(torch.equal(value, weights[key]) for key, value in back.items())
 
 
 def test_a_language_model_already_in_a_model_with_image_weights_is_refused():

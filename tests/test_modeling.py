@@ -13,7 +13,7 @@ from transfusion_hf import (
     TransfusionForCausalLMAndDiffusion,
     TransfusionModel,
 )
-from transfusion_hf.diffusion_transfusion import sample_noise, sample_timesteps
+from transfusion_hf.diffusion_transfusion import noise_images, sample_noise, sample_timesteps
 
 IMAGE = [BOI] + [IMG] * 4 + [EOI]
 # Overrides that make the families' heads differ from a bare matrix, and their sliding layers slide.
@@ -343,7 +343,7 @@ def test_noising_and_losses_stay_float32_in_a_bfloat16_model():
     assert output.logits.dtype == torch.bfloat16
     assert output.image_predictions[0].dtype == output.diffusion_loss.dtype == torch.float32
     # In bfloat16 ᾱ_1 = 1 and σ_1 = 0: the noised image would be the clean one.
-    (noised,) = model._noise_images([latents], torch.tensor([1]), noise_seeds=[0]).stacks
+    (noised,), *_ = noise_images(model.noise_scheduler, [latents], torch.tensor([1]), seeds=[0])
     assert noised.dtype == torch.float32 and not torch.equal(noised, latents)
 
 

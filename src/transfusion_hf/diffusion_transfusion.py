@@ -13,7 +13,6 @@ import copy
 import inspect
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -34,14 +33,12 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
     """Whether a scheduler is of a flow-matching model, which has no ᾱ."""
-    flow_sigmas = scheduler.config.get("use_flow_sigmas", False)
-    return flow_sigmas or type(scheduler).__name__.startswith("FlowMatch")
+    return scheduler.config.get("use_flow_sigmas", False) or type(scheduler).__name__.startswith("FlowMatch")
 
 
 def make_noise_scheduler(config: TransfusionConfig) -> SchedulerMixin:
     """
-    The schedule that the model is trained with: a `DDPMScheduler`, or for flow matching a
-    `FlowMatchEulerDiscreteScheduler`.
+    The schedule of the training: a `DDPMScheduler`, or for flow matching a `FlowMatchEulerDiscreteScheduler`.
 
     Clipping x_0 to [−1, 1] while sampling is right for pixels only. Timesteps are spaced `"leading"`, which leaves out
     t = T − 1: the cosine schedule has √ᾱ ≈ 5e-5 there, and would magnify an error of ε 20,000 times.
@@ -106,26 +103,27 @@ def _scheduler_of_name(noise_scheduler: SchedulerMixin, name: Any) -> Any:
     return scheduler_class.from_config(own, **changes)
 
 
+def _prediction_type(scheduler: Any) -> str | None:
+    # The config of diffusers' own flow matching names no type; that of multistep samplers does.
+    is_flow_only = type(scheduler).__name__.startswith("FlowMatch")
+    return "flow_prediction" if is_flow_only else scheduler.config.get("prediction_type")
+
+
 def _check_same_schedule(sampler: Any, noise_scheduler: SchedulerMixin) -> None:
     remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
     if not isinstance(sampler, SchedulerMixin):
         raise ValueError(
             f"`scheduler` must be a diffusers scheduler, its class name or `None`; got {sampler!r}; {remedy}."
         )
-    # The config of diffusers' own flow matching names no type; multistep samplers need flow sigmas and the type.
-    is_flow_only = type(sampler).__name__.startswith("FlowMatch")
-    wanted = "flow_prediction" if is_flow(noise_scheduler) else noise_scheduler.config.prediction_type
-    sampled = "flow_prediction" if is_flow_only else sampler.config.get("prediction_type")
+    sampled, wanted = _prediction_type(sampler), _prediction_type(noise_scheduler)
     if sampled != wanted:
         raise ValueError(
             f"`scheduler` samples a model of prediction type {sampled!r}, this one predicts {wanted!r}; {remedy}."
         )
-    is_same = is_flow(sampler) == is_flow(noise_scheduler)
-    is_same = is_same and sampler.config.get("num_train_timesteps") == noise_scheduler.config.num_train_timesteps
-    if is_same and not is_flow(noise_scheduler):
-        schedules = [getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in (sampler, noise_scheduler)]
-        is_same = schedules[0].shape == schedules[1].shape and torch.allclose(*schedules, atol=1e-6)
-    if not is_same:
+    pair = (sampler, noise_scheduler)
+    kinds = [(is_flow(s), s.config.get("num_train_timesteps")) for s in pair]
+    bars = [torch.empty(0) if is_flow(s) else getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in pair]
+    if kinds[0] != kinds[1] or bars[0].shape != bars[1].shape or not torch.allclose(*bars, atol=1e-6):
         raise ValueError(
             f"`scheduler` ({type(sampler).__name__}) has another noise schedule than the model; {remedy}."
         )
@@ -185,9 +183,8 @@ def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | Non
     return (uniform * max_timesteps).long()
 
 
-def check_timesteps(timesteps: torch.Tensor, num_images: int, config: TransfusionConfig) -> None:
-    """Raises `ValueError` unless there is one t in range for each image."""
-    last = config.num_train_timesteps - 1 + config.first_timestep
+def check_timesteps(timesteps: torch.Tensor, num_images: int, last: int) -> None:
+    """Raises `ValueError` unless there is one t from 0 to `last` for each image."""
     if timesteps.shape != (num_images,) or not ((timesteps >= 0) & (timesteps <= last)).all():
         raise ValueError(
             f"`timesteps` must hold one t from 0 to {last} for each of {num_images} images; got {timesteps.tolist()}."
@@ -205,13 +202,13 @@ def sample_noise(stacks: Sequence[torch.Tensor], seeds: Sequence[int] | None = N
     if seeds is None:
         return [torch.randn_like(stack) for stack in stacks]
     # Drawn on the CPU, so that a seed means the same on every device; the offset keeps ε apart from the draw of t.
-    generators = iter([_generator(seed + 1) for seed in seeds])
-    return [
-        torch.stack([torch.randn(image.shape, generator=next(generators), dtype=image.dtype) for image in stack]).to(
-            stack.device
-        )
-        for stack in stacks
+    images = [image for stack in stacks for image in stack]
+    noise = [
+        torch.randn(image.shape, generator=_generator(seed + 1), dtype=image.dtype)
+        for image, seed in zip(images, seeds, strict=True)
     ]
+    rows = iter(noise)
+    return [torch.stack([next(rows) for _ in stack]).to(stack.device) for stack in stacks]
 
 
 def add_noise(
@@ -230,10 +227,14 @@ def add_noise(
         timesteps (`torch.LongTensor` of shape `(num_images,)`): Over all stacks.
     """
     if is_flow(noise_scheduler):
-        sigmas = (timesteps / noise_scheduler.config.num_train_timesteps).split([len(stack) for stack in x_0])
+        sigmas = _per_stack(timesteps / noise_scheduler.config.num_train_timesteps, x_0)
         return [x + s.to(x)[:, None, None, None] * (e - x) for x, e, s in zip(x_0, eps, sigmas, strict=True)]
-    per_stack = timesteps.split([len(stack) for stack in x_0])
-    return [noise_scheduler.add_noise(x, e, t) for x, e, t in zip(x_0, eps, per_stack, strict=True)]
+    parts = zip(x_0, eps, _per_stack(timesteps, x_0), strict=True)
+    return [noise_scheduler.add_noise(x, e, t) for x, e, t in parts]
+
+
+def _per_stack(values: torch.Tensor, stacks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    return values.split([len(stack) for stack in stacks])
 
 
 def prediction_targets(
@@ -251,8 +252,8 @@ def prediction_targets(
         return [e - x for x, e in zip(x_0, eps, strict=True)]
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type == "v_prediction":
-        per_stack = timesteps.split([len(stack) for stack in x_0])
-        return [noise_scheduler.get_velocity(x, e, t) for x, e, t in zip(x_0, eps, per_stack, strict=True)]
+        parts = zip(x_0, eps, _per_stack(timesteps, x_0), strict=True)
+        return [noise_scheduler.get_velocity(x, e, t) for x, e, t in parts]
     return list(x_0 if prediction_type == "sample" else eps)
 
 
@@ -262,59 +263,55 @@ def chosen_rows(stacks: Sequence[torch.Tensor], mask: torch.BoolTensor) -> list[
     return [[i for i in range(len(stack)) if next(chosen)] for stack in stacks]
 
 
-@dataclass
-class NoisedImages:
-    """
-    What a training step makes of clean images.
-
-    Args:
-        stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): x_t, or x_0 of clean context.
-        timesteps (`torch.LongTensor` of shape `(num_images,)`): 0 for clean context.
-        targets (`list[torch.Tensor]`): What to predict of the noised images, in stacks of these alone.
-        is_noised (`torch.BoolTensor` of shape `(num_images,)`, *optional*): `None`: all are.
-    """
-
-    stacks: list[torch.Tensor]
-    timesteps: torch.LongTensor
-    targets: list[torch.Tensor]
-    is_noised: torch.BoolTensor | None
-
-    @property
-    def prediction_mask(self) -> torch.BoolTensor | None:
-        """The images to predict: the noised ones, or the first if there is none, so that each image part is used."""
-        if self.targets:
-            return self.is_noised
-        return torch.arange(len(self.timesteps), device=self.timesteps.device) == 0
-
-    @property
-    def noised_timesteps(self) -> torch.LongTensor:
-        return self.timesteps if self.is_noised is None else self.timesteps[self.is_noised]
-
-
 def noise_images(
     noise_scheduler: SchedulerMixin,
     x_0: Sequence[torch.Tensor],
-    eps: Sequence[torch.Tensor],
-    timesteps: torch.LongTensor,
-    is_noised: torch.BoolTensor | None = None,
-) -> NoisedImages:
+    timesteps: torch.LongTensor | None = None,
+    max_timesteps: torch.LongTensor | None = None,
+    image_loss_mask: torch.BoolTensor | None = None,
+    seeds: Sequence[int] | torch.LongTensor | None = None,
+) -> tuple[list[torch.Tensor], torch.LongTensor, torch.BoolTensor | None, list[torch.Tensor]]:
     """
-    The forward diffusion of a training step.
+    The forward diffusion of a training step: draws t and ε, and noises the images in `image_loss_mask`.
 
     Args:
-        is_noised (`torch.BoolTensor` of shape `(num_images,)`, *optional*):
-            `False`: clean context, with t = 0 and no target. Default: all are noised.
-        noise_scheduler, x_0, eps, timesteps: As in [`add_noise`].
+        x_0 (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): One image after the other.
+        timesteps, max_timesteps, image_loss_mask, seeds: As in `TransfusionForCausalLMAndDiffusion.forward`.
+
+    Returns:
+        x_t, in stacks, clean where not noised; t of each image, 0 for clean ones; the images to predict (`None`: all;
+        the first if none is noised, so that each image part is used); the targets of the noised ones, in stacks.
+
+    Raises:
+        ValueError: not one value for each image, a t out of range.
     """
-    if is_noised is not None:
-        timesteps = torch.where(is_noised, timesteps, 0)
-    stacks = add_noise(noise_scheduler, x_0, eps, timesteps)
+    num_images, device = sum(len(stack) for stack in x_0), x_0[0].device
+    num_train_timesteps, first = noise_scheduler.config.num_train_timesteps, int(is_flow(noise_scheduler))
+    per_image = {"max_timesteps": max_timesteps, "image_loss_mask": image_loss_mask, "noise_seeds": seeds}
+    for name, value in per_image.items():
+        if value is not None and len(value) != num_images:
+            raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(value)}.")
+    if timesteps is not None:
+        check_timesteps(timesteps, num_images, num_train_timesteps - 1 + first)
+    elif max_timesteps is None:
+        timesteps = sample_timesteps(torch.full((num_images,), num_train_timesteps, device=device), seeds) + first
+    elif ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
+        timesteps = sample_timesteps(max_timesteps, seeds) + first
+    else:
+        raise ValueError(f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}.")
+    timesteps, eps, mask = timesteps.to(device), sample_noise(x_0, seeds), None
+    if image_loss_mask is not None:
+        mask = image_loss_mask.to(device=device, dtype=torch.bool)
+        timesteps = torch.where(mask, timesteps, 0)
+    x_t = add_noise(noise_scheduler, x_0, eps, timesteps)
     targets = prediction_targets(noise_scheduler, x_0, eps, timesteps)
-    if is_noised is not None:
-        keep = is_noised.split([len(stack) for stack in x_0])
-        stacks = [torch.where(k[:, None, None, None], x, o) for k, x, o in zip(keep, stacks, x_0, strict=True)]
-        targets = [t[row] for t, row in zip(targets, chosen_rows(x_0, is_noised), strict=True) if row]
-    return NoisedImages(stacks, timesteps, targets, is_noised)
+    if mask is not None:
+        keep = [part[:, None, None, None] for part in _per_stack(mask, x_0)]
+        x_t = [torch.where(k, noised, clean) for k, noised, clean in zip(keep, x_t, x_0, strict=True)]
+        targets = [target[row] for target, row in zip(targets, chosen_rows(x_0, mask), strict=True) if row]
+        if not targets:
+            mask = torch.arange(num_images, device=device) == 0
+    return x_t, timesteps, mask, targets
 
 
 def predicted_x_0(
@@ -473,7 +470,7 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale
 
 
 def first_noise(scheduler: SchedulerMixin, noise: torch.Tensor) -> torch.Tensor:
-    """Standard normal noise as large as the scheduler begins with."""
+    """Standard normal noise at the scale at which the scheduler begins."""
     return noise * getattr(scheduler, "init_noise_sigma", 1.0)
 
 
@@ -492,10 +489,8 @@ def at_timestep(scheduler: SchedulerMixin, x_0: torch.Tensor, eps: torch.Tensor,
 
 def sampling_step_kwargs(scheduler: SchedulerMixin, generator: Any) -> dict[str, Any]:
     """
-    What to pass to `scheduler.step` beside ε, t and x_t, as far as it takes it.
-
-    Where x_0 is clipped, ε must be derived anew from the clipped x_0: DDIM otherwise moves along an ε that contradicts
-    it, and with guidance ends in noise.
+    What to pass to `scheduler.step` beside ε, t and x_t, as far as it takes it. Where x_0 is clipped, ε must follow
+    from the clipped x_0: DDIM otherwise moves along an ε that contradicts it, and with guidance ends in noise.
     """
     accepted = inspect.signature(scheduler.step).parameters
     kwargs = {"generator": generator, "use_clipped_model_output": True}

@@ -1,12 +1,12 @@
 """
-Weights of their own for image positions (Mixture-of-Transformers, arXiv 2411.04996; LMFusion, arXiv 2412.15188):
-inside each decoder layer a patch runs through projections, MLP and norms of its own, a token of text through the
-decoder's. Attention itself is one, over all positions. What is parted acts on each position alone, so positions are
-sorted, each half runs through one of the two modules, and they are put together again.
+Separate weights for image positions (Mixture-of-Transformers, arXiv 2411.04996; LMFusion, arXiv 2412.15188): inside
+each decoder layer a patch runs through its own projections, MLP and norms, a token of text through the decoder's.
+Attention is shared. All of this acts on each position alone, so positions are sorted by modality, each half runs
+through one of the two modules, and they are put together again.
 
 The decoder's own modules keep their places and names; the image's stand beside them, `layers.0.image.mlp.up_proj` for
-`layers.0.mlp.up_proj`, copies at first. Nothing of the families' code is repeated: a layer's `forward` is called with
-a view of the layer, in which its modules are the routed ones.
+`layers.0.mlp.up_proj`, copies at first. No code of the families is repeated: a layer's `forward` is called with a view
+of the layer whose modules are the routed ones.
 """
 
 import copy
@@ -18,26 +18,23 @@ from typing import Any
 import torch
 from torch import nn
 
-IMAGE = "image"  # the child of a decoder layer that holds what is the image's
+IMAGE = "image"  # the child of a decoder layer that holds the image's modules
 
-# Families whose attention normalises queries and keys as (batch, heads, seq, dim), the others' as
-# (batch, seq, heads, dim).
+# Families whose attention normalises queries and keys as (batch, heads, seq, dim), not (batch, seq, heads, dim).
 _HEADS_FIRST = ("exaone4", "gemma3_text", "phi", "stablelm")
 
 
 class ModalityRouter:
     """
-    Sends each position through the text module or through the image's, never through both. Made once in a forward
-    pass.
+    Sends each position through either the text module or the image's. Made once in a forward pass.
 
     Args:
         model_type (`str`): The decoder's family.
         shape (`torch.Size`): `(batch, seq)`.
         is_image (`torch.BoolTensor` of shape `(batch, seq)`, *optional*):
-            Where a patch stands. `None`: nowhere. The image modules then see one position of zeros, multiplied by 0,
-            so that they have a gradient, of 0.
-        num_image_rows (`int`):
-            How many patches there are: known from the images, so that there is nothing to wait for on the device.
+            Where a patch stands. `None`: nowhere. The image modules then see one position of zeros, times 0, so that
+            they have a gradient of 0.
+        num_image_rows (`int`): Number of patches: known from the images, without waiting for the device.
     """
 
     def __init__(self, model_type: str, shape: torch.Size, is_image: torch.BoolTensor | None, num_image_rows: int = 0):
@@ -52,11 +49,7 @@ class ModalityRouter:
             self.inverse = order.argsort()
 
     def __call__(self, text: Callable, image: Callable, states: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            text, image: The two modules.
-            states (`torch.Tensor` of shape `(batch, seq, ...)` or `(batch, heads, seq, dim)`): What both take.
-        """
+        """Runs the modules on `states` of shape `(batch, seq, ...)` or `(batch, heads, seq, dim)`."""
         seq_dim = 2 if self.heads_first and states.ndim == 4 else 1
         assert (states.shape[0], states.shape[seq_dim]) == self.shape
         if self.is_all_image:
@@ -74,7 +67,7 @@ class ModalityRouter:
 
 
 class _View:
-    """A module as its own `forward` sees it, some of its children replaced."""
+    """A module as its own `forward` sees it, with some of its children replaced."""
 
     forward = None  # gradient checkpointing asks whether it is the outermost
 
@@ -88,8 +81,8 @@ class _View:
 
 class _Routed:
     """
-    What a decoder layer, and its attention, are besides. The router comes as an argument of `forward`, which gradient
-    checkpointing keeps: it runs once more in the backward pass, when and in whatever thread that comes.
+    Mixed into the class of a decoder layer and of its attention. The router is an argument of `forward`, so gradient
+    checkpointing keeps it for the backward pass, whenever and in whatever thread that runs.
     """
 
     plain_class: Any
@@ -124,14 +117,13 @@ def _new_routed(plain_class: Any) -> nn.Module:
 
 def untie_modalities(language_model: nn.Module) -> None:
     """
-    Gives each decoder layer a copy of its modules for image positions, and has it part them where `forward` gets a
-    `modality_router`. Without one it is what it was, to the bit.
+    Gives each decoder layer a copy of its modules for image positions, used where `forward` gets a `modality_router`.
+    Without one the model stays what it was, to the bit.
 
-    NOTE: the norm behind the last layer stays one for all: what follows it at a patch is a linear layer of the
-    image's own.
+    NOTE: the norm behind the last layer stays one for all: what follows it at a patch is the image's own linear layer.
 
     Args:
-        language_model (`PreTrainedModel`): A decoder of transformers with `layers`, and in each a `self_attn`.
+        language_model (`PreTrainedModel`): A transformers decoder with `layers`, each with a `self_attn`.
 
     Raises:
         ValueError: a layer has parameters outside of its modules, or has image weights already.
@@ -139,13 +131,11 @@ def untie_modalities(language_model: nn.Module) -> None:
     for layer in language_model.layers:
         attention = layer.self_attn
         if hasattr(layer, IMAGE):
-            raise ValueError(
-                "This decoder's layers have image weights already, as part of another model; load it anew."
-            )
+            raise ValueError("This decoder's layers have image weights already, from another model; load it again.")
         own = [name for part in (layer, attention) for name, _ in part.named_parameters(recurse=False)]
         if own:
             raise ValueError(
-                f"`untied_modalities` cannot part a {type(layer).__name__}, which has parameters beside those of its "
+                f"`untied_modalities` cannot split a {type(layer).__name__}, which has parameters outside of its "
                 f"modules: {', '.join(own)}. Leave it empty for this family."
             )
         modules = {"self_attn": nn.ModuleDict(_copies(attention)), **_copies(layer, without="self_attn")}
@@ -162,12 +152,12 @@ def _copies(module: nn.Module, without: str | None = None) -> dict[str, nn.Modul
 
 
 def image_name(name: str) -> str:
-    """Of a decoder's weight, or of a module in a parallel plan: the name of its twin, if it has one."""
+    """The name of the image twin, if any, of a decoder's weight or of a module in a parallel plan."""
     return re.sub(r"(^|\.)layers\.(\d+|\*)\.", rf"\g<0>{IMAGE}.", name, count=1)
 
 
 def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-    """Name and parameter of each image weight of the decoder layers, and the text weight that it is the twin of."""
+    """Name and parameter of each image weight of the decoder layers, and its text twin."""
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
         head, found, tail = name.partition(f".{IMAGE}.")

@@ -18,7 +18,6 @@ from transformers.utils.deprecation import deprecate_kwarg
 from .attention_transfusion import VarlenPlan
 from .configuration_transfusion import TransfusionConfig, vae_arguments
 from .diffusion_transfusion import (
-    NoisedImages,
     at_least_float32,
     check_timesteps,
     chosen_rows,
@@ -27,8 +26,6 @@ from .diffusion_transfusion import (
     make_noise_scheduler,
     mean_image_loss,
     noise_images,
-    sample_noise,
-    sample_timesteps,
     scale_logits,
     sum_cross_entropy_,
     sum_cross_entropy_by_liger,
@@ -62,7 +59,6 @@ SUPPORTED_TEXT_MODELS = (
     "helium", "llama", "ministral", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss",
     "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
-_HEADS_WITH_BIAS = ("phi",)
 
 
 def check_text_config(text_config: PreTrainedConfig) -> None:
@@ -125,11 +121,13 @@ class _Patches:
 
     Args:
         states (`list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`): One for each stack.
+        sizes (`list[tuple[int, int]]`): Height and width of the images of each stack.
         skips (`list[tuple[torch.Tensor, ...]]`, *optional*): What the patch decoder needs of the encoder.
         is_patch (`torch.BoolTensor` of shape `(batch, seq)`)
     """
 
     states: list[torch.Tensor]
+    sizes: list[tuple[int, int]]
     skips: list[tuple[torch.Tensor, ...]] | None
     is_patch: torch.Tensor
 
@@ -145,10 +143,15 @@ class _Patches:
             return flat.view_as(hidden_states)
         return hidden_states.masked_scatter(self.is_patch[..., None], flat)
 
-    def taken_from(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-        """The patches of `hidden_states`, in the shapes of `states`."""
+    def taken_from(self, hidden_states: torch.Tensor, mask: torch.BoolTensor | None) -> tuple[list, list, list | None]:
+        """What the patch decoder takes, for the images that `mask` chooses; stacks without any are left out."""
         flat = hidden_states.flatten(0, 1) if self.is_everything else hidden_states[self.is_patch]
-        return [f.view_as(s) for f, s in zip(flat.split(self.lengths), self.states, strict=True)]
+        states = [f.view_as(s) for f, s in zip(flat.split(self.lengths), self.states, strict=True)]
+        if mask is None:
+            return states, self.sizes, self.skips
+        chosen = [(i, row) for i, row in enumerate(chosen_rows(states, mask)) if row]
+        skips = None if self.skips is None else [tuple(s[row] for s in self.skips[i]) for i, row in chosen]
+        return [states[i][row] for i, row in chosen], [self.sizes[i] for i, _ in chosen], skips
 
 
 class TransfusionPreTrainedModel(PreTrainedModel):
@@ -162,12 +165,9 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     # The decoder adds its own layers at construction.
     _no_split_modules: set[str] | list[str] = [
-        "TransfusionLinearPatchEncoder",
-        "TransfusionLinearPatchDecoder",
-        "TransfusionUNetPatchEncoder",
-        "TransfusionUNetPatchDecoder",
-        "TransfusionVAE",
-    ]
+        "TransfusionLinearPatchEncoder", "TransfusionLinearPatchDecoder", "TransfusionUNetPatchEncoder",
+        "TransfusionUNetPatchDecoder", "TransfusionVAE",
+    ]  # fmt: skip
     _keep_in_fp32_modules_strict = ["timestep_embedding", "vae"]
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -284,14 +284,18 @@ class TransfusionModel(TransfusionPreTrainedModel):
             ValueError: images and image blocks do not match, an image has a wrong size or holds NaN or infinite
                 values, `varlen_plan` was made for another batch.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
+        if input_ids is not None and input_ids.numel() == 0:
+            raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
         stacks = None if latents is None else stack_images(latents) or None
-        block_ids = self._block_ids(input_ids, inputs_embeds)
+        block_ids: Any = None if input_ids is None else image_block_ids(input_ids, self.config.image_token_id)
         # Under a prepared mask, in a step of generation, there is nothing left to check.
         if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
             self._check_images(stacks, block_ids, timesteps, prediction_mask)
 
         # Before the embedding of the text, where `_encode_blank` is too: FSDP2 wants one order in all processes.
-        patches = None if stacks is None else self._encode(stacks, timesteps, block_ids)
+        patches = None if stacks is None else self._encode(stacks, timesteps, block_ids >= 0)
         hidden_states: Any = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
         if patches is not None:
             hidden_states = patches.put_into(hidden_states)
@@ -299,14 +303,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if varlen_plan is not None or not is_prepared(attention_mask):
             # Text alone needs no blocks, and then transformers can use the faster causal kernels.
             has_blocks = patches is not None and self.config.bidirectional_image_attention
+            blocks, text_config = block_ids if has_blocks else None, self.config.text_config
             attention_mask = create_transfusion_mask(
-                self.config.text_config,
-                hidden_states,
-                block_ids if has_blocks else None,
-                attention_mask,
-                cache,
-                position_ids,
-                varlen_plan,
+                text_config, hidden_states, blocks, attention_mask, cache, position_ids, varlen_plan
             )
         if isinstance(attention_mask, VarlenPlan):
             kwargs["varlen_plan"], attention_mask = attention_mask, None
@@ -314,70 +313,34 @@ class TransfusionModel(TransfusionPreTrainedModel):
             kwargs["modality_router"] = router
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
-        outputs = self.language_model(
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        kwargs |= {"position_ids": position_ids, "cache": cache, "use_cache": use_cache}
+        outputs = self.language_model(inputs_embeds=hidden_states, attention_mask=attention_mask, **kwargs)
 
         image_predictions = None
-        if stacks is not None and patches is not None and timesteps is not None:
-            states = patches.taken_from(outputs.last_hidden_state)
-            image_predictions = self._predict(stacks, states, patches.skips, prediction_mask)
-        return TransfusionModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            image_predictions=image_predictions,
-        )
+        if patches is not None and timesteps is not None:
+            chosen = patches.taken_from(outputs.last_hidden_state, prediction_mask)
+            image_predictions = self.patch_decoder(*chosen) if chosen[0] else []
+        return TransfusionModelOutputWithPast(**outputs, image_predictions=image_predictions)
 
-    def _block_ids(self, input_ids: Any, inputs_embeds: Any) -> Any:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
-        if input_ids is None:
-            return None
-        if input_ids.numel() == 0:
-            raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
-        return image_block_ids(input_ids, self.config.image_token_id)
-
-    def _encode(self, stacks: list[torch.Tensor], timesteps: torch.Tensor | None, block_ids: torch.Tensor) -> _Patches:
+    def _encode(self, stacks: list[torch.Tensor], timesteps: torch.Tensor | None, is_patch: torch.Tensor) -> _Patches:
         if timesteps is None:
             timesteps = stacks[0].new_zeros(sum(len(stack) for stack in stacks))
         states, skips = self.patch_encoder(stacks, timesteps)
+        sizes = [tuple(stack.shape[2:]) for stack in stacks]
         if self.config.pos_embed_type == "sincos":
-            hidden_size, side = self.config.text_config.hidden_size, self.config.patch_size
-            grids = [(stack.shape[2] // side, stack.shape[3] // side) for stack in stacks]
-            states = [s + sincos_positions(*grid, hidden_size).to(s) for s, grid in zip(states, grids, strict=True)]
-        return _Patches(states, skips, block_ids >= 0)
+            side, hidden_size = self.config.patch_size, self.config.text_config.hidden_size
+            grids = [sincos_positions(height // side, width // side, hidden_size) for height, width in sizes]
+            states = [state + grid.to(state) for state, grid in zip(states, grids, strict=True)]
+        return _Patches(states, sizes, skips, is_patch)
 
     def _modality_router(self, hidden_states: torch.Tensor, patches: _Patches | None) -> ModalityRouter | None:
         # Text alone runs as if there were no image weights, except that in training these get a gradient of 0: another
         # process may have images.
-        if not self.config.untied_modalities or (patches is None and not (self.training and torch.is_grad_enabled())):
+        is_needed = patches is not None or (self.training and torch.is_grad_enabled())
+        if not self.config.untied_modalities or not is_needed:
             return None
         where = (None, 0) if patches is None else (patches.is_patch, sum(patches.lengths))
         return ModalityRouter(self.config.text_config.model_type, hidden_states.shape[:2], *where)
-
-    def _predict(
-        self,
-        stacks: list[torch.Tensor],
-        hidden_states: list[torch.Tensor],
-        skips: list[tuple[torch.Tensor, ...]] | None,
-        mask: torch.BoolTensor | None,
-    ) -> list[torch.Tensor]:
-        """The predictions of the chosen images, in stacks; stacks of which none is chosen are left out."""
-        sizes = [tuple(stack.shape[2:]) for stack in stacks]
-        if mask is not None:
-            rows = chosen_rows(stacks, mask)
-            sizes = [size for size, row in zip(sizes, rows, strict=True) if row]
-            hidden_states = [states[row] for states, row in zip(hidden_states, rows, strict=True) if row]
-            if skips is not None:
-                skips = [tuple(s[row] for s in skip) for skip, row in zip(skips, rows, strict=True) if row]
-        return self.patch_decoder(hidden_states, sizes, skips) if sizes else []
 
     def _check_images(self, stacks: Any, block_ids: Any, timesteps: Any, prediction_mask: Any) -> None:
         check_image_blocks(stacks, block_ids, self.config)
@@ -390,7 +353,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 f"got {len(prediction_mask)}."
             )
         if timesteps is not None:
-            check_timesteps(timesteps, num_images, self.config)
+            check_timesteps(timesteps, num_images, self.config.num_train_timesteps - 1 + self.config.first_timestep)
 
 
 class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, TransfusionGenerationMixin):
@@ -412,7 +375,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         super().__init__(config)
         text_config = config.text_config
         self.model = TransfusionModel(config)
-        has_bias = text_config.model_type in _HEADS_WITH_BIAS
+        has_bias = text_config.model_type == "phi"
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=has_bias)
         self._noise_scheduler = None
         self.use_liger_loss = False
@@ -568,9 +531,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         Raises:
             ValueError: as [`TransfusionModel.forward`]; also for both or neither of two arguments where one is needed.
         """
-        stacks = self._latents_of(pixel_values, latents)
-        noised: NoisedImages | None = None
-        blank = None
+        stacks, blank = self._latents_of(pixel_values, latents), None
+        targets: list[torch.Tensor] = []
         if labels is None:
             _refuse_without_labels(max_timesteps=max_timesteps, image_loss_mask=image_loss_mask)
         elif prediction_mask is not None:
@@ -578,20 +540,14 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         elif stacks is None:
             blank = self._encode_blank()
         else:
-            noised = self._noise_images(stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds)
-            stacks, timesteps, prediction_mask = noised.stacks, noised.timesteps, noised.prediction_mask
-
+            if noise_seeds is None and not self.training:
+                noise_seeds = content_seeds(stacks)
+            stacks, timesteps, prediction_mask, targets = noise_images(
+                self.noise_scheduler, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds
+            )
+        kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "cache": cache}
         outputs = self.model(
-            input_ids=input_ids,
-            latents=stacks,
-            timesteps=timesteps,
-            prediction_mask=prediction_mask,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
+            input_ids, stacks, timesteps, prediction_mask, attention_mask, use_cache=use_cache, **kwargs
         )
         predictions = outputs.image_predictions if blank is None else self.model.patch_decoder(*blank)
         if predictions is not None:
@@ -599,11 +555,13 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
 
         num_labels = None if labels is None else (labels[:, 1:] != -100).sum()
         num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        logits, lm_loss = self._read_text(outputs.last_hidden_state, labels, num_items, logits_to_keep, skip_logits)
-        loss, losses = None, None
+        logits, lm_loss = self._predict_text(outputs.last_hidden_state, labels, num_items, logits_to_keep, skip_logits)
+        loss, losses, noised_timesteps = None, None, None
         diffusion_loss: Any = None
-        if noised is not None and noised.targets:
-            losses = image_losses(predictions, noised.targets)
+        if targets:
+            losses = image_losses(predictions, targets)
+            assert timesteps is not None
+            noised_timesteps = timesteps if prediction_mask is None else timesteps[prediction_mask]
             diffusion_loss = mean_image_loss(losses, num_labels, num_items_in_batch, num_images_in_batch)
         elif labels is not None:
             # Without images to learn from, each image part still gets a gradient of 0, and in its turn: without it, or
@@ -622,7 +580,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             diffusion_loss=diffusion_loss,
             image_predictions=None if predictions is None else [image for stack in predictions for image in stack],
             image_losses=None if losses is None else losses.detach(),
-            image_timesteps=None if losses is None or noised is None else noised.noised_timesteps,
+            image_timesteps=noised_timesteps,
         )
 
     def _latents_of(self, pixel_values: Any, latents: Any) -> list[torch.Tensor] | None:
@@ -632,37 +590,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             return self.encode_images(pixel_values) or None
         return None if latents is None else [at_least_float32(stack) for stack in stack_images(latents)] or None
 
-    def _noise_images(
-        self,
-        stacks: list[torch.Tensor],
-        timesteps: torch.Tensor | None = None,
-        max_timesteps: torch.Tensor | None = None,
-        image_loss_mask: torch.Tensor | None = None,
-        noise_seeds: Sequence[int] | torch.Tensor | None = None,
-    ) -> NoisedImages:
-        """The forward diffusion of a training step, with t and ε from the seeds."""
-        num_images, device = sum(len(stack) for stack in stacks), stacks[0].device
-        per_image = {"max_timesteps": max_timesteps, "image_loss_mask": image_loss_mask, "noise_seeds": noise_seeds}
-        for name, value in per_image.items():
-            if value is not None and len(value) != num_images:
-                raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(value)}.")
-        if noise_seeds is None and not self.training:
-            noise_seeds = content_seeds(stacks)
-        num_train_timesteps = self.config.num_train_timesteps
-        if timesteps is not None:
-            check_timesteps(timesteps, num_images, self.config)
-        else:
-            if max_timesteps is None:
-                max_timesteps = torch.full((num_images,), num_train_timesteps, device=device)
-            elif not ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
-                raise ValueError(
-                    f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}."
-                )
-            timesteps = sample_timesteps(max_timesteps, noise_seeds) + self.config.first_timestep
-        noise = sample_noise(stacks, noise_seeds)
-        is_noised = None if image_loss_mask is None else image_loss_mask.to(device=device, dtype=torch.bool)
-        return noise_images(self.noise_scheduler, stacks, noise, timesteps.to(device), is_noised)
-
     def _encode_blank(self) -> tuple:
         """The arguments of the patch decoder for an image of one empty patch."""
         side = self.config.patch_size
@@ -670,7 +597,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         hidden_states, skips = self.model.patch_encoder([stack], stack.new_zeros(1))
         return hidden_states, [(side, side)], skips
 
-    def _read_text(
+    def _predict_text(
         self,
         hidden_states: torch.Tensor,
         labels: torch.Tensor | None,
