@@ -35,9 +35,8 @@ class VarlenPass:
 
     Args:
         query_index (`torch.LongTensor` of shape `(num_queries,)`, *optional*):
-            Rows of the flattened queries `(batch · query_length, heads, dim)`, segment behind segment. `None`: all of
-            them, in order.
-        key_index (`torch.LongTensor` of shape `(num_keys,)`, *optional*): Likewise for keys and values.
+            Rows of the flattened queries `(batch · seq, heads, dim)`, segment by segment. `None`: all, in order.
+        key_index (`torch.LongTensor` of shape `(num_keys,)`, *optional*): The same for keys and values.
         query_lengths (`list[int]`): Queries of each segment.
         key_lengths (`list[int]`): Keys of each segment.
         is_causal (`bool`): Whether a query sees only the keys up to its own; segments are square then.
@@ -54,16 +53,9 @@ class VarlenPass:
         self.cu_keys = torch.tensor([0, *self.key_lengths]).cumsum(0, dtype=torch.int32)
 
     @property
-    def num_pairs(self) -> int:
-        """Pairs of query and key that the kernel computes."""
-        lengths = zip(self.query_lengths, self.key_lengths, strict=True)
-        return sum(q * (q + 1) // 2 if self.is_causal else q * k for q, k in lengths)
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> "VarlenPass":
-        for name in ("query_index", "key_index", "cu_queries", "cu_keys"):
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name).to(device, non_blocking=non_blocking))
-        return self
+    def segments(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+        """As FlashAttention takes them."""
+        return self.cu_queries, self.cu_keys, max(self.query_lengths), max(self.key_lengths)
 
 
 @dataclass
@@ -76,7 +68,7 @@ class VarlenPlan:
         num_queries (`int`): Rows of the flattened queries, padding included.
         num_keys (`int`): Rows of the flattened keys, cache and padding included.
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): The images that it was made for.
-        document_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): Likewise the documents.
+        document_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): The documents.
     """
 
     passes: list[VarlenPass]
@@ -88,11 +80,17 @@ class VarlenPlan:
     @property
     def num_pairs(self) -> int:
         """Pairs of query and key that are computed: those of the mask, no more and no fewer."""
-        return sum(one.num_pairs for one in self.passes)
+        return sum(
+            q * (q + 1) // 2 if one.is_causal else q * k
+            for one in self.passes
+            for q, k in zip(one.query_lengths, one.key_lengths, strict=True)
+        )
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "VarlenPlan":
         for one in self.passes:
-            one.to(device, non_blocking)
+            for name in ("query_index", "key_index", "cu_queries", "cu_keys"):
+                if (tensor := getattr(one, name)) is not None:
+                    setattr(one, name, tensor.to(device, non_blocking=non_blocking))
         return self
 
 
@@ -116,10 +114,10 @@ def make_varlen_plan(
         real (`torch.BoolTensor` of shape `(batch, past + seq)`): `False` at padding.
         seq (`int`): Number of new positions.
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
-            Of the new positions, as from `image_block_ids`. `None`: causal throughout.
+            Of the new positions, from `image_block_ids`. `None`: causal throughout.
         document_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
             Documents packed into a row, in runs; without a cache only.
-        device (`torch.device`): Where the plan shall lie. It is made on the CPU.
+        device (`torch.device`): Where to put the plan. It is made on the CPU.
 
     Raises:
         ValueError: documents together with a cache.
@@ -129,60 +127,47 @@ def make_varlen_plan(
     past = num_keys - seq
     if past and document_ids is not None:
         raise ValueError("`document_ids` pack documents into a row, which a cache cannot continue; pass one of them.")
-    rows = torch.arange(batch)[:, None]
-    keys = torch.arange(batch * num_keys).view(batch, num_keys)
+    rows = torch.arange(batch)[:, None].expand(batch, seq)
     queries = torch.arange(batch * seq).view(batch, seq)
-    new = real[:, past:]
+    keys = torch.arange(batch * num_keys).view(batch, num_keys)
+    cached, new, new_keys = real[:, :past], real[:, past:], keys[:, past:]
+    is_whole = bool(new.all())
+    blocks = None if block_ids is None else block_ids.cpu()
     passes = []
 
-    # Behind a cache, an image alone or a single token sees all that there is: one full pass.
-    ids = None if block_ids is None else block_ids.cpu()
-    is_image = ids is not None and bool(((ids == 0) & new).all())
-    if past and bool(new.all()) and (is_image or seq == 1):
-        lengths = real.sum(dim=1).tolist()
-        passes.append(VarlenPass(queries.flatten(), keys[real], [seq] * batch, lengths, is_causal=False))
+    if past and is_whole and (seq == 1 or (blocks is not None and bool((blocks == 0).all()))):
+        # Behind a cache, an image alone or a single token sees all there is: one full pass.
+        passes.append(VarlenPass(queries.flatten(), keys[real], [seq] * batch, real.sum(dim=1).tolist(), False))
         return VarlenPlan(passes, batch * seq, batch * num_keys, block_ids, document_ids).to(device)
 
-    labels = rows.expand(batch, seq)
-    if document_ids is not None:
-        labels = labels * (int(document_ids.max()) + 1) + document_ids.cpu()
+    labels = rows if document_ids is None else rows * (int(document_ids.max()) + 1) + document_ids.cpu()
     lengths = _runs(labels[new])
-    is_whole = past == 0 and bool(new.all())
-    query_index, key_index = (None, None) if is_whole else (queries[new], keys[:, past:][new])
+    query_index, key_index = (None, None) if is_whole and not past else (queries[new], new_keys[new])
     passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
 
-    if past and bool(real[:, :past].any()):
-        has_past = real[:, :past].any(dim=1)
-        chosen = new & has_past[:, None]
-        cached = real[:, :past] & new.any(dim=1)[:, None]
-        passes.append(
-            VarlenPass(
-                queries[chosen],
-                keys[:, :past][cached],
-                [n for n in chosen.sum(dim=1).tolist() if n],
-                [n for n in cached.sum(dim=1).tolist() if n],
-                is_causal=False,
-            )
-        )
+    if cached.any():
+        chosen = new & cached.any(dim=1, keepdim=True)
+        seen = cached & new.any(dim=1, keepdim=True)
+        query_lengths, key_lengths = ([n for n in mask.sum(dim=1).tolist() if n] for mask in (chosen, seen))
+        passes.append(VarlenPass(queries[chosen], keys[:, :past][seen], query_lengths, key_lengths, is_causal=False))
 
-    if ids is not None:
-        is_patch = (ids >= 0) & new
-        labels = rows.expand(batch, seq) * (int(ids.max()) + 1) + ids
-        lengths = _runs(labels[is_patch])
+    if blocks is not None:
+        is_patch = (blocks >= 0) & new
+        lengths = _runs((rows * (int(blocks.max()) + 1) + blocks)[is_patch])
         if any(n > 1 for n in lengths):
             query_index = torch.cat([part[:-1].flip(0) for part in queries[is_patch].split(lengths)])
-            key_index = torch.cat([part[1:].flip(0) for part in keys[:, past:][is_patch].split(lengths)])
+            key_index = torch.cat([part[1:].flip(0) for part in new_keys[is_patch].split(lengths)])
             lengths = [n - 1 for n in lengths if n > 1]
             passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
     return VarlenPlan(passes, batch * seq, batch * num_keys, block_ids, document_ids).to(device)
 
 
 class TorchCpuKernel:
-    """torch's flash attention for the CPU, neighbouring segments of one shape at a time."""
+    """torch's flash attention for the CPU, on neighbouring segments of one shape at a time."""
 
     name = "torch_cpu"
     device_type = "cpu"
-    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.float64, torch.bfloat16)
 
     @staticmethod
     def unavailable() -> str | None:
@@ -191,47 +176,43 @@ class TorchCpuKernel:
     @staticmethod
     def _pieces(one: VarlenPass, queries: tuple, keys: tuple):
         """Cuts tensors of queries and of keys into `(segments, heads, length, dim)`, a shape of segments at a time."""
-        q, k = 0, 0
-        for (num_queries, num_keys), group in groupby(zip(one.query_lengths, one.key_lengths, strict=True)):
-            count = len(list(group))
-            next_q, next_k = q + count * num_queries, k + count * num_keys
-            yield (
-                *(states[q:next_q].unflatten(0, (count, num_queries)).transpose(1, 2) for states in queries),
-                *(states[k:next_k].unflatten(0, (count, num_keys)).transpose(1, 2) for states in keys),
-            )
-            q, k = next_q, next_k
-
-    @staticmethod
-    def _repeated(query, key, value):
-        groups = query.shape[1] // key.shape[1]
-        return (key, value) if groups == 1 else (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        starts = [0, 0]
+        for lengths, group in groupby(zip(one.query_lengths, one.key_lengths, strict=True)):
+            count, pieces = len(list(group)), []
+            for i, tensors in enumerate((queries, keys)):
+                part = slice(starts[i], starts[i] + count * lengths[i])
+                pieces += [states[part].unflatten(0, (count, lengths[i])).transpose(1, 2) for states in tensors]
+                starts[i] = part.stop
+            yield pieces
 
     @classmethod
     def forward(cls, query, key, value, one: VarlenPass, scale: float):
-        key, value = cls._repeated(query, key, value)
-        outputs, lses = [], []
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        parts = []
         for q, k, v in cls._pieces(one, (query,), (key, value)):
             output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, 0.0, one.is_causal, scale=scale
             )
-            outputs.append(output.transpose(1, 2).flatten(0, 1))
-            lses.append(lse.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs), torch.cat(lses), None
+            parts.append([states.transpose(1, 2).flatten(0, 1) for states in (output, lse)])
+        return *(torch.cat(part) for part in zip(*parts, strict=True)), None
 
     @classmethod
     def backward(cls, grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
         groups = query.shape[1] // key.shape[1]
-        key, value = cls._repeated(query, key, value)
-        grads = []
+        if groups > 1:
+            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+        parts = []
         for g, q, o, n, k, v in cls._pieces(one, (grad, query, output, lse[..., None]), (key, value)):
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 g, q, k, v, o, n[..., 0], 0.0, one.is_causal, scale=scale
             )
-            grads.append([part.transpose(1, 2).flatten(0, 1) for part in parts])
-        grad_query, grad_key, grad_value = (torch.cat(parts) for parts in zip(*grads, strict=True))
+            parts.append([states.transpose(1, 2).flatten(0, 1) for states in grads])
+        grad_query, *grads = (torch.cat(part) for part in zip(*parts, strict=True))
         if groups > 1:
-            grad_key, grad_value = (g.unflatten(1, (-1, groups)).sum(dim=2) for g in (grad_key, grad_value))
-        return grad_query, grad_key, grad_value
+            grads = [states.unflatten(1, (-1, groups)).sum(dim=2) for states in grads]
+        return grad_query, *grads
 
 
 class TorchCudaKernel:
@@ -239,7 +220,7 @@ class TorchCudaKernel:
 
     name = "torch_cuda"
     device_type = "cuda"
-    dtypes = (torch.float16, torch.bfloat16)
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
     @staticmethod
     def unavailable() -> str | None:
@@ -250,26 +231,22 @@ class TorchCudaKernel:
     @staticmethod
     def forward(query, key, value, one: VarlenPass, scale: float):
         output, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, one.cu_queries, one.cu_keys, max(one.query_lengths), max(one.key_lengths),
-            0.0, one.is_causal, False, scale=scale,
-        )  # fmt: skip
+            query, key, value, *one.segments, 0.0, one.is_causal, False, scale=scale
+        )
         return output, lse.transpose(0, 1), (rng_state, unused)
 
     @staticmethod
     def backward(grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
+        states = (grad.contiguous(), query, key, value, output, lse.transpose(0, 1).contiguous())
         return torch.ops.aten._flash_attention_backward(
-            grad.contiguous(), query, key, value, output, lse.transpose(0, 1).contiguous(),
-            one.cu_queries, one.cu_keys, max(one.query_lengths), max(one.key_lengths), 0.0, one.is_causal, *state,
-            scale=scale,
-        )  # fmt: skip
+            *states, *one.segments, 0.0, one.is_causal, *state, scale=scale
+        )
 
 
-class FlashAttnKernel:
+class FlashAttnKernel(TorchCudaKernel):
     """FlashAttention 2 of the `flash_attn` package."""
 
     name = "flash_attn"
-    device_type = "cuda"
-    dtypes = (torch.float16, torch.bfloat16)
 
     @staticmethod
     def unavailable() -> str | None:
@@ -279,21 +256,20 @@ class FlashAttnKernel:
 
     @staticmethod
     def forward(query, key, value, one: VarlenPass, scale: float):
+        options = {"dropout_p": 0.0, "softmax_scale": scale, "causal": one.is_causal}
         output, lse, _, rng_state = flash_attn_interface._flash_attn_varlen_forward(
-            query, key, value, one.cu_queries, one.cu_keys, max(one.query_lengths), max(one.key_lengths),
-            dropout_p=0.0, softmax_scale=scale, causal=one.is_causal,
-        )  # fmt: skip
+            query, key, value, *one.segments, **options
+        )
         return output, lse.transpose(0, 1), rng_state
 
     @staticmethod
-    def backward(grad, query, key, value, output, lse, rng_state, one: VarlenPass, scale: float):
+    def backward(grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
         grads = [torch.empty_like(states) for states in (query, key, value)]
         flash_attn_interface._flash_attn_varlen_backward(
-            grad.contiguous(), query, key, value, output, lse.transpose(0, 1).contiguous(), *grads,
-            one.cu_queries, one.cu_keys, max(one.query_lengths), max(one.key_lengths),
+            grad.contiguous(), query, key, value, output, lse.transpose(0, 1).contiguous(), *grads, *one.segments,
             dropout_p=0.0, softmax_scale=scale, causal=one.is_causal, window_size_left=-1, window_size_right=-1,
             softcap=0.0, alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
-            rng_state=rng_state,
+            rng_state=state,
         )  # fmt: skip
         return grads
 
@@ -314,18 +290,14 @@ def varlen_kernels() -> dict[str, str]:
     >>> varlen_kernels()
     {'torch_cuda': 'torch sees no CUDA device', 'flash_attn': "No module named 'flash_attn' …", 'torch_cpu': 'in use'}
     ```"""
-    report = {}
-    for kernel in _KERNELS:
-        is_chosen = kernel is _choose(kernel.device_type)
-        report[kernel.name] = kernel.unavailable() or ("in use" if is_chosen else "available")
-    return report
+    in_use = [_choose(kernel.device_type) for kernel in _KERNELS]
+    return {k.name: k.unavailable() or ("in use" if k in in_use else "available") for k in _KERNELS}
 
 
 def set_varlen_kernel(name: str) -> None:
     """
-    Has `"transfusion_varlen"` use another kernel on the device it is for, from now on and in the whole process.
-    FlashAttention 3 and 4 need no kernel of ours: `torch.nn.attention.activate_flash_attention_impl("FA3")` puts them
-    behind `"torch_cuda"`.
+    Makes `"transfusion_varlen"` use another kernel on the device it is for, in the whole process. FlashAttention 3
+    and 4 sit behind `"torch_cuda"` after `torch.nn.attention.activate_flash_attention_impl("FA3")`.
 
     Args:
         name (`str`): `"torch_cuda"`, `"flash_attn"` or `"torch_cpu"`.
@@ -344,10 +316,8 @@ def set_varlen_kernel(name: str) -> None:
 def _choose(device_type: str) -> Any:
     """The kernel of a device, chosen once; `None` where there is none."""
     if device_type not in _chosen:
-        kernel = next((k for k in _KERNELS if k.device_type == device_type and not k.unavailable()), None)
-        if kernel is None:
-            return None
-        _chosen[device_type] = kernel
+        here = (kernel for kernel in _KERNELS if kernel.device_type == device_type and not kernel.unavailable())
+        _chosen[device_type] = next(here, None)
     return _chosen[device_type]
 
 
@@ -437,8 +407,8 @@ def transfusion_varlen_attention(
 
     Args:
         query (`torch.Tensor` of shape `(batch, heads, seq, dim)`)
-        key (`torch.Tensor` of shape `(batch, kv_heads, past + seq, dim)`): `value` likewise.
-        varlen_plan (`VarlenPlan`): As `TransfusionModel` makes it.
+        key (`torch.Tensor` of shape `(batch, kv_heads, past + seq, dim)`), value (the same)
+        varlen_plan (`VarlenPlan`): From `TransfusionModel`.
 
     Returns:
         `torch.Tensor` of shape `(batch, seq, heads, dim)`, and `None` for the weights. 0 at padding.
@@ -460,7 +430,7 @@ def transfusion_varlen_attention(
     if varlen_plan is None:
         raise ValueError(
             f"`{VARLEN_ATTENTION}` needs the plan that `TransfusionModel` makes; elsewhere, and for decoders whose "
-            "layers do not hand it on, as StableLM's, use 'sdpa'."
+            "layers do not hand it on (StableLM), use 'sdpa'."
         )
     if (varlen_plan.num_queries, varlen_plan.num_keys) != (num_queries, num_keys):
         raise ValueError(
