@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor
-from transfusion_hf.conversion.causal_lm import causal_lm_key, convert_causal_lm, transfusion_key
+from transfusion_hf.conversion.causal_lm import convert_causal_lm, transfusion_key
 from transfusion_hf.conversion.export import extract_causal_lm
 
 for scripts in ("conversion", "examples"):
@@ -63,35 +63,29 @@ def same_text(original, converted, ids: torch.Tensor) -> None:
     assert torch.equal(converted.generate(ids, generation_mode="text", **kwargs), original.generate(ids, **kwargs))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_says_as_a_transfusion_what_it_said(tmp_path, name):
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "phi", "cohere"])
+def test_a_language_model_says_as_a_transfusion_what_it_said(tmp_path, name):
     original = causal_lm(name)
     original.save_pretrained(tmp_path)
     converted = TransfusionForCausalLMAndDiffusion.from_causal_lm(str(tmp_path), **IMAGES)
     assert not converted.training and converted.config.text_config.vocab_size == 67
-    same_text(original, converted, torch.randint(3, 60, (2, 9)))
+    ids = torch.randint(3, 60, (2, 9))
+    same_text(original, converted, ids)
     converted.save_pretrained(tmp_path / "converted")
-    same_text(
-        original,
-        TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "converted"),
-        torch.randint(3, 60, (2, 9)),
-    )
+    same_text(original, TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "converted"), ids)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_shard_by_shard_gives_what_it_gives_in_memory(tmp_path, tokenizer, name):
+def test_every_family_shard_by_shard_is_what_it_is_in_memory(tmp_path, tokenizer, name):
     original = causal_lm(name, vocab_size=len(tokenizer))
     original.save_pretrained(tmp_path / "lm", max_shard_size="20KB")
     kwargs = {"tokenizer": quickstart.train_tokenizer(), "pad_to_multiple_of": 16}
     convert_causal_lm(tmp_path / "lm", tmp_path / "converted", **kwargs, **IMAGES)
     converted = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "converted")
-    same_text(original, converted, torch.randint(3, 60, (2, 9)))
+    ids = torch.randint(3, 60, (2, 9))
+    assert torch.equal(converted(ids).logits[..., : len(tokenizer)], original(ids).logits)
     # And back, bit for bit.
-    expected, size = original.state_dict(), len(tokenizer)
-    for key in converted.state_dict():
-        if (name := causal_lm_key(key)) is not None:
-            assert transfusion_key(name) == key and name in expected
-    back = extract_causal_lm(converted, size).state_dict()
+    expected, back = original.state_dict(), extract_causal_lm(converted, len(tokenizer)).state_dict()
     assert back.keys() == expected.keys()
     assert all(torch.equal(back[name], value) for name, value in expected.items())
 
@@ -323,7 +317,7 @@ def test_arguments_that_are_none_are_refused(tmp_path, folder, kwargs, message):
 
 def test_a_generation_config_that_cannot_be_saved_is_refused_before_anything_is_written(tmp_path, folder):
     (folder / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
-    with pytest.raises(ValueError, match=r"generation_config.json could not be saved again; mend it"):
+    with pytest.raises(ValueError, match=r"generation_config.json could not be saved again; correct it"):
         convert_causal_lm(folder, tmp_path / "parent" / "converted", **IMAGES)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama"]
 

@@ -1,4 +1,4 @@
-"""The way back: the language model and the autoencoder of a Transfusion, each on its own."""
+"""The way back: extracts the language model or the autoencoder of a Transfusion."""
 
 import copy
 
@@ -14,17 +14,18 @@ from .causal_lm import transfusion_key
 
 def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int | None = None) -> PreTrainedModel:
     """
-    The language model alone, of its own family's class: its logits are those that the Transfusion has for text.
+    The language model alone, as a model of its own family with the same text logits. Its weights are shared, not
+    copied.
 
     Args:
-        model (`TransfusionForCausalLMAndDiffusion`): Its weights are shared, not copied.
+        model (`TransfusionForCausalLMAndDiffusion`)
         vocab_size (`int`, *optional*):
-            The size to cut the vocabulary back to, as that of the model that it was made from: the rows behind go. A
-            padding token among them is forgotten.
+            Cuts the vocabulary to this size, for example that of the original language model. A padding token beyond
+            it is dropped.
 
     Raises:
-        ValueError: a `vocab_size` that is too large, or leaves out the first or last token of a text; a model whose
-            weights are not those of its `text_config`, as one that is quantised.
+        ValueError: a `vocab_size` that is too large, or cuts off the first or last token of a text; a model whose
+            weights are not those of its `text_config`, for example a quantised one.
 
     Example:
 
@@ -48,26 +49,24 @@ def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int
                 place[name] = None
         text_config.vocab_size = vocab_size
 
-    text_config._attn_implementation = None  # what its own class takes
+    text_config._attn_implementation = None  # ours may not fit its own class
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(text_config)
-    given, weights, missing = model.state_dict(), {}, []
+    given, weights = model.state_dict(), {}
     for key, expected in language_model.state_dict().items():
-        tensor = given.get(transfusion_key(key))
-        if tensor is not None and tensor.ndim and len(tensor) > len(expected):
-            tensor = tensor[: len(expected)].clone()  # rows of the vocabulary; safetensors takes no view
-        if tensor is None or tensor.shape != expected.shape:
-            missing.append(key)
-        else:
+        tensor = given.get(transfusion_key(key), torch.empty(0))
+        if tensor.ndim and len(tensor) > len(expected):
+            tensor = tensor[: len(expected)].clone()  # safetensors refuses views
+        if tensor.shape == expected.shape:
             weights[key] = tensor
-    if missing:
+    if missing := [key for key in language_model.state_dict() if key not in weights]:
         raise ValueError(
             f"`model` lacks {len(missing)} of the weights of a {text_config.model_type!r}, or has them in another "
             f"shape: {', '.join(missing[:5])}. Merge adapters, and load it without quantisation."
         )
     language_model.load_state_dict(weights, assign=True)
     language_model.tie_weights()
-    for name, buffer in list(language_model.named_buffers()):  # those that are not saved
+    for name, buffer in list(language_model.named_buffers()):  # non-persistent
         if buffer.is_meta:
             owner, _, attribute = name.rpartition(".")
             value = model.model.language_model.get_buffer(name.removeprefix("model."))
@@ -78,7 +77,7 @@ def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int
 
 def extract_vae(model: TransfusionForCausalLMAndDiffusion) -> AutoencoderKL:
     """
-    The autoencoder alone, as diffusers has it, with its scale and shift; its weights are shared.
+    The autoencoder alone, as a diffusers model with its scale and shift. Its weights are shared, not copied.
 
     Raises:
         ValueError: a model without one.
