@@ -247,7 +247,9 @@ def test_what_does_not_fit_is_refused_and_the_model_left_as_it_was(tmp_path):
     with pytest.raises(ValueError, match="`latent_channels` is 2, but the latents of `vae_config` have 8"):
         attach_vae(model, autoencoder(latent_channels=8, scaling_factor=1.0))
     eight = saved(tmp_path / "eight", drop=("scaling_factor",), latent_channels=8)
-    with pytest.raises(ValueError, match=r"`vae_config` lacks scaling_factor\. Without the scale of its own latents"):
+    with pytest.raises(
+        ValueError, match=r"`vae_config` lacks scaling_factor\. A model cannot learn without the scale"
+    ):
         attach_vae(tiny.model(latent_channels=8), eight)
     sixteen = saved(tmp_path / "sixteen", latent_channels=16, scaling_factor=0.3611)
     with pytest.raises(ValueError, match="`vae_config` has no `shift_factor`, but latents of 16 channels"):
@@ -311,5 +313,5 @@ def test_pictures_that_are_no_numbers_are_refused():
     model = model_with_vae()
     with torch.no_grad():
         model.vae.decoder.conv_out.weight.fill_(torch.inf)
-    with pytest.raises(ValueError, match=r"The VAE decoded latents of absolute values up to .* to NaN or infinite"):
+    with pytest.raises(ValueError, match=r"The VAE decoded latents with absolute values up to .* to NaN or infinite"):
         model.decode_latents(torch.randn(1, 2, 4, 4))

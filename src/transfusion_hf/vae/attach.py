@@ -1,4 +1,4 @@
-"""Gives a Transfusion model its autoencoder: a public one, or one of your own."""
+"""Gives a Transfusion model its autoencoder, and measures the scale of its latents."""
 
 import inspect
 import os
@@ -20,21 +20,20 @@ def attach_vae(
     **kwargs: Any,
 ) -> None:
     """
-    Puts a trained `AutoencoderKL` into a model, which from then on takes and draws pixels: frozen, in `model.vae`,
-    saved with the model. Make the processor afterwards, by `TransfusionProcessor.for_model`.
+    Puts a trained `AutoencoderKL` into a model, which then takes and draws pixels. It is frozen and saved with the
+    model, as `model.vae`. Make the processor afterwards, with `TransfusionProcessor.for_model`.
 
     Args:
-        model (`TransfusionForCausalLMAndDiffusion`): Its `latent_channels` must be those of the autoencoder.
+        model (`TransfusionForCausalLMAndDiffusion`): Must have the autoencoder's `latent_channels`.
         vae (`str`, `os.PathLike` or `AutoencoderKL`): A folder, a repository of the Hub, or the autoencoder itself.
         scaling_factor (`float`, *optional*), shift_factor (`float`, *optional*):
-            Of the latents, (z − shift) · scale; default those of the autoencoder's configuration. Without any, latents
-            of 4 channels get diffusers' default of 0.18215, that of Stable Diffusion 1 and 2, whose configurations
-            leave it out; for others there is none.
+            Of (z − shift) · scale; default to the autoencoder's. If its configuration has no scale, latents of 4
+            channels get that of Stable Diffusion 1 and 2, 0.18215, which is the default of diffusers.
         kwargs: For `AutoencoderKL.from_pretrained`: `subfolder`, `revision`, `token` …
 
     Raises:
-        ValueError: another architecture, other channels than the model's, a scale or shift that is missing. The model
-            is then left as it was.
+        ValueError: another architecture, other channels than the model's, a missing scale or shift. The model then
+            stays as it was.
 
     Example:
 
@@ -42,23 +41,20 @@ def attach_vae(
     >>> attach_vae(model, "black-forest-labs/FLUX.1-dev", subfolder="vae")  # 16 channels, 0.3611, 0.1159
     ```"""
     if isinstance(vae, (str, os.PathLike)):
-        stored = AutoencoderKL.load_config(vae, **kwargs)
-        if (name := stored.get("_class_name", "AutoencoderKL")) not in ("AutoencoderKL", "TransfusionVAE"):
+        name = AutoencoderKL.load_config(vae, **kwargs).get("_class_name", "AutoencoderKL")
+        if name not in ("AutoencoderKL", "TransfusionVAE"):
             raise ValueError(f"`vae` must be an `AutoencoderKL` of diffusers; {vae} holds a `{name}`.")
         vae = AutoencoderKL.from_pretrained(vae, **{"torch_dtype": torch.float32, **kwargs})
-        given = set(stored)
-    elif isinstance(vae, AutoencoderKL):
-        given = set(vae.config) - set(vae.config.get("_use_default_values", []))
-    else:
+    if not isinstance(vae, AutoencoderKL):
         raise ValueError(
             f"`vae` must be an `AutoencoderKL` of diffusers, or where one lies; got {type(vae).__name__}."
         )
-    given |= {"block_out_channels", "latent_channels"}
-    given &= set(inspect.signature(AutoencoderKL).parameters)
-    vae_config = {name: value for name, value in vae.config.items() if name in given}
-    for name, value in (("scaling_factor", scaling_factor), ("shift_factor", shift_factor)):
-        if value is not None:
-            vae_config[name] = value
+    # Without the defaults of diffusers: its scale is that of one model, and no autoencoder would seem to lack a scale.
+    defaults = set(vae.config.get("_use_default_values", [])) - {"block_out_channels", "latent_channels"}
+    names = set(inspect.signature(AutoencoderKL).parameters) - defaults
+    vae_config = {name: value for name, value in vae.config.items() if name in names}
+    factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+    vae_config |= {name: value for name, value in factors.items() if value is not None}
     if vae_config["latent_channels"] == 4:
         vae_config.setdefault("scaling_factor", 0.18215)
 
@@ -78,17 +74,14 @@ def attach_vae(
 @torch.no_grad()
 def measure_latent_scale(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> tuple[float, float]:
     """
-    The scale and shift that give latents a mean of 0 and a standard deviation of 1.
+    The `(scaling_factor, shift_factor)` = (1 / std, mean) that give latents a mean of 0 and a standard deviation of 1.
 
     Args:
         vae (`AutoencoderKL`)
         images (`Iterable[torch.FloatTensor]`): Batches of shape `(num_images, channels, height, width)` in [−1, 1].
 
-    Returns:
-        `(scaling_factor, shift_factor)` = (1 / std, mean), over all values.
-
     Raises:
-        ValueError: no images, or latents without spread.
+        ValueError: no images, or latents that are all equal.
     """
     count, total, squares = 0, 0.0, 0.0
     for batch in images:

@@ -1,11 +1,10 @@
 """
-The losses that the paper's image tokenizer is trained with (§4.1, arXiv 2408.11039):
+The losses that the paper trains its image tokenizer with (§4.1, arXiv 2408.11039):
 
     L = L1 + LPIPS + 0.5 · GAN + 0.2 · ID + 1e-6 · KL
 
 Images are float tensors of shape `(batch, channels, height, width)` in [-1, 1]; a reconstruction may leave that range.
-Every loss is a float32 scalar, the mean over the batch. The paper gives weights only; what it leaves open is said
-where it is decided.
+Every loss is a float32 scalar, the mean over the batch.
 """
 
 import warnings
@@ -19,23 +18,21 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.func import functional_call
 from torchvision.models import resnet50
+from torchvision.transforms.functional import normalize, resize
 
 
 class PatchDiscriminator(nn.Module):
     r"""
-    Tells real patches from reconstructed ones: a stack of 4×4 convolutions whose every output sees one patch of the
-    image (PatchGAN, Isola et al., arXiv 1611.07004; 70×70 pixels with three strided layers).
+    PatchGAN (Isola et al., arXiv 1611.07004): a stack of 4×4 convolutions that gives a logit for every patch, of 70×70
+    pixels with three strided layers.
 
-    NOTE: differs from the original: groups are normalised instead of the batch, so that an image's logits depend
-    neither on its neighbours nor on the number of processes.
+    NOTE: differs from the original: it normalises groups instead of the batch, so that an image's logits depend
+    neither on the other images nor on the number of processes.
 
     Args:
         in_channels (`int`, defaults to 3): Channels of the image.
-        hidden_channels (`int`, defaults to 64): Channels of the first layer; each has twice the last one's, up to 8×.
-        num_layers (`int`, defaults to 3): Layers of stride 2.
-
-    Raises:
-        ValueError: if the image is too small for that many layers.
+        hidden_channels (`int`, defaults to 64): Channels of the first layer; each layer doubles them, up to 8×.
+        num_layers (`int`, defaults to 3): Number of layers of stride 2.
     """
 
     def __init__(self, in_channels: int = 3, hidden_channels: int = 64, num_layers: int = 3):
@@ -54,11 +51,10 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         r"""
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(batch, in_channels, height, width)`): Images in [-1, 1].
+        Returns `(batch, 1, rows, columns)` logits, high for real patches.
 
-        Returns:
-            `torch.FloatTensor` of shape `(batch, 1, rows, columns)`: a logit per patch, large for real ones.
+        Raises:
+            ValueError: images smaller than `min_size`.
         """
         if min(pixel_values.shape[-2:]) < self.min_size:
             raise ValueError(
@@ -69,33 +65,17 @@ class PatchDiscriminator(nn.Module):
 
 
 def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
-    r"""
-    E[max(0, 1 − D(x))] + E[max(0, 1 + D(x̂))] (Lim & Ye, arXiv 1705.02894).
-
-    Args:
-        real_logits, fake_logits (`torch.FloatTensor` of any shape): Logits of real and of reconstructed patches.
-
-    Returns:
-        `torch.FloatTensor`: a scalar.
-    """
+    """E[max(0, 1 − D(x))] + E[max(0, 1 + D(x̂))] of logits of any shape (Lim & Ye, arXiv 1705.02894)."""
     return F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()
 
 
 def hinge_generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    r"""
-    −E[D(x̂)], the generator's side of [`hinge_discriminator_loss`].
-
-    Args:
-        fake_logits (`torch.FloatTensor` of any shape): Logits of reconstructed patches.
-
-    Returns:
-        `torch.FloatTensor`: a scalar.
-    """
+    """−E[D(x̂)], the generator's side of [`hinge_discriminator_loss`]."""
     return -fake_logits.float().mean()
 
 
 class _FrozenLoss(nn.Module):
-    """Owns a network that measures and never learns: frozen in place, and in evaluation mode for good."""
+    """Compares the outputs of a network that stays frozen and in evaluation mode; it is frozen in place."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -105,18 +85,24 @@ class _FrozenLoss(nn.Module):
     def train(self, mode: bool = True) -> "_FrozenLoss":
         return super().train(False)
 
+    def _outputs(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> tuple:
+        """What the network makes of both; only the first receives gradients."""
+        _check_shapes(reconstruction, pixel_values)
+        with torch.no_grad():
+            targets = self.network(pixel_values)
+        return self.network(reconstruction), targets
+
 
 class PerceptualLoss(_FrozenLoss):
     r"""
-    Distance of deep features (Zhang et al., Eq. 1, arXiv 1801.03924): at every layer the channel vectors are scaled to
-    unit length, their squared differences weighted and summed over channels, averaged over positions; layers are
-    summed. [`PerceptualLoss.from_lpips`] gives LPIPS proper.
+    Distance of deep features (Zhang et al., Eq. 1, arXiv 1801.03924): in every layer, the weighted squared difference
+    of the channel vectors, each scaled to unit length, averaged over positions; summed over layers.
 
     Args:
-        network (`nn.Module`): Takes images in [-1, 1] and returns a sequence of feature maps
-            `(batch, channels, height, width)`. It is frozen in place.
-        channel_weights (`Sequence[torch.FloatTensor]`, *optional*): For each layer a weight per channel, of shape
-            `(channels,)`; all 1 by default.
+        network (`nn.Module`):
+            Returns a sequence of feature maps `(batch, channels, height, width)` for images in [-1, 1].
+        channel_weights (`Sequence[torch.FloatTensor]`, *optional*):
+            Per layer a weight per channel, of shape `(channels,)`; all 1 by default.
     """
 
     def __init__(self, network: nn.Module, channel_weights: Sequence[torch.Tensor] | None = None):
@@ -128,16 +114,16 @@ class PerceptualLoss(_FrozenLoss):
     @classmethod
     def from_lpips(cls, backbone_weights: str | Path, net: str = "vgg") -> "PerceptualLoss":
         r"""
-        LPIPS 0.1 with the calibrated weights of the `lpips` package. Nothing is downloaded.
+        LPIPS 0.1 with the calibrated weights of the `lpips` package. Downloads nothing.
 
         Args:
-            backbone_weights (`str` or `Path`): The backbone's ImageNet weights as torchvision publishes them
-                (`vgg16-397923af.pth`), `.pth` or `.safetensors`.
+            backbone_weights (`str` or `Path`):
+                The ImageNet weights that torchvision publishes (`vgg16-397923af.pth`), `.pth` or `.safetensors`.
             net (`str`, defaults to `"vgg"`): `"vgg"`, the choice for training, `"alex"` or `"squeeze"`.
 
         Raises:
             ImportError: without the `lpips` package.
-            ValueError: for another `net`, or a file that is missing or holds other weights.
+            ValueError: another `net`; a file that is missing or holds other weights.
         """
         try:
             import lpips
@@ -147,34 +133,18 @@ class PerceptualLoss(_FrozenLoss):
             raise ValueError(f"`net` is {net!r}; expected 'vgg', 'alex' or 'squeeze'.")
         state = _read_weights(backbone_weights, "backbone_weights")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the package asks torchvision by an old argument
+            warnings.simplefilter("ignore", UserWarning)  # the package calls torchvision with a deprecated argument
             module = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
         # The package cuts torchvision's `features` into slices; layers keep their numbers.
         names = {f"features.{name.split('.', 1)[1]}": name for name in module.net.state_dict()}
-        state = {name: value for name, value in state.items() if not name.startswith("classifier.")}
-        if names.keys() != state.keys():
-            missing, unexpected = sorted(names.keys() - state.keys()), sorted(state.keys() - names.keys())
-            raise ValueError(
-                f"`backbone_weights` ({backbone_weights}) is not torchvision's weights for net={net!r}: missing "
-                f"{missing[:4]}, unexpected {unexpected[:4]}."
-            )
-        _load_strictly(module.net, {names[name]: value for name, value in state.items()}, backbone_weights)
+        state = {names.get(key, key): value for key, value in state.items() if not key.startswith("classifier.")}
+        _load_strictly(module.net, state, backbone_weights)
         weights = [layer.model[-1].weight.flatten() for layer in module.lins]
-        return cls(_LPIPSFeatures(module.scaling_layer, module.net), weights)
+        return cls(nn.Sequential(module.scaling_layer, module.net), weights)
 
     def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        r"""
-        Args:
-            reconstruction (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Receives gradients.
-            pixel_values (`torch.FloatTensor` of the same shape): The originals in [-1, 1]; receives none.
-
-        Returns:
-            `torch.FloatTensor`: a scalar ≥ 0.
-        """
-        _check_shapes(reconstruction, pixel_values)
-        with torch.no_grad():
-            targets = self.network(pixel_values)
-        outputs = self.network(reconstruction)
+        """The distance, a scalar ≥ 0, of two `(batch, channels, height, width)`; gradients reach the first only."""
+        outputs, targets = self._outputs(reconstruction, pixel_values)
         if self.num_weights not in (None, len(outputs)):
             raise ValueError(
                 f"`channel_weights` has {self.num_weights} entries but the network returns {len(outputs)} feature "
@@ -191,26 +161,26 @@ class PerceptualLoss(_FrozenLoss):
 
 class IdentityLoss(_FrozenLoss):
     r"""
-    1 − cosine similarity of the embeddings of reconstruction and original: whether the same thing is still seen. The
-    paper takes the features of MoCo v2 and says no more; see [`IdentityLoss.from_moco`].
+    1 − cosine similarity of the embeddings of reconstruction and original. The paper uses the features of MoCo v2 and
+    says no more; see [`IdentityLoss.from_moco`].
 
     Args:
-        network (`nn.Module`): Takes images in [-1, 1] and returns embeddings `(batch, features)`. It is frozen in
-            place.
+        network (`nn.Module`): Returns embeddings `(batch, features)` for images in [-1, 1].
     """
 
     @classmethod
     def from_moco(cls, checkpoint: str | Path) -> "IdentityLoss":
         r"""
-        The features of MoCo v2 (Chen et al., arXiv 2003.04297): torchvision's ResNet-50 up to its pooling, 2,048
-        numbers an image, on images of 224×224 normalised as in ImageNet.
+        The features of MoCo v2 (Chen et al., arXiv 2003.04297): 2,048 numbers per image, from torchvision's ResNet-50
+        up to its pooling, on images of 224×224 with ImageNet's normalisation.
 
         Args:
-            checkpoint (`str` or `Path`): As the authors publish it (`moco_v2_800ep_pretrain.pth.tar`): its query
-                encoder is taken, the projection head, the key encoder and the queue are left out.
+            checkpoint (`str` or `Path`):
+                As the authors publish it (`moco_v2_800ep_pretrain.pth.tar`). Only its query encoder is used, without
+                the projection head.
 
         Raises:
-            ValueError: for a file that is missing or is no such checkpoint.
+            ValueError: a file that is missing or is no such checkpoint.
         """
         state, prefix = _read_weights(checkpoint, "checkpoint"), "module.encoder_q."
         encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
@@ -219,48 +189,37 @@ class IdentityLoss(_FrozenLoss):
                 f"`checkpoint` ({checkpoint}) is not from MoCo: expected keys like '{prefix}conv1.weight', got "
                 f"{sorted(state)[:3]}."
             )
-        # `fc` is the projection head; torchvision's network does without one here.
-        encoder = {name: value for name, value in encoder.items() if not name.startswith("fc.")}
         network = resnet50(weights=None)
-        network.fc = nn.Identity()
+        network.fc = nn.Identity()  # MoCo's `fc` is the projection head
+        encoder = {name: value for name, value in encoder.items() if not name.startswith("fc.")}
         _load_strictly(network, encoder, checkpoint)
         return cls(_MoCoEmbedding(network))
 
     def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        r"""
-        Args:
-            reconstruction (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Receives gradients.
-            pixel_values (`torch.FloatTensor` of the same shape): The originals in [-1, 1]; receives none.
-
-        Returns:
-            `torch.FloatTensor`: a scalar in [0, 2].
-        """
-        _check_shapes(reconstruction, pixel_values)
-        with torch.no_grad():
-            target = self.network(pixel_values)
-        return 1 - F.cosine_similarity(self.network(reconstruction).float(), target.float(), dim=-1).mean()
+        """A scalar in [0, 2] of two `(batch, channels, height, width)`; gradients reach the first only."""
+        embeddings, targets = self._outputs(reconstruction, pixel_values)
+        return 1 - F.cosine_similarity(embeddings.float(), targets.float(), dim=-1).mean()
 
 
 class VAELoss(nn.Module):
     r"""
-    The autoencoder's side of the training, and the discriminator's (§4.1, arXiv 2408.11039). For the discrete twin
-    the commitment loss stands in the KL's place, with a weight of 1 and the paper's β inside.
+    Both sides of the training of an autoencoder: its own loss and the discriminator's (§4.1, arXiv 2408.11039). For
+    the discrete twin the commitment loss takes the place of the KL, with a weight of 1 and the paper's β inside.
 
-    NOTE: the paper leaves open what is summed and what averaged. Here L1 is the mean over pixels and channels, so that
-    it is of the size of the other terms; the KL is summed over the latent and averaged over images, because a mean
-    over the latent, times 1e-6, would hold nothing.
+    NOTE: the paper does not say what is summed and what averaged. Here L1 is the mean over pixels and channels, so
+    that it is as large as the other terms; the KL is summed over the latent and averaged over images, because a mean
+    over the latent, times 1e-6, would have no effect.
 
     Args:
-        perceptual (`nn.Module`, *optional*): A [`PerceptualLoss`]; may be `None` where its weight is 0.
-        identity (`nn.Module`, *optional*): An [`IdentityLoss`]; may be `None` where its weight is 0.
+        perceptual (`nn.Module`, *optional*): A [`PerceptualLoss`]; may be `None` if its weight is 0.
+        identity (`nn.Module`, *optional*): An [`IdentityLoss`]; may be `None` if its weight is 0.
         l1_weight, perceptual_weight, gan_weight, identity_weight (`float`, default to 1.0, 1.0, 0.5, 0.2):
-            Weights; a term of weight 0 is not computed. The GAN's is constant, as in the paper, and not adapted to the
-            gradients.
-        regularizer_weight (`float`, defaults to 1e-6): Weight of the KL, or of the commitment loss: pass 1.0 there.
+            Constant, as in the paper. A term of weight 0 is not computed.
+        regularizer_weight (`float`, defaults to 1e-6): Weight of the KL; pass 1.0 for the commitment loss.
         gan_start (`int`, defaults to 50000): The first step, counted from 0, with the adversarial term.
 
     Raises:
-        ValueError: for a negative weight, or a weight without its network.
+        ValueError: a negative weight, or a weight without its network.
     """
 
     def __init__(
@@ -295,7 +254,7 @@ class VAELoss(nn.Module):
         self.gan_start = gan_start
 
     def gan_is_on(self, step: int) -> bool:
-        """Whether the adversarial term counts in this step, counted from 0; the discriminator learns only then."""
+        """Whether step `step`, counted from 0, has the adversarial term; the discriminator learns only then."""
         return self.weights["gan"] > 0 and step >= self.gan_start
 
     def forward(
@@ -310,14 +269,15 @@ class VAELoss(nn.Module):
         Args:
             reconstruction (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Receives gradients.
             pixel_values (`torch.FloatTensor` of the same shape): The originals in [-1, 1].
-            regularizer (`torch.FloatTensor`): A scalar: the KL, summed over the latent, mean over images; or the
-                commitment loss.
+            regularizer (`torch.FloatTensor`):
+                A scalar: the KL, summed over the latent, mean over images; or the commitment loss.
             step (`int`): Training step, counted from 0.
-            discriminator (`nn.Module`): A [`PatchDiscriminator`], without any wrapper of distributed training: its
-                parameters receive no gradient here. Called only where [`~VAELoss.gan_is_on`].
+            discriminator (`nn.Module`):
+                A [`PatchDiscriminator`], not wrapped for distributed training. Its parameters receive no gradient; it
+                is called only if [`~VAELoss.gan_is_on`].
 
         Returns:
-            `tuple`: the total to differentiate, and every term, unweighted and detached, by name.
+            `tuple`: the total to differentiate, and every term by name, unweighted and detached.
         """
         _check_shapes(reconstruction, pixel_values)
         terms = {"l1": F.l1_loss(reconstruction.float(), pixel_values.float()), "regularizer": regularizer.float()}
@@ -338,49 +298,26 @@ class VAELoss(nn.Module):
         pixel_values: torch.Tensor,
     ) -> torch.Tensor:
         r"""
-        The hinge loss of the discriminator, in one pass over originals and reconstructions.
-
-        Args:
-            discriminator (`nn.Module`): With the wrapper of distributed training, which must see the pass.
-            reconstruction (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Receives no gradient.
-            pixel_values (`torch.FloatTensor` of the same shape): The originals in [-1, 1].
-
-        Returns:
-            `torch.FloatTensor`: a scalar ≥ 0.
+        The discriminator's hinge loss, a scalar ≥ 0, in one pass over originals and reconstructions. Here
+        `discriminator` keeps its wrapper for distributed training; `reconstruction` receives no gradient.
         """
         _check_shapes(reconstruction, pixel_values)
         logits = discriminator(torch.cat([pixel_values, reconstruction.detach().to(pixel_values.dtype)]))
         return hinge_discriminator_loss(*logits.chunk(2))
 
 
-class _LPIPSFeatures(nn.Module):
-    def __init__(self, scaling_layer: nn.Module, network: nn.Module):
-        super().__init__()
-        self.scaling_layer = scaling_layer
-        self.network = network
-
-    def forward(self, pixel_values: torch.Tensor) -> Sequence[torch.Tensor]:
-        return self.network(self.scaling_layer(pixel_values))
-
-
 class _MoCoEmbedding(nn.Module):
-    mean: torch.Tensor
-    std: torch.Tensor
-
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None])
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None])
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if pixel_values.shape[-2:] != (224, 224):
-            pixel_values = F.interpolate(pixel_values, (224, 224), mode="bilinear", antialias=True)
-        return self.network((pixel_values / 2 + 0.5 - self.mean) / self.std)  # (batch, 2048)
+        images = resize(pixel_values, [224, 224], antialias=True) / 2 + 0.5
+        return self.network(normalize(images, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]))  # (batch, 2048)
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
-    # Inside the root, so that the gradient at features of zero length is finite.
+    # Inside the root, so that the gradient of a zero vector is finite; the `lpips` package gives NaN there.
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + 1e-10)
 
 
@@ -393,10 +330,9 @@ def _check_shapes(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> N
 
 
 def _read_weights(path: str | Path, argument: str) -> dict[str, torch.Tensor]:
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise ValueError(f"`{argument}` is {path}, which is not a file.")
-    if path.suffix == ".safetensors":
+    if Path(path).suffix == ".safetensors":
         return load_file(path)
     state = torch.load(path, map_location="cpu", weights_only=True)
     return state.get("state_dict", state)
