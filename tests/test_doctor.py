@@ -1,12 +1,13 @@
-"""Ten planted faults, each found and named; healthy models, which yield no complaint."""
+"""Planted faults, each found and named; healthy models, which yield no complaint."""
 
 import copy
 import io
 import json
 import math
 import re
-import subprocess
+import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,6 @@ from datasets import Dataset
 from diffusers import AutoencoderKL
 from make_tiny_transfusion import byte_tokenizer
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
 from test_vae import CONFIG as VAE_CONFIG
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForMultimodalLM, AutoProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,13 +27,14 @@ from transfusion_hf import (
     TransfusionForCausalLMAndDiffusion,
     TransfusionProcessor,
     attach_vae,
+    diffusion_transfusion,
     measure_latent_scale,
-    modeling_transfusion,
 )
 from transfusion_hf.data.shapes import ShapesDataset
-from transfusion_hf.training.doctor import _least_lm_loss, diagnose, main
+from transfusion_hf.training.doctor import diagnose, main
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
+CHECKS = ["special tokens", "attention mask", "noise schedule", "pixels", "VAE", "labels", "overfit"]
 LORA = {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
 PATCH_PARTS = ["patch_encoder", "patch_decoder"]
 SAMPLES = [ShapesDataset(8)[i] for i in range(8)]
@@ -70,24 +71,18 @@ def assert_named(findings, check: str, *words: str) -> None:
     "changes",
     [
         {},
-        {"tied": True},
-        {"with_vae": True},
-        {"with_vae": True, "prediction_type": "v_prediction"},
-        {"family": "gemma3", **tiny.UNET},
+        {"tied": True, "with_vae": True, "prediction_type": "v_prediction"},
         {"family": "gemma3", "with_vae": True, "prediction_type": "flow_prediction", **tiny.UNET},
-        {"family": "phi", "prediction_type": "v_prediction"},
-        {"family": "cohere", "tied": True},
-        {"family": "gemma2", "prediction_type": "sample"},
-        {"family": "qwen3", "prediction_type": "flow_prediction", "pos_embed_type": "sincos"},
+        {"family": "phi", "prediction_type": "sample", "pos_embed_type": "sincos"},
         {"latent_channels": 5, "beta_schedule": "scaled_linear"},  # no pictures: latents are made up
-        {"latent_channels": 1, "sample_size": (4, 12), "num_train_timesteps": 20},
+        {"family": "cohere", "latent_channels": 1, "sample_size": (4, 12), "num_train_timesteps": 20},
     ],
     ids=str,
 )
 def test_a_healthy_model_yields_no_complaint(changes):
     findings = diagnose(*healthy(**changes))
     assert not complaints(findings)
-    assert len({finding.check for finding in findings}) == len(findings) == 11
+    assert [finding.check for finding in findings] == CHECKS
     falls = re.findall(r"from ([\d.]+) to ([\d.]+)", findings[-1].message)
     assert len(falls) == 2 and all(float(last) <= 0.101 * float(first) for first, last in falls)
 
@@ -96,7 +91,7 @@ def test_a_healthy_model_yields_no_complaint(changes):
 def test_every_right_backend_is_healthy(backend):
     model, processor = healthy()
     model.set_attn_implementation(backend)
-    assert not complaints(diagnose(model, processor))
+    assert not complaints(diagnose(model, processor, steps=60))
 
 
 def test_half_precision_and_short_windows_are_healthy():
@@ -107,9 +102,8 @@ def test_half_precision_and_short_windows_are_healthy():
 
 def test_data_of_ones_own_are_healthy_packed_or_not_and_as_a_batch():
     model, processor = healthy()
-    for max_length in (None, 128):
-        collator = TransfusionDataCollator(processor, max_length=max_length)
-        assert not complaints(diagnose(model, processor, dataset=SAMPLES, collator=collator))
+    collator = TransfusionDataCollator(processor, max_length=128)
+    assert not complaints(diagnose(model, processor, dataset=SAMPLES))
     assert not complaints(diagnose(model, processor, batch=collator(SAMPLES)))
 
 
@@ -155,12 +149,6 @@ def test_1_a_wrong_scale_is_named_with_the_right_one(factor):
         assert_named(diagnose(model, processor, overfit=False), "VAE", "scale is wrong")
 
 
-def test_1_a_scale_that_a_reload_would_change_is_named():
-    model, processor = healthy(with_vae=True)
-    model.config.vae_config["scaling_factor"] = 1.0
-    assert_named(diagnose(model, processor, overfit=False), "VAE", "`scaling_factor`", "which a reload takes")
-
-
 @pytest.mark.parametrize("with_data", [False, True])
 def test_2_a_missing_shift_is_named_with_the_right_one(with_data):
     model, processor = healthy(with_vae=True)
@@ -171,50 +159,7 @@ def test_2_a_missing_shift_is_named_with_the_right_one(with_data):
     assert float(errors(findings, "VAE").split("and a shift of ")[1].split()[0]) == pytest.approx(shift, rel=0.2)
 
 
-def test_2_the_shift_of_a_published_vae_is_known():
-    torch.manual_seed(0)
-    model, _ = healthy(latent_channels=16, sample_size=4)
-    vae = AutoencoderKL(**VAE_CONFIG | {"latent_channels": 16})
-    attach_vae(model, vae, scaling_factor=0.3611, shift_factor=0.0)
-    processor = TransfusionProcessor.for_model(model, byte_tokenizer())
-    assert_named(diagnose(model, processor, overfit=False), "VAE", "shift is missing", "FLUX.1", "0.1159")
-
-
-# 3: the tied head
-
-
-def test_3_a_lost_tied_head_is_named():
-    model, processor = healthy(tied=True)
-    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
-    assert_named(diagnose(model, processor, overfit=False), "tied head", "the tied head is lost", "tie_weights")
-    model, processor = healthy()
-    model.lm_head.weight = model.get_input_embeddings().weight
-    assert_named(diagnose(model, processor, overfit=False), "tied head", "`tie_word_embeddings` is False")
-    model, processor = healthy()
-    model.config.tie_word_embeddings = True
-    assert_named(diagnose(model, processor, overfit=False), "tied head", "`text_config`", "lost")
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_3_a_tied_head_lost_in_the_file_is_named(tied, tmp_path, capsys):
-    model, processor = healthy(tied=tied)
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    assert main([str(tmp_path), "--no_overfit"]) == 0
-    weights = load_file(tmp_path / "model.safetensors")
-    if tied:
-        weights["lm_head.weight"] = torch.randn(262, 32)
-    else:
-        del weights["lm_head.weight"]
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    capsys.readouterr()
-    assert main([str(tmp_path), "--no_overfit"]) == 1
-    output = capsys.readouterr().out
-    expected = "tied head       the tied head is lost" if tied else "checkpoint      the LM head is lost"
-    assert expected in output and output.count("error ") == 1
-
-
-# 4: the mask
+# 3: the mask
 
 
 def without_image_blocks(module, query, key, value, attention_mask, **kwargs):
@@ -231,9 +176,8 @@ def without_any_mask(module, query, key, value, attention_mask, **kwargs):
     return sdpa_attention_forward(module, query, key, value, None, **{**kwargs, "is_causal": False})
 
 
-@pytest.mark.parametrize("patch_encoder", [{}, tiny.UNET], ids=["linear", "unet"])
-@pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_4_a_backend_that_drops_the_mask_is_named(family, patch_encoder):
+@pytest.mark.parametrize(("family", "patch_encoder"), [("llama", tiny.UNET), ("gemma3", {})])
+def test_3_a_backend_that_drops_the_mask_is_named(family, patch_encoder):
     model, processor = healthy(family, **patch_encoder)
     AttentionInterface.register("without_image_blocks", without_image_blocks)
     AttentionInterface.register("without_later_image_blocks", without_later_image_blocks)
@@ -249,7 +193,7 @@ def test_4_a_backend_that_drops_the_mask_is_named(family, patch_encoder):
     assert_named(findings, "attention mask", "not causal outside of images", "without_any_mask")
 
 
-def test_4_the_causal_ablation_is_a_warning_where_an_image_has_several_patches():
+def test_3_the_causal_ablation_is_a_warning_where_an_image_has_several_patches():
     model, processor = healthy(bidirectional_image_attention=False)
     findings = diagnose(model, processor, overfit=False)
     (warning,) = [finding for finding in findings if finding.severity != "ok"]
@@ -257,10 +201,10 @@ def test_4_the_causal_ablation_is_a_warning_where_an_image_has_several_patches()
     assert not complaints(diagnose(*healthy(bidirectional_image_attention=False, sample_size=2), overfit=False))
 
 
-# 5: special tokens
+# 4: special tokens
 
 
-def test_5_tokens_that_the_tokenizer_lacks_are_named():
+def test_4_tokens_that_the_tokenizer_lacks_are_named():
     model, processor = healthy()
     processor.tokenizer = byte_tokenizer()
     found = errors(diagnose(model, processor), "special tokens")
@@ -268,7 +212,7 @@ def test_5_tokens_that_the_tokenizer_lacks_are_named():
     assert "not in the tokenizer" in found and "for_model" in found
 
 
-def test_5_ids_that_disagree_are_named():
+def test_4_ids_that_disagree_are_named():
     for name, token in (("image_start", "<BOI>"), ("image", "<image>"), ("image_end", "<EOI>")):
         for where in ("processor", "config"):
             model, processor = healthy()
@@ -277,7 +221,7 @@ def test_5_ids_that_disagree_are_named():
             assert f"the id of {token} is {processor.tokenizer.convert_tokens_to_ids(token)} in the tokenizer" in found
             assert f"7 in the {where}" in found
     for change, words in (
-        ({"eos_token_id": 9}, "`eos_token_id` is 2 in the tokenizer but 9 in the generation config"),
+        ({"eos_token_id": 9}, "`eos_token_id` is 2 in the tokenizer but [9] to `generate()`"),
         ({"eos_token_id": [2, 261]}, "`eos_token_id` of the generation config is the id of <EOI>"),
         ({"suppress_tokens": [260]}, "holds <BOI>: it never draws"),
     ):
@@ -286,24 +230,27 @@ def test_5_ids_that_disagree_are_named():
         assert_named(diagnose(model, processor, overfit=False), "special tokens", words)
 
 
-def test_5_a_token_in_pieces_and_a_processor_of_other_patches_are_named():
+def test_4_a_token_in_pieces_and_a_processor_of_other_patches_are_named():
     model, processor = healthy()
     tokenizer = byte_tokenizer()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["model"]["vocab"] |= {"<BOI>": 260, "<image>": 259, "<EOI>": 261}  # words, not added tokens
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(backend))
     processor.tokenizer = tokenizer
-    assert_named(diagnose(model, processor), "special tokens", "has <BOI>, but cuts it into 5 pieces")
+    findings = diagnose(model, processor, overfit=False)
+    assert_named(findings, "special tokens", "has <BOI>, but cuts it into 5 pieces")
     model, processor = healthy()
     processor.pixels_per_patch = 4
-    assert_named(diagnose(model, processor), "special tokens", "`pixels_per_patch` is 4 in the processor but 2")
+    assert_named(
+        diagnose(model, processor, overfit=False), "special tokens", "`pixels_per_patch` is 4 in the processor but 2"
+    )
 
 
-# 6: labels
+# 5: labels
 
 
 @pytest.mark.parametrize("places", [-1, 1])
-def test_6_shifted_labels_are_named(places):
+def test_5_shifted_labels_are_named(places):
     model, processor = healthy()
 
     def collator(samples):
@@ -316,7 +263,7 @@ def test_6_shifted_labels_are_named(places):
     assert ("already" in errors(findings, "labels")) == (places == -1)
 
 
-def test_6_other_labels_that_teach_wrongly_are_named():
+def test_5_other_labels_that_teach_wrongly_are_named():
     model, processor = healthy()
     batch = TransfusionDataCollator(processor)(SAMPLES)
     for change, words in (
@@ -331,24 +278,24 @@ def test_6_other_labels_that_teach_wrongly_are_named():
     assert "no <BOI> is a label" in warning
 
 
-# 7: t reversed
+# 6: t reversed
 
 
-def test_7_a_schedule_upside_down_is_named():
+def test_6_a_schedule_upside_down_is_named():
     model, processor = healthy()
     scheduler = model.noise_scheduler
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.flip(0)
     assert_named(diagnose(model, processor, overfit=False), "noise schedule", "t is reversed", "upside down")
 
 
-def test_7_flow_matching_in_the_other_direction_is_named(monkeypatch):
-    right = modeling_transfusion.add_noise
-    monkeypatch.setattr(modeling_transfusion, "add_noise", lambda s, x, e, t: right(s, x, e, 1001 - t))
+def test_6_flow_matching_in_the_other_direction_is_named(monkeypatch):
+    right = diffusion_transfusion.add_noise
+    monkeypatch.setattr(diffusion_transfusion, "add_noise", lambda s, x, e, t: right(s, x, e, 1001 - t))
     findings = diagnose(*healthy(prediction_type="flow_prediction"), overfit=False)
     assert_named(findings, "noise schedule", "t is reversed", "at t = 1 0.00 of the clean image")
 
 
-def test_7_a_model_that_is_told_another_t_or_never_sees_noise_is_named():
+def test_6_a_model_that_is_told_another_t_or_never_sees_noise_is_named():
     model, processor = healthy(num_train_timesteps=20, beta_schedule="linear")
     assert_named(diagnose(model, processor, overfit=False), "noise schedule", "does not go from clean to noise")
     model, processor = healthy()
@@ -359,49 +306,48 @@ def test_7_a_model_that_is_told_another_t_or_never_sees_noise_is_named():
     assert encode is not None and not complaints(diagnose(model, processor, overfit=False))
 
 
-# 8: frozen parts
+# 7: frozen parts
 
 
-def test_8_a_frozen_patch_head_is_named():
+def test_7_a_frozen_patch_head_is_named():
     model, processor = healthy()
     model.model.patch_decoder.requires_grad_(False)
-    findings = diagnose(model, processor, steps=20)
-    assert_named(findings, "trainable", "frozen: patch decoder", "modules_to_save")
-    assert_named(findings, "overfit", "no gradient reaches: patch decoder", "first see to: trainable")
-    assert all(finding.severity == "ok" for finding in findings if finding.check not in ("trainable", "overfit"))
+    findings = diagnose(model, processor, steps=5)
+    assert_named(findings, "overfit", "no gradient reaches: patch decoder; frozen; PEFT needs `modules_to_save`")
+    assert all(finding.severity == "ok" for finding in findings if finding.check != "overfit")
     model.requires_grad_(False)
-    assert_named(diagnose(model, processor), "trainable", "every parameter is frozen")
+    assert_named(diagnose(model, processor), "overfit", "every parameter is frozen")
 
 
 @pytest.mark.parametrize("modules_to_save", [None, PATCH_PARTS])
-def test_8_an_adapter_needs_the_patch_parts_saved(modules_to_save, tmp_path, capsys):
+def test_7_an_adapter_needs_the_patch_parts_saved(modules_to_save, tmp_path, capsys):
     model, processor = healthy()
     model.save_pretrained(tmp_path / "base")
     processor.save_pretrained(tmp_path / "base")
     model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "base")
     lora = get_peft_model(model, LoraConfig(**LORA, modules_to_save=modules_to_save))
-    findings = diagnose(lora, processor, overfit=False)
+    findings = diagnose(lora, processor, steps=60)
     lora.save_pretrained(tmp_path / "adapter")
-    status = main([str(tmp_path / "adapter"), "--no_overfit", "--device", "cpu"])
+    status = main([str(tmp_path / "adapter"), "--steps", "60", "--device", "cpu"])
     if modules_to_save:
-        assert not complaints(findings) and status == 0
+        assert not any(finding.severity == "error" for finding in findings) and status == 0
     else:
-        assert_named(findings, "trainable", "frozen: ", "patch decoder", "modules_to_save")
+        assert_named(findings, "overfit", "no gradient reaches: patch encoder, patch decoder", "modules_to_save")
         assert status == 1 and "patch decoder" in capsys.readouterr().out
 
 
-def test_8_an_adapter_that_learns_less_than_a_whole_model_is_a_warning():
+def test_7_an_adapter_that_learns_less_than_a_whole_model_is_a_warning():
     model, processor = healthy()
     small = get_peft_model(model, LoraConfig(**LORA, modules_to_save=PATCH_PARTS))
     findings = diagnose(small, processor, steps=30)
     (warning,) = complaints(findings)
-    assert "where parameters are frozen (" in warning and "LM head" in warning and "lm_loss from 5." in warning
+    assert "frozen parameters may allow no more" in warning and "lm_loss from 5." in warning
     model, processor = healthy()
     everything = [*PATCH_PARTS, "lm_head", "embed_tokens"]
     assert not complaints(diagnose(get_peft_model(model, LoraConfig(**LORA, modules_to_save=everything)), processor))
 
 
-# 9: pixels
+# 8: pixels
 
 
 @pytest.mark.parametrize(
@@ -412,7 +358,7 @@ def test_8_an_adapter_that_learns_less_than_a_whole_model_is_a_warning():
         ({"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}, ["another mean and deviation"]),
     ],
 )
-def test_9_pixels_out_of_range_are_named(change, words):
+def test_8_pixels_out_of_range_are_named(change, words):
     model, processor = healthy()
     right = TransfusionDataCollator(copy.deepcopy(processor))(SAMPLES)
     for name, value in change.items():
@@ -426,56 +372,49 @@ def test_9_pixels_out_of_range_are_named(change, words):
     assert not complaints(diagnose(model, processor, batch=right, overfit=False))
 
 
-# 10: λ
+# 9: λ
 
 
-def test_10_a_loss_weight_of_zero_is_named():
-    findings = diagnose(*healthy(diffusion_loss_weight=0.0), steps=60)
-    assert_named(findings, "loss weight", "λ", "`diffusion_loss_weight`", "is 0")
-    assert_named(
-        findings, "overfit", "diffusion_loss from 1.0", "in 60 steps", "no gradient reaches: ", "patch decoder"
-    )
-    assert "lm_loss" not in errors(findings, "overfit") and "first see to: loss weight" in errors(findings, "overfit")
+def test_9_a_loss_weight_of_zero_is_named():
+    findings = diagnose(*healthy(diffusion_loss_weight=0.0), steps=90)
+    words = ("diffusion_loss from 1.0", "in 90 steps", "no gradient reaches: patch decoder; ")
+    assert_named(findings, "overfit", *words, "`diffusion_loss_weight` is 0")
+    assert "lm_loss" not in errors(findings, "overfit")
 
 
-# What belongs to no fault of the ten
+# Everything else
 
 
 def test_too_few_steps_are_no_success_and_the_losses_are_told():
     findings = diagnose(*healthy(), steps=2)
     assert_named(findings, "overfit", "lm_loss from 5.", "diffusion_loss from 1.", "in 2 steps", "more `steps`")
-    assert "hidden size of" not in errors(findings, "overfit")
-    findings = diagnose(*healthy(latent_channels=16), steps=2)
-    assert_named(findings, "overfit", "a patch of 64 values does not fit through a hidden size of 32")
 
 
 def test_batches_that_cannot_be_learned_from_are_named():
     model, processor = healthy()
     batch = TransfusionDataCollator(processor)(SAMPLES)
     unmarked = batch | {"image_loss_mask": torch.zeros(8, dtype=torch.bool)}
-    assert_named(diagnose(model, processor, batch=unmarked, overfit=False), "batch", "`image_loss_mask` is False")
-    text = [{"text": "words"}] * 4
-    assert_named(diagnose(model, processor, dataset=text, overfit=False), "batch", "no images")
-    without = {name: value for name, value in batch.items() if name != "labels"}
-    assert_named(diagnose(model, processor, batch=without), "batch", "no `labels`")
-    narrow = TransfusionDataCollator(processor, num_train_timesteps=100, image_first_max_timesteps=100)
-    (warning,) = complaints(diagnose(model, processor, dataset=SAMPLES, collator=narrow, overfit=False))
-    assert "no image is noised beyond t = 100 of 1000" in warning
+    findings = diagnose(model, processor, batch=unmarked, steps=3)
+    assert_named(findings, "overfit", "no gradient reaches: ", "`image_loss_mask` is False for every image")
+    findings = diagnose(model, processor, dataset=[{"text": "words"}] * 4, steps=3)
+    assert_named(findings, "overfit", "no gradient reaches: ", "the batch has no images")
+    findings = diagnose(model, processor, batch={name: value for name, value in batch.items() if name != "labels"})
+    assert_named(findings, "labels", "no `labels`")
+    assert_named(findings, "overfit", "no `labels`")
     assert_named(diagnose(model, processor, dataset=[]), "batch", "at least one sample")
     model.lm_head.weight.data[0, 0] = math.nan
-    assert_named(diagnose(model, processor, batch=batch, steps=2), "batch", "the loss is nan")
+    assert_named(diagnose(model, processor, batch=batch, steps=2), "overfit", "lm_loss from nan")
 
 
-def test_the_least_lm_loss_is_the_entropy_of_what_follows_one_text():
-    img = tiny.IMG
-    ids = torch.tensor([[1, 5, 6, img, 7], [1, 5, 8, img, 9], [1, 6, 6, img, 7]])
-    labels = ids.where((ids != 1) & (ids != img), -100)
-    # Behind 1: 5, 5, 6. Behind 1 5: 6 or 8. Behind an image of one's own there is no choice.
-    first, second = -(2 * math.log(2 / 3) + math.log(1 / 3)), 2 * math.log(2)
-    assert _least_lm_loss({"input_ids": ids, "labels": labels}, img) == pytest.approx((first + second) / 9)
-    packed = {"input_ids": ids.flatten()[None], "labels": labels.flatten()[None]}
-    packed["position_ids"] = torch.arange(5).repeat(3)[None]
-    assert _least_lm_loss(packed, 1000) == pytest.approx((first + second) / 9)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_texts_that_part_at_their_first_word_are_no_error(is_packed):
+    """No model can tell which of eight captions follows, which costs log 8 of their few tokens."""
+    model, processor = healthy()
+    samples = [{"text": letter, "latents": [torch.randn(3, 8, 8)]} for letter in "abcdefgh"]
+    options = {"caption_first_probability": 1.0, "caption_dropout": 0.0, "max_length": 200 if is_packed else None}
+    batch = TransfusionDataCollator(processor, **options)(samples)
+    findings = diagnose(model, processor, batch=batch, steps=200)
+    assert not [finding for finding in findings if finding.check == "overfit" and finding.severity != "ok"], findings
 
 
 def test_arguments_that_do_not_fit_are_refused():
@@ -502,34 +441,37 @@ def data(tmp_path_factory):
     return folder
 
 
-def run_command(*arguments: str) -> tuple[int, str]:
-    command = [sys.executable, "-m", "transfusion_hf.training.doctor", *arguments, "--device", "cpu"]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert "Traceback" not in run.stderr, run.stderr
-    return run.returncode, run.stdout
+def run_command(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    """`python -m transfusion_hf.doctor`, without another Python."""
+    monkeypatch.setattr(sys, "argv", ["doctor", *arguments, "--device", "cpu"])
+    with pytest.raises(SystemExit) as ended, warnings.catch_warnings(action="ignore"):
+        runpy.run_module("transfusion_hf.doctor", run_name="__main__")
+    return ended.value.code, capsys.readouterr().out
 
 
-def test_the_command_prints_a_line_for_each_check(data):
-    status, output = run_command(str(TINY), str(data / "*.parquet"), "--caption_column", "caption")
+def test_the_command_prints_a_line_for_each_check(data, monkeypatch, capsys):
+    status, output = run_command(
+        monkeypatch, capsys, str(TINY), str(data / "*.parquet"), "--caption_column", "caption"
+    )
     lines = output.splitlines()
-    assert status == 0 and len(lines) == 12 and all(line.startswith("ok") for line in lines), output
+    assert status == 0 and [line[8:24].strip() for line in lines] == CHECKS, output
+    assert all(line.startswith("ok") for line in lines), output
 
 
-def test_the_command_fails_where_an_error_is_found(tmp_path):
+def test_the_command_fails_where_an_error_is_found(tmp_path, monkeypatch, capsys):
     model, processor = AutoModelForMultimodalLM.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
     model.config.diffusion_loss_weight = 0.0
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    status, output = run_command(str(tmp_path), "--steps", "3")
-    assert status == 1 and "error   loss weight     λ (`diffusion_loss_weight`) is 0" in output
-    assert "error   overfit " in output and "ok      tied head" in output
+    status, output = run_command(monkeypatch, capsys, str(tmp_path), "--steps", "3")
+    assert status == 1 and "error   overfit " in output and "ok      attention mask" in output
 
 
 def test_the_command_takes_a_folder_and_another_backend(data, capsys):
     arguments = [str(TINY), str(data), "--caption_column", "caption", "--no_overfit", "--device", "cpu"]
     assert main([*arguments, "--attn_implementation", "eager", "--batch_size", "2"]) == 0
     output = capsys.readouterr().out
-    assert "(eager)" in output and "2 rows, 2 images" in output and "overfit" not in output
+    assert "'eager'" in output and "of 120 positions" in output and "overfit" not in output
 
 
 def test_bad_input_is_told_in_a_line(data, tmp_path, capsys):

@@ -1,8 +1,8 @@
 """
-Says in words why a Transfusion model does not learn, or draws noise:
+Finds out why a Transfusion model does not learn, or draws noise:
 
-    python -m transfusion_hf.training.doctor MODEL
-    python -m transfusion_hf.training.doctor MODEL "data/*.parquet" --caption_column caption
+    transfusion doctor MODEL
+    transfusion doctor MODEL "data/*.parquet" --caption_column caption
 """
 
 import argparse
@@ -11,9 +11,9 @@ import glob
 import math
 import random
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,37 +26,24 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.utils import logging
 
 from ..data.collator import TransfusionDataCollator
-from ..diffusion_transfusion import make_sampling_scheduler
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..patching_transfusion import stack_images
-
-# Published autoencoders by channels: name, scale and shift.
-_KNOWN_VAES: dict[int, list[tuple[str, float, float]]] = {
-    4: [("Stable Diffusion 1 and 2", 0.18215, 0.0), ("Stable Diffusion XL", 0.13025, 0.0)],
-    16: [("Stable Diffusion 3", 1.5305, 0.0609), ("FLUX.1", 0.3611, 0.1159)],
-}
-_IMAGE_PARTS = ("timestep embedding", "patch encoder", "patch decoder")
 
 
 @dataclass
 class Finding:
-    """
-    What one check found.
+    """What a check saw: `severity` is `"error"`, `"warning"` or `"ok"`, `remedy` says what to do."""
 
-    Args:
-        check (`str`): Its name, as `"attention mask"`.
-        severity (`str`): `"error"`, `"warning"` or `"ok"`.
-        message (`str`): What was seen.
-        remedy (`str`, *optional*): What to do.
-    """
-
-    check: str
     severity: str
     message: str
     remedy: str = ""
+    check: str = ""
 
     def __str__(self) -> str:
         return f"{self.severity:8}{self.check:16}{self.message}{self.remedy and f' → {self.remedy}'}"
+
+
+_ok, _warning, _error = (partial(Finding, severity) for severity in ("ok", "warning", "error"))
 
 
 def diagnose(
@@ -64,36 +51,34 @@ def diagnose(
     processor: Any,
     batch: dict[str, Any] | None = None,
     dataset: Iterable[dict[str, Any]] | None = None,
-    collator: Any = None,
-    loading_info: dict[str, Any] | None = None,
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None,
     overfit: bool = True,
     steps: int = 500,
     learning_rate: float | None = None,
     batch_size: int = 4,
 ) -> list[Finding]:
     r"""
-    Checks a model, its processor and its data, mostly by what they do rather than by what their configuration says.
-    The model is left as it was: what trains is a copy of it, in float32.
+    Checks special tokens, attention mask, noise schedule, pixels, VAE, labels, and whether one batch can be learned by
+    heart, mostly by running the model. The model stays unchanged: a float32 copy is trained.
 
     Args:
         model (`TransfusionForCausalLMAndDiffusion`, or a `PeftModel` around one)
         processor (`TransfusionProcessor`)
         batch (`dict`, *optional*): A training batch, as `model` takes it.
         dataset (iterable of samples, *optional*):
-            In place of `batch`; its first `batch_size` samples are collated. Without either, pictures and words are
-            made up, and a VAE is then judged roughly.
+            Instead of `batch`; its first `batch_size` samples are collated. Without either, random pictures and words
+            are used, and a VAE is judged less strictly.
         collator (`Callable`, *optional*): From samples to a batch; defaults to a `TransfusionDataCollator`.
-        loading_info (`dict`, *optional*): What `from_pretrained(..., output_loading_info=True)` gave beside the model.
-        overfit (`bool`, defaults to `True`): Whether to train on the batch, the longest of the checks.
-        steps (`int`, defaults to 500): At most; it ends as soon as both losses have fallen by 90 %.
+        overfit (`bool`, defaults to `True`): Whether to train on the batch, which takes the longest.
+        steps (`int`, defaults to 500): Limit of that training, which ends once both losses have fallen by 90 %.
         learning_rate (`float`, *optional*): Defaults to 0.8 / hidden size, at most 0.01.
         batch_size (`int`, defaults to 4)
 
     Returns:
-        `list[Finding]`: For each check one `"ok"`, or what is wrong.
+        `list[Finding]`: For each check either one `"ok"`, or everything that is wrong.
 
     Raises:
-        ValueError: `model` is no Transfusion model, both `batch` and `dataset`, `steps` below 1.
+        ValueError: `model` is not a Transfusion model; both `batch` and `dataset`; `steps` below 1.
 
     Example:
 
@@ -110,40 +95,35 @@ def diagnose(
     is_data, was_training = batch is not None or dataset is not None, base.training
     findings: list[Finding] = []
 
-    def run(check: str, function: Any, *args: Any) -> None:
+    def run(check: str, function: Callable[..., Iterator[Finding]], *args: Any) -> None:
         try:
-            found = function(*args)
-        except NotImplementedError as error:  # as the backward pass of FlexAttention on a CPU
-            found = [_warning(f"not tried: {error}", "try on another device or with another `attn_implementation`")]
+            found = list(function(*args))
+        except NotImplementedError as error:  # FlexAttention has no backward pass on a CPU
+            found = [_warning(f"not tried: {error}", "try another device or another `attn_implementation`")]
         except (ValueError, RuntimeError, IndexError, KeyError, TypeError) as error:
             found = [_error(f"{type(error).__name__}: {' '.join(str(error).split())}")]
-        for finding in found:
-            finding.check = check
-        findings.extend(found)
+        complaints = [finding for finding in found if finding.severity != "ok"]
+        findings.extend(replace(finding, check=check) for finding in complaints or found)
 
-    def make_batch() -> list[Finding]:
+    def make_batch() -> Iterator[Finding]:
         nonlocal batch
-        limit = base.config.num_train_timesteps
-        collate = collator or TransfusionDataCollator(
-            processor, caption_dropout=0.0, num_train_timesteps=limit, image_first_max_timesteps=-(-limit // 2)
-        )
         if batch is None:
-            samples = _made_up_samples(base, processor, batch_size) if dataset is None else dataset
+            samples = _random_samples(base, processor, batch_size) if dataset is None else dataset
+            limit = base.config.num_train_timesteps
+            collate = collator or TransfusionDataCollator(
+                processor, caption_dropout=0.0, num_train_timesteps=limit, image_first_max_timesteps=-(-limit // 2)
+            )
             batch = collate(list(islice(samples, batch_size)))
         batch = send_to_device(dict(batch), base.device)
-        return check_batch(base, batch)
+        yield from ()
 
     base.eval()
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            run("checkpoint", check_loading, loading_info)
             run("special tokens", check_special_tokens, base, processor)
-            run("tied head", check_tied_head, base)
             run("attention mask", check_attention_mask, base)
             run("noise schedule", check_noise_schedule, base)
-            run("loss weight", check_loss_weight, base)
-            run("trainable", check_trainable, base)
             run("batch", make_batch)
             if batch is not None:
                 run("pixels", check_pixels, base, processor, batch)
@@ -157,34 +137,19 @@ def diagnose(
     return findings
 
 
-def _ok(message: str) -> list[Finding]:
-    return [Finding("", "ok", message)]
-
-
-def _error(message: str, remedy: str = "") -> Finding:
-    return Finding("", "error", message, remedy)
-
-
-def _warning(message: str, remedy: str = "") -> Finding:
-    return Finding("", "warning", message, remedy)
-
-
-def _made_up_samples(base: Any, processor: Any, count: int) -> list[dict[str, Any]]:
-    """Smooth colours at the model's size, or noise where its images are no pictures; words of the tokenizer."""
-    rng, config = random.Random(0), base.config
+def _random_samples(base: Any, processor: Any, count: int) -> list[dict[str, Any]]:
+    """Words of the tokenizer, with smooth colours, or with random latents if the images are not pictures."""
+    rng, np_rng, config = random.Random(0), np.random.default_rng(0), base.config
     pieces = (token.lstrip("▁Ġ") for token in sorted(processor.tokenizer.get_vocab()))
     words = [piece for piece in pieces if piece.isascii() and piece.isalpha()] or ["a"]
     height, width = (side * config.vae_scale_factor for side in config.latent_size)
-    colors = np.random.default_rng(0)
-    samples = []
-    for _ in range(count):
-        sample: dict[str, Any] = {"text": " ".join(rng.choices(words, k=6))}
+    samples: list[dict[str, Any]] = [{"text": " ".join(rng.choices(words, k=6))} for _ in range(count)]
+    for sample in samples:
         if _takes_pictures(base):
-            cells = Image.fromarray(colors.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            cells = Image.fromarray(np_rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
             sample["image"] = cells.resize((width, height), Image.Resampling.BICUBIC)
         else:
             sample["latents"] = [torch.randn(config.latent_channels, *config.latent_size)]
-        samples.append(sample)
     return samples
 
 
@@ -192,100 +157,56 @@ def _takes_pictures(base: Any) -> bool:
     return (base.config.latent_channels if base.vae is None else base.vae.config.in_channels) in (1, 3)
 
 
-def check_loading(loading_info: dict[str, Any] | None) -> list[Finding]:
-    """Whether the weights in the file are those of the model."""
-    if loading_info is None:
-        return []
-    found = []
-    if missing := sorted(loading_info.get("missing_keys") or []):
-        message, remedy = f"the file lacks {_some(missing)}, random now", "save the whole model again"
-        if "lm_head.weight" in missing:
-            message = f"the LM head is lost, tied in the file but not in the configuration: {message}"
-            remedy = "set `tie_word_embeddings=True` in `text_config`"
-        found.append(_error(message, remedy))
-    if unexpected := sorted(loading_info.get("unexpected_keys") or []):
-        found.append(_warning(f"the file has weights that the model has no place for: {_some(unexpected)}"))
-    return found or _ok("every weight is in its place")
+# A check yields everything that is wrong, and at its end what it saw, which counts if nothing is wrong.
 
 
-def _some(names: Sequence[str], count: int = 4) -> str:
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def check_special_tokens(base: Any, processor: Any) -> list[Finding]:
-    """<BOI>, placeholder and <EOI> in the tokenizer; one id for each in tokenizer, processor and configurations."""
-    config, tokenizer, found = base.config, processor.tokenizer, []
-    vocabulary = tokenizer.get_vocab()
-    remedy = "`TransfusionProcessor.for_model(model, tokenizer)` makes them fit each other; then save both"
-    ids = {}
+def check_special_tokens(base: Any, processor: Any) -> Iterator[Finding]:
+    """<BOI>, placeholder and <EOI> each have one id, the same in tokenizer, processor and configurations."""
+    tokenizer, stored = processor.tokenizer, base.generation_config
+    vocabulary, num_embeddings = tokenizer.get_vocab(), base.get_input_embeddings().weight.shape[0]
+    remedy, ids = "`TransfusionProcessor.for_model(model, tokenizer)` makes them agree; then save both", {}
     for name in ("image_start_token", "image_token", "image_end_token"):
-        token, own = getattr(processor, name), vocabulary.get(getattr(processor, name))
-        ids[token] = own
+        token = getattr(processor, name)
+        own = ids[token] = vocabulary.get(token)
+        others = {"processor": getattr(processor, f"{name}_id"), "config": getattr(base.config, f"{name}_id")}
         if own is None:
-            found.append(_error(f"{token} (`{name}`) is not in the tokenizer", remedy))
-            continue
-        if (pieces := tokenizer(token, add_special_tokens=False).input_ids) != [own]:
-            found.append(_error(f"the tokenizer has {token}, but cuts it into {len(pieces)} pieces", remedy))
-        others = {"processor": getattr(processor, f"{name}_id"), "config": getattr(config, f"{name}_id")}
-        if wrong := [f"{other} in the {where}" for where, other in others.items() if other != own]:
-            found.append(_error(f"the id of {token} is {own} in the tokenizer but {', '.join(wrong)}", remedy))
-    for where, other_config in (("generation config", base.generation_config), ("text config", config.text_config)):
-        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
-            own, other = getattr(tokenizer, name), getattr(other_config, name, None)
-            several = other if isinstance(other, (list, tuple)) else [other]
-            if own is not None and other is not None and own not in several:
-                judge = _error if name == "eos_token_id" and where == "generation config" else _warning
-                found.append(judge(f"`{name}` is {own} in the tokenizer but {other} in the {where}", remedy))
-            if clash := [token for token, i in ids.items() if i is not None and i in several]:
-                found.append(_error(f"`{name}` of the {where} is the id of {clash[0]}", remedy))
-    if ids[processor.image_start_token] in (base.generation_config.suppress_tokens or []):
-        found.append(_error("`suppress_tokens` of the generation config holds <BOI>: it never draws", "take it out"))
-    largest, num_embeddings = max(vocabulary.values()), base.get_input_embeddings().weight.shape[0]
-    if largest >= num_embeddings:
-        found.append(_error(f"the tokenizer has ids up to {largest}, the embedding {num_embeddings} rows", remedy))
-    for name in ("pixels_per_patch", "patch_size"):
-        own, other = getattr(processor, name), getattr(config, name)
-        if own != other:
-            found.append(_error(f"`{name}` is {own} in the processor but {other} in the config", remedy))
-    return found or _ok(", ".join(f"{token} {i}" for token, i in ids.items()))
+            yield _error(f"{token} (`{name}`) is not in the tokenizer", remedy)
+        elif (pieces := tokenizer(token, add_special_tokens=False).input_ids) != [own]:
+            yield _error(f"the tokenizer has {token}, but cuts it into {len(pieces)} pieces", remedy)
+        elif wrong := [f"{other} in the {where}" for where, other in others.items() if other != own]:
+            yield _error(f"the id of {token} is {own} in the tokenizer but {', '.join(wrong)}", remedy)
+    ends = stored.eos_token_id if isinstance(stored.eos_token_id, list) else [stored.eos_token_id]
+    if tokenizer.eos_token_id not in (None, *ends) and ends != [None]:
+        yield _error(f"`eos_token_id` is {tokenizer.eos_token_id} in the tokenizer but {ends} to `generate()`", remedy)
+    if clash := [token for token, own in ids.items() if own is not None and own in ends]:
+        yield _error(f"`eos_token_id` of the generation config is the id of {clash[0]}", remedy)
+    if ids[processor.image_start_token] in (stored.suppress_tokens or []):
+        yield _error("`suppress_tokens` of the generation config holds <BOI>: it never draws", "remove it")
+    if (largest := max(vocabulary.values())) >= num_embeddings:
+        yield _error(f"the tokenizer has ids up to {largest}, the embedding {num_embeddings} rows", remedy)
+    if (own := processor.pixels_per_patch) != (other := base.config.pixels_per_patch):
+        yield _error(f"`pixels_per_patch` is {own} in the processor but {other} in the config", remedy)
+    yield _ok(", ".join(f"{token} {i}" for token, i in ids.items()))
 
 
-def check_tied_head(base: Any) -> list[Finding]:
-    """Whether LM head and embedding share their weight as the configuration says."""
-    head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
-    is_tied, should_be = head.data_ptr() == embedding.data_ptr(), base.config.text_config.tie_word_embeddings
-    if base.config.tie_word_embeddings != should_be:
-        message = f"`tie_word_embeddings` is {should_be} in `text_config`, {not should_be} outside of it"
-        return [_error(f"{message}: on reload the tied head is lost", "set it in `text_config` only")]
-    if should_be and not is_tied:
-        message = "the tied head is lost: `tie_word_embeddings` is True, but LM head and embedding are two weights"
-        remedy = "`model.tie_weights()` to have the embedding's, or False in `text_config` to keep both"
-        return [_error(message, remedy)]
-    if is_tied and not should_be:
-        message = "LM head and embedding are one weight (tied), but `tie_word_embeddings` is False"
-        return [_error(f"{message}: on reload the head is lost", "set it to True in `text_config`")]
-    return _ok("tied" if is_tied else "not tied")
-
-
-def _word_ids(config: Any, count: int) -> list[int]:
-    images = (config.image_start_token_id, config.image_token_id, config.image_end_token_id)
-    return list(islice((i for i in range(3, config.text_config.vocab_size) if i not in images), count))
+def _layout(base: Any, num_images: int, num_words: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of shape `(1, seq)`: words, images of four patches, words; and the latents of these images."""
+    config = base.config
+    image = [config.image_start_token_id, *[config.image_token_id] * 4, config.image_end_token_id]
+    words = list(islice((i for i in range(3, config.text_config.vocab_size) if i not in image), num_words))
+    latents = torch.randn(num_images, config.latent_channels, 2 * config.patch_size, 2 * config.patch_size)
+    return torch.tensor([[*words, *image * num_images, *words]], device=base.device), latents.to(base.device)
 
 
 @torch.no_grad()
-def check_attention_mask(base: Any) -> list[Finding]:
+def _visibility(base: Any, ids: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     """
-    Who sees whom, found by moving the embedding of one position after the other. Nothing is read from masks, which a
-    backend may drop; it runs as often as there are positions, so that equal shapes give equal digits.
+    Which position depends on which, `(seq, seq)`, found by changing one embedding after the other: a backend may
+    ignore the mask it is given. Runs one row at a time, because equal shapes give equal digits.
     """
-    config, backend = base.config, base.config.text_config._attn_implementation
-    image = [config.image_start_token_id, *[config.image_token_id] * 4, config.image_end_token_id]
-    ids = torch.tensor([[*_word_ids(config, 2), *image, *image, *_word_ids(config, 2)]], device=base.device)
-    side, length = 2 * config.patch_size, ids.shape[1]
-    latents = torch.randn(2, config.latent_channels, side, side).to(base.device)
     position = -1
 
-    def move(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def change(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         embeds = kwargs["inputs_embeds"].clone()
         if position >= 0:
             embeds[:, position] += torch.randn(embeds.shape[-1]).to(embeds) * embeds.abs().max()
@@ -294,54 +215,55 @@ def check_attention_mask(base: Any) -> list[Finding]:
     def states() -> torch.Tensor:
         return base.model(input_ids=ids, latents=latents, use_cache=False).last_hidden_state[0].float()
 
-    handle = base.model.language_model.register_forward_pre_hook(move, with_kwargs=True)
+    handle = base.model.language_model.register_forward_pre_hook(change, with_kwargs=True)
     try:
-        still = states()
-        noise = (states() - still).abs().max()
-        sees = torch.zeros(length, length, dtype=torch.bool)
-        for position in range(length):
-            sees[:, position] = ((states() - still).abs().amax(-1) > noise).cpu()
+        unchanged = states()
+        noise, columns = (states() - unchanged).abs().max(), []
+        for position in range(ids.shape[1]):  # noqa: B007 - `change` reads it
+            columns.append((states() - unchanged).abs().amax(-1) > noise)
     finally:
         handle.remove()
-    block = torch.tensor([0, 0, 0, *[1] * 4, 0, 0, *[2] * 4, 0, 0, 0])
-    in_image = (block[:, None] == block) & (block[:, None] > 0)
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    found = []
+    return torch.stack(columns, dim=1).cpu()
+
+
+def check_attention_mask(base: Any) -> Iterator[Finding]:
+    """Text is causal; the patches of an image see each other, if the configuration says so."""
+    config, backend = base.config, f"`attn_implementation={base.config.text_config._attn_implementation!r}`"
+    ids, latents = _layout(base, 2, 2)
+    sees = _visibility(base, ids, latents)
+    is_patch = ids[0].cpu() == config.image_token_id
+    block = (~is_patch).cumsum(0)
+    in_image = (block[:, None] == block) & is_patch[:, None] & is_patch
+    causal = torch.ones_like(sees).tril()
+    is_windowed = (getattr(config.text_config, "sliding_window", None) or len(sees)) < len(sees)
     remedy = "use `attn_implementation='sdpa'`, 'eager', 'flex_attention' or 'transfusion_varlen'"
     if (sees & ~causal & ~in_image).any():
-        message = f"tokens see later ones under `attn_implementation={backend!r}`: the mask is not causal"
-        found.append(_error(f"{message} outside of images, so the LM loss is worthless", remedy))
+        yield _error(f"the mask is not causal outside of images under {backend}: the LM loss is worthless", remedy)
+    if not is_windowed and not sees[causal].all():
+        yield _error(f"tokens do not see all earlier ones under {backend}", remedy)
     forward_pairs = sees[in_image & ~causal]
-    if config.bidirectional_image_attention and not forward_pairs.all():
-        message = f"the mask is causal inside images: `attn_implementation={backend!r}` drops the image blocks, but "
-        found.append(_error(f"{message}`bidirectional_image_attention` is True", remedy))
-    elif not config.bidirectional_image_attention and forward_pairs.any():
-        message = f"`bidirectional_image_attention` is False, but under {backend!r} patches see later ones"
-        found.append(_error(message, remedy))
-    elif not config.bidirectional_image_attention and config.num_patches(*config.latent_size) > 1:
-        message = "the mask is causal inside images, as `bidirectional_image_attention=False` asks (Table 5)"
-        found.append(_warning(message, "if it is not meant as the ablation, set it to True"))
-    window = getattr(config.text_config, "sliding_window", None) or length
-    if window >= length and not sees[causal].all():
-        found.append(_error(f"tokens do not see all earlier ones under `attn_implementation={backend!r}`", remedy))
-    return found or _ok(f"causal, and both ways inside images ({backend})")
+    if config.bidirectional_image_attention:
+        if not forward_pairs.all():
+            yield _error(f"the mask is causal inside images: {backend} drops the image blocks", remedy)
+    elif forward_pairs.any():
+        yield _error(f"`bidirectional_image_attention` is False, but under {backend} patches see later ones", remedy)
+    elif config.num_patches(*config.latent_size) > 1:
+        message = "the mask is causal inside images, because `bidirectional_image_attention` is False (Table 5)"
+        yield _warning(message, "set it to True unless you want this ablation")
+    yield _ok(f"causal, and both ways inside images ({backend})")
 
 
 @torch.no_grad()
-def check_noise_schedule(base: Any) -> list[Finding]:
-    """Which share of a clean image the model is given at which t; and that sampling goes from noise to clean."""
-    config, found = base.config, []
+def check_noise_schedule(base: Any) -> Iterator[Finding]:
+    """The model gets a clean image at the first t, noise at the last one, and is told the right t."""
+    config = base.config
     first, last = config.first_timestep, config.num_train_timesteps - 1 + config.first_timestep
     timesteps = torch.linspace(first, last, 5).long()
-    image = [config.image_start_token_id, *[config.image_token_id] * 4, config.image_end_token_id]
-    ids = torch.tensor([[*_word_ids(config, 1), *image * 5]], device=base.device)
-    side, seen = 2 * config.patch_size, []
-    x_0 = torch.randn(5, config.latent_channels, side, side).to(base.device)
-
-    def look(module: Any, args: Any) -> None:
-        seen.append((torch.cat(list(args[0])).float(), args[1].cpu()))
-
-    handle = base.model.patch_encoder.register_forward_pre_hook(look)
+    ids, x_0 = _layout(base, 5, 1)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = base.model.patch_encoder.register_forward_pre_hook(
+        lambda _, args: seen.append((torch.cat(list(args[0])).float(), args[1].cpu()))
+    )
     try:
         for latents in (x_0, -x_0):  # under the same noise, half their difference is what is left of the image
             base(input_ids=ids, latents=latents, timesteps=timesteps, noise_seeds=range(5), labels=ids)
@@ -353,283 +275,192 @@ def check_noise_schedule(base: Any) -> list[Finding]:
     what = f"at t = {first} {clean:.2f} of the clean image is left, at t = {last} {noisy:.2f}"
     remedy = "t = 0 is clean here; take `beta_schedule` of a published schedule and `model.reset_noise_scheduler()`"
     if config.num_train_timesteps > 1 and clean < noisy:
-        found.append(_error(f"t is reversed, the schedule upside down: {what}", remedy))
+        yield _error(f"t is reversed, the schedule upside down: {what}", remedy)
     elif config.num_train_timesteps > 1 and (clean < 0.7 or noisy > 0.3 or (shares.diff() > 1e-3).any()):
-        found.append(_error(f"the schedule does not go from clean to noise: {what}", remedy))
+        yield _error(f"the schedule does not go from clean to noise: {what}", remedy)
     if not torch.equal(told.long(), timesteps):
-        found.append(_error(f"images are noised to t = {timesteps.tolist()}, but the model is told {told.tolist()}"))
-    own = base.generation_config
-    steps = min(getattr(own, "num_inference_steps", None) or 250, config.num_train_timesteps)
-    try:
-        make_sampling_scheduler(base.noise_scheduler, getattr(own, "scheduler", None), steps, base.device)
-    except ValueError as error:
-        found.append(_error(f"`generate()` cannot draw with this schedule: {error}"))
-    return found or _ok(what)
+        yield _error(f"images are noised to t = {timesteps.tolist()}, but the model is told {told.tolist()}")
+    yield _ok(what)
 
 
-def check_loss_weight(base: Any) -> list[Finding]:
-    """λ of Eq. 4."""
-    weight = base.config.diffusion_loss_weight
-    if not weight:
-        remedy = "set `config.diffusion_loss_weight`; the paper's is 5"
-        return [_error("λ (`diffusion_loss_weight`) is 0: the model does not learn to draw", remedy)]
-    return _ok(f"λ = {weight:g}")
-
-
-def _groups(base: Any) -> dict[str, dict[str, torch.nn.Parameter]]:
-    """The parameters of the parts that a user can name."""
-    groups: dict[str, dict[str, torch.nn.Parameter]] = defaultdict(dict)
-    parts = {
-        ".timestep_embedding.": "timestep embedding",
-        "model.patch_encoder.": "patch encoder",
-        "model.patch_decoder.": "patch decoder",
-        "model.language_model.": "decoder",
-        "lm_head.": "LM head",
-    }
-    for name, parameter in base.named_parameters():
-        part = next((part for key, part in parts.items() if key in name), None)
-        if part is not None and not name.startswith("vae."):
-            groups[part][name] = parameter
-    return groups
-
-
-def check_trainable(base: Any) -> list[Finding]:
-    """Whether the image parts learn."""
-    groups = _groups(base)
-    frozen = [name for name, group in groups.items() if not any(p.requires_grad for p in group.values())]
-    if "decoder" in frozen and len(frozen) == len(groups):
-        return [_error("every parameter is frozen", "`model.requires_grad_(True)`; of PEFT, `is_trainable=True`")]
-    if parts := [name for name in frozen if name in _IMAGE_PARTS]:
-        remedy = "unfreeze them, with PEFT by `modules_to_save=['patch_encoder', 'patch_decoder']`"
-        return [_error(f"frozen: {', '.join(parts)}; images are not learned", remedy)]
-    count = sum(p.numel() for group in groups.values() for p in group.values() if p.requires_grad)
-    return _ok(f"{count:,} parameters" + (f"; frozen: {', '.join(frozen)}" if frozen else ""))
-
-
-@torch.no_grad()
-def check_batch(base: Any, batch: dict[str, Any]) -> list[Finding]:
-    """Whether the model takes the batch, and there are images in it to learn from."""
-    found = []
-    if "labels" not in batch:
-        return [_error("the batch has no `labels`: nothing is noised and no loss computed", "see `make_labels`")]
-    images = batch.get("pixel_values", batch.get("latents"))
-    if images is None:
-        found.append(_error("the batch has no images", "name their column; `remove_unused_columns=False`"))
-    mask, limits = batch.get("image_loss_mask"), batch.get("max_timesteps")
-    if mask is not None and not mask.any():
-        found.append(_error("`image_loss_mask` is False for every image: none is learned", "mark targets as True"))
-    if limits is not None and len(limits) >= 4 and int(limits.max()) < base.config.num_train_timesteps:
-        message = f"no image is noised beyond t = {int(limits.max())} of {base.config.num_train_timesteps}"
-        found.append(_warning(message, "pass the collator the model's `num_train_timesteps`"))
-    outputs = base(**batch)
-    if not torch.isfinite(outputs.loss):
-        found.append(_error(f"the loss is {float(outputs.loss)}", "look for damaged weights, or train in float32"))
-    rows, count = len(batch["input_ids"]), 0 if images is None else len(images)
-    return found or _ok(f"{rows} rows, {count} images: lm_loss {outputs.lm_loss:.3g}, {outputs.diffusion_loss:.3g}")
-
-
-def check_pixels(base: Any, processor: Any, batch: dict[str, Any]) -> list[Finding]:
-    """Black is −1 and white is 1, in what the processor makes and in what the batch holds."""
-    found, remedy = [], "(x / 255 − 0.5) / 0.5: `rescale_factor` 1/255, `image_mean` and `image_std` of 0.5"
+def check_pixels(base: Any, processor: Any, batch: dict[str, Any]) -> Iterator[Finding]:
+    """Black is −1 and white is 1, in the processor's output and in the batch."""
+    seen, remedy = "images are latents", "rescale by 1/255, then `image_mean` and `image_std` of 0.5"
     if _takes_pictures(base):
-        width, height = (side * base.config.vae_scale_factor for side in base.config.latent_size[::-1])
+        seen, (width, height) = "", (side * base.config.vae_scale_factor for side in base.config.latent_size[::-1])
         for color, value in (("black", -1.0), ("white", 1.0)):
             pixels = processor.image_processor([Image.new("RGB", (width, height), color)])["pixel_values"][0].float()
+            seen += f"the processor makes {color} {float(pixels.mean()):.4g}, the model expects {value:g}; "
             if (pixels - value).abs().max() > 0.02:
-                message = f"the processor makes {color} {float(pixels.mean()):.4g}, the model expects {value:g}"
-                found.append(_error(message, remedy))
-    if (images := batch.get("pixel_values")) is None:
-        return found or _ok("black is −1, white is 1" if _takes_pictures(base) else "images are latents")
-    low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
-    seen = f"pixels of the batch lie in {low:.4g} to {high:.4g}, expected −1 to 1"
-    if low < -1.02 or high > 1.02:
-        guess = ": 0…255, not rescaled" if low >= 0 and high > 2 else ": another mean and deviation than 0.5"
-        found.append(_error(seen + guess, remedy))
-    elif -0.02 <= low < 0.25:
-        found.append(_error(f"{seen}: they look like [0, 1], not normalised", remedy))
-    return found or _ok(f"{low:.3g} to {high:.3g}")
+                yield _error(seen, remedy)
+    if (images := batch.get("pixel_values")) is not None:
+        low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
+        seen = f"pixels of the batch lie in {low:.4g} to {high:.4g}, expected −1 to 1"
+        if low < -1.02 or high > 1.02:
+            guess = "0…255, not rescaled" if low >= 0 and high > 2 else "another mean and deviation than 0.5"
+            yield _error(f"{seen}: {guess}", remedy)
+        elif -0.02 <= low < 0.25:
+            yield _error(f"{seen}: they look like [0, 1], not normalised", remedy)
+    yield _ok(seen)
 
 
 @torch.no_grad()
-def check_vae(base: Any, batch: dict[str, Any], is_data: bool) -> list[Finding]:
-    """Whether scale and shift give latents of mean 0 and deviation 1."""
+def check_vae(base: Any, batch: dict[str, Any], is_data: bool) -> Iterator[Finding]:
+    """Scale and shift give latents of mean 0 and standard deviation 1."""
     if base.vae is None and _takes_pictures(base):
-        return _ok("none: pixels are diffused")
+        yield _ok("none: pixels are diffused")
+        return
     if "pixel_values" not in batch and "latents" not in batch:
-        return _ok("not checked: no images")
+        yield _ok("not checked: no images")
+        return
     config = {} if base.vae is None else base.vae.config
-    noted, found = base.config.vae_config or {}, []
     scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
-    for name, used in (("scaling_factor", scale), ("shift_factor", shift)):
-        if base.vae is not None and (other := noted.get(name) or 0.0) != used:
-            message = f"`{name}` is {used} in `model.vae` but {other} in `config.vae_config`, which a reload takes"
-            found.append(_error(message, "use `attach_vae`, which sets both"))
     stacks = base.encode_images(batch["pixel_values"]) if "pixel_values" in batch else stack_images(batch["latents"])
     values = torch.cat([stack.flatten() for stack in stacks]).double()
     mean, std = float(values.mean()), float(values.std(correction=0))
-    fits = f"these images suggest a scale of {scale / std:.4g} and a shift of {mean / scale + shift:.4g}"
     seen = f"latents have mean {mean:.2f} and deviation {std:.2f} under scale {scale:g} and shift {shift:g}"
-    remedy = "measure both by `measure_latent_scale`, on many images" + ("" if is_data else "; or pass DATA")
-    for name, known_scale, known_shift in _KNOWN_VAES.get(base.config.latent_channels, []):
-        if math.isclose(scale, known_scale, rel_tol=1e-3) and abs(shift - known_shift) > 1e-3:
-            message = (
-                f"the VAE's shift is {'missing' if not shift else 'wrong'}: the scale {scale:g} is that of {name}"
-            )
-            found.append(_error(f"{message}, with a shift of {known_shift:g}, not {shift:g}", remedy))
-    # Made-up pictures tell little of the data that the scale was measured on.
+    seen += f"; these images suggest a scale of {scale / std:.4g} and a shift of {mean / scale + shift:.4g}"
+    remedy = "measure both with `measure_latent_scale`, on many images" + ("" if is_data else "; or pass DATA")
+    # Random pictures say little about the data that the scale was measured on.
     widest, farthest = (2.0, 0.5) if is_data else (4.0, 2.0)
     if not 1 / widest <= std <= widest:
-        found.append(_error(f"the VAE's scale is wrong: {seen}; {fits}", remedy))
+        yield _error(f"the VAE's scale is wrong: {seen}", remedy)
     elif is_data and not 0.75 <= std <= 1.33:
-        found.append(_warning(f"the VAE's scale may be off: {seen}; {fits}", remedy))
+        yield _warning(f"the VAE's scale may be off: {seen}", remedy)
     if abs(mean) > farthest * std:
-        found.append(_error(f"the VAE's shift is {'wrong' if shift else 'missing'}: {seen}; {fits}", remedy))
-    return found or _ok(seen)
+        yield _error(f"the VAE's shift is {'wrong' if shift else 'missing'}: {seen}", remedy)
+    yield _ok(seen)
 
 
-def check_labels(base: Any, batch: dict[str, Any]) -> list[Finding]:
-    """Labels are the ids in place, with −100 where there is no loss; the model shifts them."""
-    ids, labels, config = batch["input_ids"], batch["labels"], base.config
+def check_labels(base: Any, batch: dict[str, Any]) -> Iterator[Finding]:
+    """Labels are the ids in place, and −100 where there is no loss; the model shifts them."""
+    remedy = "pass the ids themselves as labels, −100 where there is no loss: `make_labels`"
+    if "labels" not in batch:
+        yield _error("the batch has no `labels`: nothing is noised and no loss computed", remedy)
+        return
+    ids, labels = batch["input_ids"], batch["labels"]
     has_loss = labels != -100
     if not has_loss.any():
-        return [_error("every label is −100: no text is learned", "see `make_labels`")]
-    found, wrong = [], has_loss & (labels != ids)
-    if wrong.any():
-        early = has_loss[:, :-1] & (labels[:, :-1] == ids[:, 1:])
+        yield _error("every label is −100: no text is learned", remedy)
+    elif (wrong := has_loss & (labels != ids)).any():
+        early, late = ((has_loss & (labels == ids.roll(places, 1))).sum() for places in (-1, 1))
         message = f"{int(wrong.sum())} of {int(has_loss.sum())} labels are not the token at their place"
-        if early.sum() > 0.5 * has_loss.sum():
-            message = "labels are shifted by one already, and the model shifts them again"
-        elif (has_loss[:, 1:] & (labels[:, 1:] == ids[:, :-1])).sum() > 0.5 * has_loss.sum():
+        if 2 * max(early, late) > has_loss.sum():
             message = "labels are shifted by one to the right"
-        found.append(_error(message, "pass the ids themselves as labels, −100 where there is no loss: `make_labels`"))
+            if early > late:
+                message = "labels are shifted by one already, and the model shifts them again"
+        yield _error(message, remedy)
     else:
         for name in ("image_token_id", "image_end_token_id"):
-            if (has_loss & (ids == getattr(config, name))).any():
-                found.append(_error(f"labels hold `{name}`, which has no LM loss", "make it −100: `make_labels`"))
-        starts = ids[:, 1:] == config.image_start_token_id
+            if (has_loss & (ids == getattr(base.config, name))).any():
+                yield _error(f"labels hold `{name}`, which has no LM loss", remedy)
+        starts = ids[:, 1:] == base.config.image_start_token_id
         if starts.any() and not has_loss[:, 1:][starts].any():
-            found.append(_warning("no <BOI> is a label: the model does not learn when to draw", "see `make_labels`"))
-    return found or _ok(f"{int(has_loss.sum())} of {ids.numel()} positions")
+            yield _warning("no <BOI> is a label: the model does not learn when to draw", "see `make_labels`")
+    yield _ok(f"{int(has_loss.sum())} of {ids.numel()} positions")
 
 
-def _least_lm_loss(batch: dict[str, Any], image_token_id: int) -> float:
-    """The LM loss that no model gets below: of tokens that differ behind one and the same text."""
-    following: dict[Any, Counter] = defaultdict(Counter)
-    positions = batch.get("position_ids")
-    for row, (ids, labels) in enumerate(zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)):
-        start = 0
-        for i, label in enumerate(labels):
-            if positions is not None and positions[row, i] == 0:
-                start = i
-            if label != -100:
-                text = tuple(ids[start:i])
-                following[row if image_token_id in text else -1, text][label] += 1  # images are a row's own
-    counts = [(n, counter.total()) for counter in following.values() for n in counter.values()]
-    return -sum(n * math.log(n / total) for n, total in counts) / max(sum(n for n, _ in counts), 1)
+def _is_learned(first: float, last: float, floor: float) -> bool:
+    """Fallen by 90 %, or almost to the lowest possible; or low from the start."""
+    return last <= max(0.1 * first, floor + 0.02 * first, floor + 0.01)
 
 
-def check_overfit(
-    base: Any, batch: dict[str, Any], steps: int, learning_rate: float | None, errors: Sequence[str] = ()
-) -> list[Finding]:
-    """
-    Trains a copy on one batch, t in the middle of the schedule and the noise the same in each step, so that both
-    losses can vanish. In evaluation mode: without dropout.
-    """
-    if "labels" not in batch:
-        return [_error("not tried: the batch has no `labels`")]
-    twin = copy.deepcopy(base, {id(base.vae): None}).float().eval()
-    inputs = {k: v for k, v in batch.items() if k not in ("pixel_values", "max_timesteps", "timesteps")}
-    if "pixel_values" in batch:
-        inputs["latents"] = base.encode_images(batch["pixel_values"])
-    if "latents" in inputs:
-        num_images = sum(len(stack) for stack in stack_images(inputs["latents"]))
-        inputs["timesteps"] = torch.full((num_images,), base.config.num_train_timesteps // 2)
-        inputs["noise_seeds"] = range(num_images)
-    groups = _groups(twin)
-    trained = [p for group in groups.values() for p in group.values() if p.requires_grad]
-    if not trained:
-        return [_error("not tried: no parameter is trainable")]
-    rate = learning_rate or min(0.8 / base.config.text_config.hidden_size, 0.01)
-    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
+def _memorize(
+    twin: Any, inputs: dict[str, Any], floors: dict[str, float], steps: int, learning_rate: float
+) -> tuple[dict[str, float], dict[str, float], int, set[torch.Tensor]]:
+    """Trains until the losses are learned; returns them before and after, the steps, and the parameters reached."""
+    optimizer = torch.optim.AdamW(
+        [p for p in twin.parameters() if p.requires_grad], lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
-    floors = {"lm_loss": _least_lm_loss(batch, base.config.image_token_id), "diffusion_loss": 0.0}
     first: dict[str, float] = {}
-    last: dict[str, float] = {}
-    alive: set[str] = set()
-
-    def has_fallen(name: str) -> bool:
-        # By 90 %, or almost to the least there is; or it was next to nothing, of a batch known by heart already.
-        return last[name] <= max(0.1 * first[name], floors[name] + 0.02 * first[name], floors[name] + 0.01)
-
     with torch.enable_grad(), logging.tqdm(total=steps, desc="overfit", unit=" steps") as progress:
         for step in range(steps + 1):
             outputs = twin(**inputs, skip_logits=True, use_cache=False)
             last = {name: float(getattr(outputs, name).detach()) for name in floors}
             first = first or last
-            if step == steps or not torch.isfinite(outputs.loss) or all(map(has_fallen, floors)):
+            is_learned = all(_is_learned(first[name], last[name], floor) for name, floor in floors.items())
+            if step == steps or is_learned or not outputs.loss.isfinite():
                 break
             optimizer.zero_grad()
             outputs.loss.backward()
-            if step < 3:
-                alive |= {
-                    name
-                    for name, group in groups.items()
-                    if any(p.grad is not None and bool(p.grad.any()) for p in group.values())
-                }
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
             optimizer.step()
             warmup.step()
             progress.update()
-    falls = [f"{name} from {first[name]:.3g} to {last[name]:.3g}" for name in floors]
-    stuck = [fall for name, fall in zip(floors, falls, strict=True) if not has_fallen(name)]
-    needed = [
-        name for name, group in groups.items() if name in _IMAGE_PARTS or any(p.requires_grad for p in group.values())
-    ]
-    dead = [name for name in needed if name not in alive] if step else []
-    if dead:
-        stuck.append(f"no gradient reaches: {', '.join(dead)}")
+    return first, last, step, {p for p, state in optimizer.state.items() if state["exp_avg_sq"].any()}
+
+
+def check_overfit(
+    base: Any, batch: dict[str, Any], steps: int, learning_rate: float | None, errors: Sequence[str] = ()
+) -> Iterator[Finding]:
+    """
+    Trains a copy on one batch, with t in the middle of the schedule and the same noise in each step: both losses must
+    come close to the lowest possible, and gradients must reach every part.
+    """
+    config, twin = base.config, copy.deepcopy(base, {id(base.vae): None}).float().eval()  # without dropout
+    if "labels" not in batch or not any(p.requires_grad for p in twin.parameters()):
+        why = "every parameter is frozen; with PEFT, pass `is_trainable=True`" if "labels" in batch else "no `labels`"
+        yield _error(f"not tried: {why}")
+        return
+    inputs = {k: v for k, v in batch.items() if k not in ("pixel_values", "max_timesteps", "timesteps")}
+    if "pixel_values" in batch:
+        inputs["latents"] = base.encode_images(batch["pixel_values"])
+    if "latents" in inputs:
+        num_images = sum(len(stack) for stack in stack_images(inputs["latents"]))
+        inputs["timesteps"] = torch.full((num_images,), config.num_train_timesteps // 2)
+        inputs["noise_seeds"] = range(num_images)
+    # Which of n documents it is in, a model can only guess: that costs up to log n each.
+    positions, num_labels = batch.get("position_ids"), int((batch["labels"] != -100).sum())
+    num_documents = len(batch["labels"]) if positions is None else int((positions == 0).sum())
+    floors = {"lm_loss": num_documents * math.log(num_documents) / max(num_labels, 1), "diffusion_loss": 0.0}
+    rate = learning_rate or min(0.8 / config.text_config.hidden_size, 0.01)
+    first, last, step, reached = _memorize(twin, inputs, floors, steps, rate)
+
+    falls = {name: f"{name} from {first[name]:.3g} to {last[name]:.3g}" for name in floors}
+    stuck = [falls[name] for name, floor in floors.items() if not _is_learned(first[name], last[name], floor)]
+    parts = {"patch encoder": twin.model.patch_encoder, "patch decoder": twin.model.patch_decoder}
+    if dead := [name for name, part in parts.items() if step and not reached & set(part.parameters())]:
+        mask, parameters = batch.get("image_loss_mask"), [p for name in dead for p in parts[name].parameters()]
+        causes = {
+            "frozen; PEFT needs `modules_to_save`": not any(p.requires_grad for p in parameters),
+            "`diffusion_loss_weight` is 0": not config.diffusion_loss_weight,
+            "the batch has no images": "latents" not in inputs,
+            "`image_loss_mask` is False for every image": mask is not None and not mask.any(),
+        }
+        stuck += [f"no gradient reaches: {', '.join(dead)}", *(cause for cause, is_so in causes.items() if is_so)]
     if not stuck:
-        return _ok(f"{', '.join(falls)} in {step} steps")
+        yield _ok(f"{', '.join(falls.values())} in {step} steps")
+        return
     message = f"one batch cannot be learned by heart in {step} steps: {'; '.join(stuck)}"
-    width, hidden_size = base.config.latent_channels * base.config.patch_size**2, base.config.text_config.hidden_size
-    if width > hidden_size:
-        message += f"; a patch of {width} values does not fit through a hidden size of {hidden_size}"
-    frozen = [name for name, group in groups.items() if not all(p.requires_grad for p in group.values())]
-    if step == steps and not dead and not errors and frozen:
-        message += f"; that may be all that can be done where parameters are frozen ({', '.join(frozen)})"
-        return [_warning(message, "try more `steps`, or an adapter of higher rank")]
-    why = (
-        f"first see to: {', '.join(dict.fromkeys(errors))}"
-        if errors
-        else "try another `learning_rate` or more `steps`"
-    )
-    return [_error(message, why)]
+    if errors:
+        yield _error(message, f"first fix: {', '.join(dict.fromkeys(errors))}")
+    elif step == steps and not dead and not all(p.requires_grad for p in twin.parameters()):
+        yield _warning(f"{message}; frozen parameters may allow no more", "more `steps`, or an adapter of higher rank")
+    else:
+        yield _error(message, "try another `learning_rate` or more `steps`")
 
 
-def _load_model(name: str, attn_implementation: str | None, device: str) -> tuple[Any, Any, dict[str, Any]]:
-    kwargs: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
-    if attn_implementation is not None:
-        kwargs["attn_implementation"] = attn_implementation
-    adapter = Path(name, "adapter_config.json").exists()
-    source = name
-    if adapter:
-        try:
-            from peft import PeftConfig, PeftModel
-        except ImportError as error:
-            raise ImportError(f"{name} is an adapter, which needs peft; run `pip install peft`.") from error
+def _load_model(name: str, attn_implementation: str | None, device: str) -> tuple[Any, Any]:
+    """A model and its processor; the base model's if an adapter has none."""
+    is_adapter, source = Path(name, "adapter_config.json").exists(), name
+    if is_adapter:
+        from peft import PeftConfig, PeftModel
+
         source = PeftConfig.from_pretrained(name).base_model_name_or_path
-    model, loading_info = AutoModelForMultimodalLM.from_pretrained(source, **kwargs)
-    if adapter:
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = AutoModelForMultimodalLM.from_pretrained(source, dtype="auto", **kwargs)
+    if is_adapter:
         model = PeftModel.from_pretrained(model, name, is_trainable=True)
-    has_processor = not adapter or Path(name, "processor_config.json").exists()
-    return model.to(device), AutoProcessor.from_pretrained(name if has_processor else source), loading_info
+    has_processor = not is_adapter or Path(name, "processor_config.json").exists()
+    return model.to(device), AutoProcessor.from_pretrained(name if has_processor else source)
 
 
 def _load_data(args: argparse.Namespace, image_token: str) -> Any:
     from ..data.dataset import TransfusionDataset, hf_datasets  # needs datasets, which the other checks do not
 
-    if files := sorted(file for file in glob.glob(args.data) if Path(file).is_file()):
-        rows = hf_datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    if any(Path(file).is_file() for file in glob.glob(args.data)):
+        rows = hf_datasets.load_dataset("parquet", data_files=args.data, split="train", streaming=True)
     else:
         rows = hf_datasets.load_dataset(args.data, split=args.split, streaming=True)
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
@@ -639,38 +470,30 @@ def _load_data(args: argparse.Namespace, image_token: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line per finding; returns the exit status, 1 if one is an error."""
     parser = argparse.ArgumentParser(
-        "transfusion_hf.training.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "transfusion doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", help="a folder (an adapter's, too) or a repository of the Hub")
     parser.add_argument("data", nargs="?", help="parquet files (a pattern), a folder or a repository of the Hub")
     parser.add_argument("--split", default="train")
     parser.add_argument("--image_column", default="image")
     parser.add_argument("--caption_column", default="text")
-    parser.add_argument("--attn_implementation", help="default that of the checkpoint")
+    parser.add_argument("--attn_implementation", help="default: the checkpoint's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no_overfit", action="store_true", help="do not train a copy on one batch")
-    parser.add_argument("--steps", type=int, default=500, help="of that training, at most")
-    parser.add_argument("--learning_rate", type=float, help="default 0.8 / hidden size, at most 0.01")
+    parser.add_argument("--steps", type=int, default=500, help="limit of that training")
+    parser.add_argument("--learning_rate", type=float, help="default: 0.8 / hidden size, at most 0.01")
     parser.add_argument("--batch_size", type=int, default=4)
     args = parser.parse_args(argv)
     step = "model"
     try:
-        model, processor, loading_info = _load_model(args.model, args.attn_implementation, args.device)
+        model, processor = _load_model(args.model, args.attn_implementation, args.device)
         step = "data"
         dataset = None if args.data is None else _load_data(args, processor.image_token)
         step = "arguments"
-        findings = diagnose(
-            model,
-            processor,
-            dataset=dataset,
-            loading_info=loading_info,
-            overfit=not args.no_overfit,
-            steps=args.steps,
-            learning_rate=args.learning_rate,
-            batch_size=args.batch_size,
-        )
+        options = {"steps": args.steps, "learning_rate": args.learning_rate, "batch_size": args.batch_size}
+        findings = diagnose(model, processor, dataset=dataset, overfit=not args.no_overfit, **options)
     except (ValueError, OSError, ImportError) as error:
-        findings = [Finding(step, "error", " ".join(str(error).split()))]
+        findings = [Finding("error", " ".join(str(error).split()), check=step)]
     print(*findings, sep="\n")
     return int(any(finding.severity == "error" for finding in findings))
 
