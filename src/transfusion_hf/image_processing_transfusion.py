@@ -14,10 +14,10 @@ from transformers.image_utils import PILImageResampling
 class TransfusionImageProcessor(TorchvisionBackend):
     r"""
     Resizes, crops to the centre and maps to [−1, 1] (§4.1: 256×256). With `do_resize=False, do_center_crop=False`
-    images keep their sizes, and `pixel_values` is a list where they differ.
+    images keep their sizes, and `pixel_values` is a list if they differ.
 
-    PIL images of any mode are taken: 16 bits become 8, transparency is laid over white, and gray becomes colours or
-    colours gray, as `image_mean` has three numbers or one.
+    Accepts PIL images of any mode: reduces 16 bits to 8, lays transparency over white, and converts to gray or colour,
+    depending on whether `image_mean` has one number or three.
 
     Example:
 
@@ -27,7 +27,7 @@ class TransfusionImageProcessor(TorchvisionBackend):
     ... )
     ```"""
 
-    _auto_class = "AutoImageProcessor"  # saved with its code
+    _auto_class = "AutoImageProcessor"  # the library saves its code
     model_input_names = ["pixel_values"]
     do_convert_rgb = True
     do_resize = True
@@ -47,16 +47,16 @@ class TransfusionImageProcessor(TorchvisionBackend):
             image, do_convert_rgb = self.convert(image), False
         elif self.do_rescale and str(getattr(image, "dtype", "uint8")).removeprefix("torch.") != "uint8":
             raise ValueError(
-                f"`images`: an array must hold 8 bits, 0 to 255; got {image.dtype}. Convert it, or pass PIL images, "
-                "or floats in [0, 1] with `do_rescale=False`."
+                f"`images`: arrays must be uint8, 0 to 255; got {image.dtype}. Convert it, or pass PIL images, or "
+                "floats in [0, 1] with `do_rescale=False`."
             )
         return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
 
     def convert(self, image: Image.Image) -> Image.Image:
-        """An image of any mode in 8 bits, gray or in colors as the model takes it, transparency laid over white."""
+        """Converts an image of any mode to 8 bits, gray or RGB, without transparency."""
         if image.mode == "F":
-            raise ValueError("`images`: an image of floating-point mode 'F' has no known range; pass 8 or 16 bits.")
-        if image.mode.startswith("I"):  # 16 bits, which PIL would clip rather than scale
+            raise ValueError("`images`: mode 'F' (floating point) has no known range; pass images of 8 or 16 bits.")
+        if image.mode.startswith("I"):  # PIL would clip 16 bits instead of scaling them
             image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
         if image.mode in ("La", "RGBa"):  # premultiplied
             image = image.convert(image.mode.upper())
@@ -74,7 +74,7 @@ class TransfusionImageProcessor(TorchvisionBackend):
 
     def postprocess(self, images: Iterable[torch.Tensor]) -> list[Image.Image]:
         """
-        Model output to PIL images: undoes the mapping to [−1, 1], clips, and rounds to 8 bits.
+        Converts model output to PIL images: undoes the mapping to [−1, 1], clips, and rounds to 8 bits.
 
         Args:
             images (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, or a list of images)

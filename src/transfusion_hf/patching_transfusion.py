@@ -1,8 +1,8 @@
 """
-Images to transformer vectors and back (§3, arXiv 2408.11039).
+Images to transformer vectors and back (§3, arXiv 2408.11039): linear, U-Net, and the frozen VAE around either (§4.1).
 
-Images travel as *stacks*: a list of tensors `(num_images, channels, height, width)`, neighbours of one size stacked,
-so that a batch of equal images is a single tensor and one of mixed sizes keeps its order.
+Images travel as *stacks*: a list of tensors `(num_images, channels, height, width)` in which neighbours of one size
+are stacked. A batch of equal images is a single tensor, and one of mixed sizes keeps its order.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +20,7 @@ from .configuration_transfusion import TransfusionConfig
 
 def stack_images(images: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """
-    A tensor `(num_images, channels, height, width)`, or images `(channels, height, width)` of any sizes, as stacks.
+    Stacks of a tensor `(num_images, channels, height, width)` or of images `(channels, height, width)` of any sizes.
     Stacks pass through.
     """
     if isinstance(images, torch.Tensor):
@@ -31,51 +31,53 @@ def stack_images(images: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Te
     return [torch.stack(list(group)) for _, group in groupby(images, key=lambda image: tuple(image.shape))]
 
 
+def apply_by_size(
+    function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[tuple[torch.Tensor, ...]]
+) -> list[tuple[torch.Tensor, ...]]:
+    """
+    Calls a function of images once per size, even if stacks of that size are not neighbours. `inputs` holds the
+    arguments for each stack, images first; so does the result.
+    """
+    members: dict[tuple[int, ...], list[int]] = {}
+    for i, arguments in enumerate(inputs):
+        members.setdefault(tuple(arguments[0].shape[1:]), []).append(i)
+    outputs: list[tuple[torch.Tensor, ...]] = [()] * len(inputs)
+    for stacks in members.values():
+        results = function(*(torch.cat(parts) for parts in zip(*(inputs[i] for i in stacks), strict=True)))
+        lengths = [len(inputs[i][0]) for i in stacks]
+        for i, *parts in zip(stacks, *(result.split(lengths) for result in results), strict=True):
+            outputs[i] = tuple(parts)
+    return outputs
+
+
 def patchify(stack: torch.Tensor, patch_size: int) -> torch.Tensor:
     """
-    Cuts images into windows, left to right, top to bottom.
-
-    Args:
-        stack (`torch.Tensor` of shape `(num_images, channels, height, width)`)
-        patch_size (`int`): Side of a window.
-
-    Returns:
-        `torch.Tensor` of shape `(num_images, num_patches, channels · patch_size²)`.
+    Cuts images into windows, left to right, top to bottom: `(num_images, channels, height, width)` →
+    `(num_images, num_patches, channels · patch_size²)`.
     """
     windows = nn.functional.pixel_unshuffle(stack, patch_size)  # (images, channels · p², rows, columns)
     return windows.flatten(2).transpose(1, 2)
 
 
 def unpatchify(patches: torch.Tensor, patch_size: int, size: tuple[int, int]) -> torch.Tensor:
-    """
-    Undoes [`patchify`].
-
-    Args:
-        patches (`torch.Tensor` of shape `(num_images, num_patches, channels · patch_size²)`)
-        patch_size (`int`): Side of a window.
-        size (`tuple[int, int]`): Height and width of the images.
-    """
+    """Undoes [`patchify`]; `size` is the height and width of the images."""
     windows = patches.transpose(1, 2).unflatten(2, (size[0] // patch_size, size[1] // patch_size))
     return nn.functional.pixel_shuffle(windows, patch_size)
 
 
 def sincos_positions(height: int, width: int, hidden_size: int) -> torch.Tensor:
     """
-    Sines and cosines of the row and column of each patch.
-
-    Args:
-        height (`int`), width (`int`): In patches.
-        hidden_size (`int`): A multiple of 4.
+    Sines and cosines of each patch's column (first half) and row (second half); `height` and `width` in patches.
 
     Returns:
-        `torch.FloatTensor` of shape `(height · width, hidden_size)`, one half for the column, the other for the row.
+        `torch.FloatTensor` of shape `(height · width, hidden_size)`.
     """
     columns, rows = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
     return get_2d_sincos_pos_embed_from_grid(hidden_size, torch.stack([columns, rows]).float(), output_type="pt")
 
 
 class KeepFloat32(nn.Module):
-    """Keeps its precision where the model around it is cast to less than float32."""
+    """Keeps its precision when the model around it is cast to less than float32."""
 
     def _apply(self, fn, recurse=True):
         def keep_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,8 +90,7 @@ class KeepFloat32(nn.Module):
 
 class TransfusionTimestepEmbedding(KeepFloat32):
     """
-    Sinusoids of t and a small MLP. In the linear encoder it has the width of a patch (footnote 6 adds it to every
-    patch vector).
+    Sinusoids of t and a small MLP. In the linear encoder it is as wide as a patch and added to each one (footnote 6).
     """
 
     def __init__(self, num_channels: int, out_dim: int):
@@ -120,8 +121,8 @@ class TransfusionLinearPatchEncoder(nn.Module):
             timesteps (`torch.Tensor` of shape `(num_images,)`): t of each image, over all stacks.
 
         Returns:
-            `list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`, one for each stack, and `None`: there
-            is nothing that the decoder needs.
+            `list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`, one per stack, and `None`: the decoder
+            needs nothing else.
         """
         patches = [patchify(stack, self.patch_size) for stack in stacks]  # (images, patches, channels · p²)
         embeddings = self.timestep_embedding(timesteps).split([len(stack) for stack in stacks])
@@ -142,7 +143,7 @@ class TransfusionLinearPatchDecoder(nn.Module):
     ) -> list[torch.Tensor]:
         """
         Args:
-            hidden_states (`list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`): One for each stack.
+            hidden_states (`list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`): One per stack.
             sizes (`list[tuple[int, int]]`): Height and width of the images of each stack.
 
         Returns:
@@ -160,13 +161,11 @@ def _per_stack(linear: nn.Linear, inputs: Sequence[torch.Tensor]) -> list[torch.
 
 class TransfusionUNetPatchEncoder(nn.Module):
     """
-    The way down of a U-Net: each level but the last halves the image, until a pixel is a patch.
+    The way down of a U-Net: each level but the last halves the image, until a pixel is a patch. The timestep embedding
+    is added between the convolutions and does not shift or scale the norms (footnote 7: no AdaLayerNorm).
 
-    The blocks are those of diffusers. The timestep embedding is added between their convolutions and shifts or scales
-    no norm: footnote 7 has ordinary layer norm in place of AdaLayerNorm.
-
-    NOTE: differs from the paper: the norms are group norms, as in the U-Nets that it cites. They are what these blocks
-    have once the adaptive part is left out; a layer norm is the case of one group.
+    NOTE: differs from the paper: the norms are group norms, because diffusers' blocks and the U-Nets that the paper
+    cites have those; a layer norm is the case of one group.
     """
 
     def __init__(self, config: TransfusionConfig):
@@ -192,13 +191,8 @@ class TransfusionUNetPatchEncoder(nn.Module):
         self, stacks: Sequence[torch.Tensor], timesteps: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, ...]]]:
         """
-        Args:
-            stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): Latents x_t.
-            timesteps (`torch.Tensor` of shape `(num_images,)`): t of each image, over all stacks.
-
-        Returns:
-            `list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`, one for each stack; and for each what
-            the decoder needs of the same pass: the timestep embedding and the maps of each level, images first.
+        As in [`TransfusionLinearPatchEncoder`], but the second value holds per stack what the decoder needs from this
+        pass: the timestep embedding and the maps of each level.
         """
         embeddings = self.timestep_embedding(timesteps).split([len(stack) for stack in stacks])
         outputs = apply_by_size(self._encode, list(zip(stacks, embeddings, strict=True)))
@@ -216,7 +210,7 @@ class TransfusionUNetPatchEncoder(nn.Module):
 
 
 class TransfusionUNetPatchDecoder(nn.Module):
-    """The way up of a U-Net: from the transformer's output, with the encoder's maps of the same pass, to the image."""
+    """The way up of a U-Net: from the transformer's output and the encoder's maps to the predicted image."""
 
     def __init__(self, config: TransfusionConfig):
         super().__init__()
@@ -246,15 +240,7 @@ class TransfusionUNetPatchDecoder(nn.Module):
         sizes: Sequence[tuple[int, int]],
         skips: Sequence[tuple[torch.Tensor, ...]],
     ) -> list[torch.Tensor]:
-        """
-        Args:
-            hidden_states (`list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`): One for each stack.
-            sizes (`list[tuple[int, int]]`): Height and width of the images of each stack.
-            skips (`list[tuple[torch.Tensor]]`): From the encoder, of the same images.
-
-        Returns:
-            `list[torch.Tensor]` of shapes `(num_images, channels, height, width)`.
-        """
+        """As in [`TransfusionLinearPatchDecoder`]; `skips` come from the encoder's pass over the same images."""
         inputs = []
         for states, (height, width), (embedding, *maps) in zip(hidden_states, sizes, skips, strict=True):
             rows, columns = height // self.patch_size, width // self.patch_size
@@ -272,12 +258,8 @@ class TransfusionUNetPatchDecoder(nn.Module):
 @torch.no_grad()
 def fit_patch_parts(encoder: nn.Module, decoder: nn.Module, config: TransfusionConfig, embedding_std: float) -> None:
     """
-    Prepares new patch parts for a trained language model: patches enter it as large as its words, and what is
-    predicted first is 0, whose squared error is that of the target itself.
-
-    Args:
-        encoder, decoder: One of each kind above.
-        embedding_std (`float`): Root mean square of the token embeddings that the decoder is given.
+    Prepares new patch parts for a trained language model: patch vectors get the scale of its token embeddings, whose
+    root mean square is `embedding_std`, and the first prediction is 0.
     """
     side = 4 * config.patch_size  # small images: those of the model may be many patches
     stack = torch.randn(64, config.latent_channels, side, side, device=encoder.proj.weight.device)
@@ -289,32 +271,8 @@ def fit_patch_parts(encoder: nn.Module, decoder: nn.Module, config: TransfusionC
     last.bias.zero_()
 
 
-def apply_by_size(
-    function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[tuple[torch.Tensor, ...]]
-) -> list[tuple[torch.Tensor, ...]]:
-    """
-    Calls a function of images once for each size, wherever in the batch its images stand.
-
-    Args:
-        inputs (`list[tuple[torch.Tensor]]`): The function's arguments for each stack, images first.
-
-    Returns:
-        `list[tuple[torch.Tensor]]`: What it returns, for each stack.
-    """
-    members: dict[tuple[int, ...], list[int]] = {}
-    for i, arguments in enumerate(inputs):
-        members.setdefault(tuple(arguments[0].shape[1:]), []).append(i)
-    outputs: list[tuple[torch.Tensor, ...]] = [()] * len(inputs)
-    for stacks in members.values():
-        results = function(*(torch.cat(parts) for parts in zip(*(inputs[i] for i in stacks), strict=True)))
-        lengths = [len(inputs[i][0]) for i in stacks]
-        for i, *parts in zip(stacks, *(result.split(lengths) for result in results), strict=True):
-            outputs[i] = tuple(parts)
-    return outputs
-
-
 class FrozenLinear(nn.Module):
-    """A linear layer that nothing takes for one: LoRA on `"all-linear"` and quantisation leave it alone."""
+    """A linear layer hidden from LoRA on `"all-linear"` and from quantisation."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -330,11 +288,8 @@ class FrozenLinear(nn.Module):
 
 class TransfusionVAE(KeepFloat32, AutoencoderKL):
     """
-    diffusers' `AutoencoderKL`, its names and weights unchanged, but frozen, always in evaluation mode and in at least
-    float32: low precision costs the picture, and overflows in some public checkpoints.
-
-    Args:
-        kwargs: The fields of an `AutoencoderKL` configuration.
+    diffusers' `AutoencoderKL` with its names and weights, but frozen, always in evaluation mode and in at least
+    float32: lower precision damages images, and some public checkpoints overflow.
     """
 
     def __init__(self, **kwargs: Any):
@@ -346,18 +301,18 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
         self.train(False)
 
     def train(self, mode: bool = True) -> "TransfusionVAE":
-        # Called after loading, too, which makes new parameters.
+        # Also called after loading, which creates new parameters.
         self.requires_grad_(False)
         return super().train(False)
 
     @torch.no_grad()
     def to_latents(self, images: torch.Tensor) -> torch.Tensor:
         """
-        NOTE: the mode of the posterior, not a sample, which the paper leaves open: latents computed once are then
-        those computed on the fly.
+        Encodes images. NOTE: takes the mode of the posterior, which the paper leaves open, so that precomputed latents
+        equal those computed on the fly.
 
         Args:
-            images (`torch.FloatTensor` of shape `(num_images, channels, height, width)`): In [−1, 1].
+            images (`torch.FloatTensor` of shape `(num_images, channels, height, width)` in [−1, 1])
 
         Returns:
             `torch.FloatTensor` of shape `(num_images, latent_channels, height / f, width / f)`, (z − shift) · scale.
@@ -368,19 +323,14 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
 
     @torch.no_grad()
     def to_images(self, latents: torch.Tensor) -> torch.Tensor:
-        """
-        Undoes [`to_latents`].
-
-        Raises:
-            ValueError: the result holds values that are no numbers.
-        """
+        """Undoes [`to_latents`]; raises `ValueError` where the result is not finite."""
         with torch.autocast(latents.device.type, enabled=False):
             z = latents.to(self.dtype) / self.config.scaling_factor + (self.config.shift_factor or 0.0)
             images = self.decode(z).sample
         if not torch.isfinite(images).all():
             raise ValueError(
-                f"The VAE decoded latents of absolute values up to {float(latents.abs().max()):.3g} to NaN or "
-                "infinite pixels. Its weights are damaged, or the latents were not made with its `scaling_factor` and "
+                f"The VAE decoded latents with absolute values up to {float(latents.abs().max()):.3g} to NaN or "
+                "infinite pixels. Check its weights, and that the latents have its `scaling_factor` and "
                 "`shift_factor`."
             )
         return images

@@ -21,10 +21,9 @@ def make_labels(
     image_end_token_id: int,
 ) -> torch.LongTensor:
     """
-    Labels for `forward`: the ids, with −100 wherever there is no LM loss (§3, footnote 8).
-
-    That is at patches, which are diffused; at `<EOI>`, which the decoder appends; at whatever stands behind `<BOI>`;
-    at padding; and at a row's first token, which nothing predicts. `<BOI>` itself is a target like any token.
+    Labels for `forward`: the ids, with −100 where there is no LM loss (§3, footnote 8). That is at patches, which are
+    denoised; at `<EOI>`, which `generate()` appends; at the token after `<BOI>`; at padding; and at a row's first
+    token, which nothing predicts. `<BOI>` is a target like any token.
 
     Args:
         input_ids (`torch.LongTensor` of shape `(batch, seq)`)
@@ -37,7 +36,6 @@ def make_labels(
     return input_ids.masked_fill(~has_loss, -100)
 
 
-# Where the tokenizer has none.
 _PLAIN_CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ message['role'] }}: {{ message['content'] }}\n{% endfor -%}"
     "{%- if add_generation_prompt -%}assistant: {%- endif -%}"
@@ -45,7 +43,7 @@ _PLAIN_CHAT_TEMPLATE = (
 
 
 def _chat_template(template: str, image_token: str) -> str:
-    """A template for text alone as one for messages whose content is a list of texts and images."""
+    """Makes a template for text accept messages whose content is a list of texts and images."""
     flatten = (
         "{%- set flat = namespace(messages=[]) -%}"
         "{%- for message in messages -%}"
@@ -65,23 +63,21 @@ class TransfusionProcessor(ProcessorMixin):
     r"""
     Wraps a tokenizer and a [`TransfusionImageProcessor`].
 
-    In the text every `image_token` stands for one image and becomes `<BOI>`, one placeholder per patch, `<EOI>`. A
-    text may end at `image_start_token`: generation then begins with a drawing.
+    In the text, each `image_token` marks one image and becomes `<BOI>`, one placeholder per patch, `<EOI>`. If a text
+    ends with `image_start_token`, generation begins with an image.
 
     Args:
         image_processor (`TransfusionImageProcessor`)
-        tokenizer (`PreTrainedTokenizerBase`): One with the three tokens; [`TransfusionProcessor.for_model`] adds them.
+        tokenizer (`PreTrainedTokenizerBase`): Needs the three tokens; [`TransfusionProcessor.for_model`] adds them.
         pixels_per_patch (`int`, defaults to 2): Side of a patch in pixels, `config.pixels_per_patch`.
-        patch_size (`int`, *optional*): Side of a patch in latent pixels, `config.patch_size`; default as in pixels.
+        patch_size (`int`, *optional*):
+            Side of a patch in latent pixels, `config.patch_size`; defaults to `pixels_per_patch`.
         image_token (`str`, defaults to `"<image>"`)
         image_start_token (`str`, defaults to `"<BOI>"`)
         image_end_token (`str`, defaults to `"<EOI>"`)
         chat_template (`str`, *optional*):
-            Defaults to the tokenizer's, with images, of the user and of the model, where their messages have them; and
-            without one to plain `role: content` lines.
-
-    Raises:
-        ValueError: the tokenizer lacks one of the three tokens.
+            Defaults to the tokenizer's, extended by images in the messages of both roles, or to plain `role: content`
+            lines if it has none.
 
     Example:
 
@@ -89,7 +85,7 @@ class TransfusionProcessor(ProcessorMixin):
     >>> processor(text=["a cat <image>", "a dog <BOI>"], images=[cat])
     ```"""
 
-    _auto_class = "AutoProcessor"  # saved with its code
+    _auto_class = "AutoProcessor"  # the library saves its code
 
     def __init__(
         self,
@@ -132,20 +128,19 @@ class TransfusionProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> "TransfusionProcessor":
         """
-        Makes tokenizer and model fit each other, and the processor for both.
+        Fits tokenizer and model to each other and returns the processor for both.
 
-        Adds the three image tokens to the tokenizer if it lacks them, and rows to the model's embeddings if they are
-        then too few, each the mean of the others, and writes the ids into `model.config` and
-        `model.generation_config`. A tokenizer without a
-        padding token gets `<pad>`.
+        Adds the missing image tokens, and `<pad>` if there is no padding token, to the tokenizer. Grows the model's
+        embeddings if they are too few; a new row is the mean of the old ones. Writes the ids into `model.config` and
+        `model.generation_config`.
 
         Args:
             model (`TransfusionForCausalLMAndDiffusion`)
             tokenizer (`PreTrainedTokenizerBase`)
             image_processor (`TransfusionImageProcessor`, *optional*):
-                Defaults to one for the model's image size and number of channels.
+                Defaults to one for the model's image size and channels.
             pad_to_multiple_of (`int`, *optional*): Pad a resized vocabulary to a multiple of this.
-            kwargs: Further arguments of the constructor, as `image_token`.
+            kwargs: Further arguments of the constructor, such as `image_token`.
         """
         defaults = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
         tokens = {name: kwargs.pop(name, default) for name, default in defaults.items()}
@@ -155,7 +150,7 @@ class TransfusionProcessor(ProcessorMixin):
         ]
         tokenizer.add_tokens(new, special_tokens=True)
         if tokenizer.pad_token is None:
-            # Not the end of sequence: rules that look at the history would see it in every padded row.
+            # Not the end of sequence: logits processors that read the history would see it in every padded row.
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
 
         config = model.config
@@ -167,7 +162,7 @@ class TransfusionProcessor(ProcessorMixin):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(tokenizer, name)
             for target in (config.text_config, model.generation_config):
-                several = getattr(target, name, None)  # as chat models end at more than one token
+                several = getattr(target, name, None)  # chat models have several
                 if not (isinstance(several, list) and value in several):
                     setattr(target, name, value)
 
@@ -196,34 +191,30 @@ class TransfusionProcessor(ProcessorMixin):
     ) -> BatchFeature:
         r"""
         Args:
-            images (`ImageInput`, *optional*): As many as the texts have markers, in order.
+            images (`ImageInput`, *optional*): One per marker in the texts, in order.
+            text (`str` or `list[str]`): With an `image_token` for each image.
             latents (`list[torch.FloatTensor]` of shapes `(latent_channels, height, width)`, *optional*):
-                In place of `images`: what `model.encode_images` made of them. `kwargs` are the tokenizer's then.
-            text (`str` or `list[str]`): With an `image_token` wherever an image stands.
+                Output of `model.encode_images`, instead of `images`. `kwargs` then go to the tokenizer.
             return_labels (`bool`, defaults to `False`): Whether to add the labels for training.
-            kwargs: As for any processor; texts are padded at the left unless `padding_side` says otherwise.
+            kwargs: As for any processor. Texts are padded on the left unless `padding_side` is passed.
 
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` of shape `(batch, seq)`, `pixel_values` of shape
-            `(num_images, channels, height, width)` in [−1, 1] (a list where sizes differ) or `latents`, and `labels`.
-
-        Raises:
-            ValueError: images and markers differ in number, or an image is no multiple of the patch.
+            `(num_images, channels, height, width)` in [−1, 1] (a list if sizes differ) or `latents`, and `labels`.
         """
-        # Not the library's `text_kwargs`: the tokenizer's own arguments come before those.
+        # Not in the library's `text_kwargs`, which the tokenizer's init arguments override.
         kwargs = {"return_tensors": "pt", "padding_side": "left", "padding": not isinstance(text, str), **kwargs}
         if isinstance(text, (list, tuple)) and len(text) == 0:
             raise ValueError("`text` must hold at least one text; got an empty list.")
-        # Empty where a batch happens to have none.
+        # A batch may happen to have no images.
         images = None if isinstance(images, (list, tuple)) and not images else images
         latents = None if latents is not None and not len(latents) else latents
         if images is not None and latents is not None:
             raise ValueError("Pass `images` or `latents`, not both.")
         name = "images" if latents is None else "latents"
         num_markers = "".join([text] if isinstance(text, str) else text or []).count(self.image_token)
-        num_images = (
-            len(latents) if latents is not None else 0 if images is None else len(make_flat_list_of_images(images))
-        )
+        flat = make_flat_list_of_images(images) if images is not None else latents
+        num_images = 0 if flat is None else len(flat)
         if num_markers != num_images:
             raise ValueError(
                 f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {num_images} images; pass "
@@ -244,7 +235,7 @@ class TransfusionProcessor(ProcessorMixin):
             )
         return features
 
-    # A list of tensors already; the library would stack images of several sizes and fail.
+    # The library would stack images of several sizes and fail.
     skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "pixel_values"]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
@@ -277,18 +268,15 @@ class TransfusionProcessor(ProcessorMixin):
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs: Any
     ) -> list[str] | list[Image.Image] | list[list[str | Image.Image]]:
         """
-        What `generate()` returned, in the modality asked for.
+        Decodes the output of `generate()`.
 
         Args:
             generated_outputs (`TransfusionGenerateOutput` or `torch.LongTensor`):
-                In mode `"image"` also the images alone, one of each row.
+                In mode `"image"` also one image per row.
             skip_special_tokens (`bool`, defaults to `True`)
             generation_mode (`str`, *optional*):
-                `"text"` or `None`: a string per row. `"image"`: the one image of each row. `"interleaved"`: see
+                `"text"` or `None`: one string per row. `"image"`: the one image of each row. `"interleaved"`: see
                 [`decode_interleaved`].
-
-        Raises:
-            ValueError: an unknown mode, or a row that does not hold exactly one image in mode `"image"`.
         """
         sequences = getattr(generated_outputs, "sequences", generated_outputs)
         if generation_mode in (None, "text"):
@@ -320,11 +308,8 @@ class TransfusionProcessor(ProcessorMixin):
 
         Args:
             sequences (`torch.LongTensor` of shape `(batch, seq)`)
-            images (`list[list[torch.FloatTensor]]` or of PIL images): For each row, the image of each of its blocks.
+            images (`list[list[torch.FloatTensor]]` or of PIL images): For each row, one image per image block.
             skip_special_tokens (`bool`, defaults to `True`)
-
-        Raises:
-            ValueError: a row has more or fewer images than image blocks.
         """
         if images is None or len(images) != len(sequences):
             raise ValueError(f"`images` must hold one list for each of {len(sequences)} rows; got {images!r}.")
@@ -340,8 +325,8 @@ class TransfusionProcessor(ProcessorMixin):
         num_blocks = sum(is_image for is_image, _ in runs)
         if num_blocks != len(images):
             raise ValueError(
-                f"A row has {num_blocks} image blocks but `images` holds {len(images)}; put the images of the prompt "
-                "in front of the drawn ones, or cut the prompt off: `sequences[:, prompt_length:]`."
+                f"A row has {num_blocks} image blocks but `images` holds {len(images)}; pass the prompt's images "
+                "before the generated ones, or cut the prompt off: `sequences[:, prompt_length:]`."
             )
         pictures = iter(images)
         decoded: list[str | Image.Image] = []
