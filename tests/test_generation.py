@@ -510,8 +510,8 @@ def test_prompts_that_draw_at_once_may_draw_in_sizes_of_their_own(rows, mode):
         )
         assert_rows_equal(batch, i, alone, prompts(*rows), prompts(row))
         # What was handed over for the next turn is that of the row alone.
-        length = alone.past_key_values.get_seq_length()
-        for ours, others in zip(batch.past_key_values.layers, alone.past_key_values.layers, strict=True):
+        length = alone.cache.get_seq_length()
+        for ours, others in zip(batch.cache.layers, alone.cache.layers, strict=True):
             torch.testing.assert_close(ours.keys[i : i + 1, :, -length:], others.keys, atol=1e-4, rtol=0)
             torch.testing.assert_close(ours.values[i : i + 1, :, -length:], others.values, atol=1e-4, rtol=0)
 
@@ -549,7 +549,7 @@ def test_a_dynamic_cache_handed_in_gives_equal_results_and_is_filled(text):
     cache = DynamicCache()
     output = generate(model, inputs, generator=generators(4), past_key_values=cache, **kwargs)
     assert torch.equal(output.sequences, expected.sequences)
-    assert cache.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert cache.get_seq_length() == expected.cache.get_seq_length()
     lengths = [len(prompt) + len(new_ids(output, inputs, row)) for row, prompt in enumerate(MIXED)]
     assert cache.get_seq_length() == max(lengths) - 1
 
@@ -560,11 +560,11 @@ def test_a_cache_that_holds_the_beginning_of_a_prompt_is_continued():
     for rest, mode in (([31, BOI], "interleaved"), ([31], "image"), ([31], "interleaved"), ([BOI], "interleaved")):
         cache = DynamicCache()
         with torch.no_grad():
-            model(torch.tensor([first]), latents=latents, past_key_values=cache, use_cache=True)
+            model(torch.tensor([first]), latents=latents, cache=cache, use_cache=True)
         inputs = prompts([*first, *rest])
         kwargs = {"generation_mode": mode, "max_new_tokens": 14}
         expected = generate(model, {**inputs, "latents": latents}, generator=generators(1), **kwargs)
-        output = generate(model, inputs, generator=generators(1), past_key_values=cache, **kwargs)
+        output = generate(model, inputs, generator=generators(1), cache=cache, **kwargs)
         assert_rows_equal(output, 0, expected, inputs, inputs)
 
 
@@ -579,9 +579,7 @@ def test_the_cache_returned_continues_the_conversation(mode):
     expected = generate(
         model, {"input_ids": ids, "latents": first.images[0][0][None]}, generator=generators(1), **kwargs
     )
-    output = generate(
-        model, {"input_ids": ids}, past_key_values=first.past_key_values, generator=generators(1), **kwargs
-    )
+    output = generate(model, {"input_ids": ids}, cache=first.cache, generator=generators(1), **kwargs)
     assert_rows_equal(output, 0, expected, {"input_ids": ids}, {"input_ids": ids})
 
 
@@ -592,7 +590,7 @@ def test_the_cache_returned_continues_a_batch_of_prompts_of_different_lengths():
     ids = torch.cat([first.sequences, torch.tensor([[31, 32], [33, 34]])], dim=1)
     inputs = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
     kwargs = {"max_new_tokens": 12, **ENDLESS}
-    output = generate(model, inputs, past_key_values=first.past_key_values, generator=generators(2), **kwargs)
+    output = generate(model, inputs, cache=first.cache, generator=generators(2), **kwargs)
     for i, row in enumerate(ids.tolist()):
         own = {**prompts([token for token in row if token != PAD]), "latents": first.images[i][0][None]}
         alone = generate(model, own, generator=[generators(2)[i]], **kwargs)
@@ -604,9 +602,7 @@ def test_a_returned_cache_with_prompts_padded_in_common_is_refused():
     first = generate(model, inputs, max_new_tokens=3, return_dict_in_generate=True, **ENDLESS)
     ids = torch.cat([first.sequences, torch.tensor([[31]])], dim=1)
     with pytest.raises(ValueError, match="begins with columns that are padding in every row"):
-        generate(
-            model, {"input_ids": ids, "attention_mask": (ids != PAD).long()}, past_key_values=first.past_key_values
-        )
+        generate(model, {"input_ids": ids, "attention_mask": (ids != PAD).long()}, cache=first.cache)
 
 
 def test_bfloat16_stays_within_its_error_through_a_whole_drawing():
@@ -642,8 +638,8 @@ def test_bfloat16_stays_within_its_error_through_a_whole_drawing():
         ([4, BOI], {"height": 5}, "`height` must be a positive multiple of 2 pixels.*got 5"),
         ([4, BOI], {"width": 4.0}, r"`width` must be a positive multiple of 2 pixels.*got 4\.0"),
         ([4, BOI], {"num_inference_steps": 2.5}, r"`num_inference_steps` must be 1 to 1000; got 2\.5"),
-        ([4, BOI], {"height": [4, 4]}, "`height` or `width` holds 2 for 1 rows; pass one each"),
-        ([4, BOI], {"height": [4, 4], "width": [4, 4, 4]}, "lists with one for each row; got 2 and 3"),
+        ([4, BOI], {"height": [4, 4]}, "`height` must be a number, or a list with one for each of 1 rows; got 2"),
+        ([4, BOI], {"height": [4], "width": [4, 4, 4]}, "`width` must be a number, or a list .* 1 rows; got 3"),
         (
             [4, BOI],
             {"height": 512, "width": 64, "generation_mode": "image"},
@@ -706,7 +702,7 @@ def test_caches_that_cannot_give_up_a_steps_keys_are_refused():
     model, inputs = tiny.model(tiny.gemma3()), prompts([4, 30])
     for cache in (DynamicCache(config=model.config.text_config), StaticCache(model.config.text_config, 64)):
         with pytest.raises(ValueError, match=r"must be a `DynamicCache\(\)` without config"):
-            generate(model, inputs, past_key_values=cache)
+            generate(model, inputs, cache=cache)
 
 
 def test_right_padded_prompts_are_refused():

@@ -115,10 +115,10 @@ def with_filled_cache(model, inputs: dict[str, Any], rng: random.Random) -> dict
             latents=torch.stack(cached) if cached else None,
             attention_mask=mask[:, :end],
             position_ids=(mask.cumsum(-1) - 1).clamp(min=0)[:, :end],
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
         )
-    inputs = {**inputs, "past_key_values": cache}
+    inputs = {**inputs, "cache": cache}
     inputs.pop("latents", None)
     return {**inputs, "latents": torch.stack(rest)} if rest else inputs
 
@@ -130,7 +130,7 @@ def _eager():
         yield
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(20))
 def test_each_row_of_a_random_batch_equals_itself_alone_with_every_cache_and_attention(seed):
     case = draw_batch(seed)
     rng, rows, scripts, images = (case[name] for name in ("rng", "rows", "scripts", "images"))
@@ -156,7 +156,7 @@ def test_each_row_of_a_random_batch_equals_itself_alone_with_every_cache_and_att
     for backend in ("sdpa", rng.choice(["eager", "flex_attention", *["transfusion_varlen"] * (not has_window)])):
         model.set_attn_implementation(backend)
         outputs.append((run(padded, everyone, use_cache=rng.random() < 0.7), padded))
-        outputs.append((run({**together, "past_key_values": DynamicCache()}, everyone), together))
+        outputs.append((run({**together, "cache": DynamicCache()}, everyone), together))
         filled = with_filled_cache(model, together, rng)
         if filled is not None:
             outputs.append((run(filled, everyone), together))
@@ -165,7 +165,7 @@ def test_each_row_of_a_random_batch_equals_itself_alone_with_every_cache_and_att
             assert_rows_equal(output, i, alone, given, inputs)
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(20))
 def test_text_of_a_random_batch_is_that_of_each_row_alone_with_every_cache_and_attention(seed):
     case = draw_batch(seed)
     rng, images = case["rng"], case["images"]
@@ -182,7 +182,7 @@ def test_text_of_a_random_batch_is_that_of_each_row_alone_with_every_cache_and_a
     expected = [run(inputs, use_cache=False)[0, -8:].tolist() for inputs in alone]
     backend = rng.choice(["sdpa", "eager", "flex_attention"])
     model.set_attn_implementation(backend)
-    for kwargs in ({}, {"use_cache": False}, {"past_key_values": DynamicCache()}):
+    for kwargs in ({}, {"use_cache": False}, {"cache": DynamicCache()}):
         assert run(together, **kwargs)[:, -8:].tolist() == expected, kwargs
     if backend == "flex_attention":
         with pytest.raises(ValueError, match="takes no `flex_attention` with a static cache"):

@@ -12,7 +12,7 @@ from transfusion_hf.diffusion_transfusion import add_noise, sample_noise, sample
 from transfusion_hf.masking_transfusion import create_transfusion_mask, image_block_ids
 from transfusion_hf.patching_transfusion import TransfusionTimestepEmbedding, patchify, stack_images, unpatchify
 
-SEEDS = range(12)
+SEEDS = (1, 2, 10, 23)  # small batches that hold every case between them, see below
 
 
 def real_ids(features: dict) -> list[list[int]]:
@@ -56,55 +56,60 @@ def reference_losses(model, features: dict, params: reference.Params):
     return lm_loss, diffusion_loss, all_logits, predictions
 
 
-def assert_equal_to_the_reference(seed: int, attn_implementation: str, padding_side: str, **options) -> None:
-    model = tiny.model(seed=seed, dtype=torch.float64, **options)
-    model.set_attn_implementation(attn_implementation)
-    features = tiny.batch(seed, dtype=torch.float64, padding_side=padding_side)
-    output = model(**features)
-    output.loss.backward()
+# Not eager with left padding: in float64 the library's eager softmax makes NaN of rows that see nothing.
+WAYS = (("sdpa", "right"), ("sdpa", "left"), ("eager", "right"))
 
+
+def assert_equal_to_the_reference(seed: int, ways=WAYS, **options) -> None:
+    """Every attention and padding against one run of the reference, which knows neither."""
+    model = tiny.model(seed=seed, dtype=torch.float64, **options)
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    features = tiny.batch(seed, dtype=torch.float64)
     lm_loss, diffusion_loss, logits, predictions = reference_losses(model, features, params)
     loss = lm_loss + model.config.diffusion_loss_weight * diffusion_loss
     grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-
-    # The model is float64, but the library keeps RoPE's table and the cross entropy in float32.
-    torch.testing.assert_close(output.lm_loss.double(), lm_loss, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(output.diffusion_loss, diffusion_loss, atol=1e-6, rtol=1e-6)
-    for row, mask, expected in zip(output.logits, features["attention_mask"], logits, strict=True):
-        torch.testing.assert_close(row[mask.bool()], expected, atol=1e-5, rtol=1e-5)
-    for predicted, expected in zip(output.image_predictions or [], predictions, strict=True):
-        torch.testing.assert_close(predicted, expected, atol=1e-5, rtol=1e-5)
     largest = max(float(grad.abs().max()) for grad in grads if grad is not None)
-    for (name, parameter), expected in zip(model.named_parameters(), grads, strict=True):
-        expected = torch.zeros_like(parameter) if expected is None else expected
-        actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        difference = (actual - expected).abs()
-        assert (difference <= 1e-6 * largest + 1e-5 * expected.abs()).all(), f"gradient of {name}"
+
+    for attn_implementation, padding_side in ways:
+        model.set_attn_implementation(attn_implementation)
+        model.zero_grad()
+        features = tiny.batch(seed, dtype=torch.float64, padding_side=padding_side)
+        output = model(**features)
+        output.loss.backward()
+        # The model is float64, but the library keeps RoPE's table and the cross entropy in float32.
+        torch.testing.assert_close(output.lm_loss.double(), lm_loss, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(output.diffusion_loss, diffusion_loss, atol=1e-6, rtol=1e-6)
+        for row, mask, expected in zip(output.logits, features["attention_mask"], logits, strict=True):
+            torch.testing.assert_close(row[mask.bool()], expected, atol=1e-5, rtol=1e-5)
+        for predicted, expected in zip(output.image_predictions or [], predictions, strict=True):
+            torch.testing.assert_close(predicted, expected, atol=1e-5, rtol=1e-5)
+        for (name, parameter), expected in zip(model.named_parameters(), grads, strict=True):
+            expected = torch.zeros_like(parameter) if expected is None else expected
+            actual = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            difference = (actual - expected).abs()
+            assert (difference <= 1e-6 * largest + 1e-5 * expected.abs()).all(), f"gradient of {name}"
 
 
-# Not eager with left padding: in float64 the library's eager softmax makes NaN of rows that see nothing.
-@pytest.mark.parametrize(
-    ("attn_implementation", "padding_side"), [("sdpa", "right"), ("sdpa", "left"), ("eager", "right")]
-)
 @pytest.mark.parametrize("seed", SEEDS)
-def test_losses_logits_predictions_and_every_gradient_equal_the_reference(seed, attn_implementation, padding_side):
-    assert_equal_to_the_reference(seed, attn_implementation, padding_side)
+def test_losses_logits_predictions_and_every_gradient_equal_the_reference(seed):
+    assert_equal_to_the_reference(seed)
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"pos_embed_type": "sincos"}, tiny.UNET, {**tiny.UNET, "unet_layers_per_block": 2, "pos_embed_type": "sincos"}],
+    ("seed", "options"),
+    [
+        (SEEDS[0], {"pos_embed_type": "sincos"}),
+        (SEEDS[1], tiny.UNET),
+        (SEEDS[2], {**tiny.UNET, "unet_layers_per_block": 2, "pos_embed_type": "sincos"}),
+    ],
 )
-@pytest.mark.parametrize("seed", SEEDS[:4])
 def test_the_other_front_ends_equal_the_reference(seed, options):
-    assert_equal_to_the_reference(seed, "sdpa", "left", **options)
+    assert_equal_to_the_reference(seed, WAYS[1:2], **options)
 
 
-@pytest.mark.parametrize(("attn_implementation", "padding_side"), [("sdpa", "left"), ("eager", "right")])
-@pytest.mark.parametrize("seed", SEEDS)
-def test_untied_image_weights_equal_the_reference(seed, attn_implementation, padding_side):
-    assert_equal_to_the_reference(seed, attn_implementation, padding_side, untied_modalities=["image"])
+@pytest.mark.parametrize("seed", SEEDS[:3])
+def test_untied_image_weights_equal_the_reference(seed):
+    assert_equal_to_the_reference(seed, WAYS[1:], untied_modalities=["image"])
 
 
 def test_the_random_layouts_cover_every_case():

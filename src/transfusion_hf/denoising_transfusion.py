@@ -90,17 +90,21 @@ class DrawingArguments:
         if self.negative_prompt_ids is not None and self.unconditional_scale == 1:
             raise ValueError("`negative_prompt_ids` does nothing at a guidance scale of 1; raise it or drop them.")
 
-    def sizes(self, config: TransfusionConfig) -> list[tuple[int, int]]:
+    def sizes(self, config: TransfusionConfig, num_rows: int) -> list[tuple[int, int]]:
         """
-        Height and width of the drawn latents: of each row, or one for all.
+        Height and width of the latents that each row draws.
 
         Raises:
-            ValueError: a side that is no positive multiple of a patch, or lists of different lengths.
+            ValueError: a side that is no positive multiple of a patch, or a list that has not one for each row.
         """
-        sides: list[list[int]] = []
+        sides = []
         for name, default in zip(("height", "width"), config.latent_size, strict=True):
             given = getattr(self, name)
-            given = list(given) if isinstance(given, (list, tuple)) else [given]
+            given = list(given) if isinstance(given, (list, tuple)) else [given] * num_rows
+            if len(given) != num_rows:
+                raise ValueError(
+                    f"`{name}` must be a number, or a list with one for each of {num_rows} rows; got {len(given)}."
+                )
             for side in given:
                 is_whole = isinstance(side, int) and side > 0 and side % config.pixels_per_patch == 0
                 if side is not None and not is_whole:
@@ -109,14 +113,7 @@ class DrawingArguments:
                         f"patch size); got {side!r}."
                     )
             sides.append([default if side is None else side // config.vae_scale_factor for side in given])
-        num_sizes = max(map(len, sides))
-        heights, widths = (own * num_sizes if len(own) == 1 else own for own in sides)
-        if len(heights) != len(widths):
-            raise ValueError(
-                f"`height` and `width` must be numbers, or lists with one for each row; got {len(sides[0])} and "
-                f"{len(sides[1])}."
-            )
-        return list(zip(heights, widths, strict=True))
+        return list(zip(*sides, strict=True))
 
 
 _OF_A_CALL = {"generator", "callback_on_step_end", "init_image", "mask_image", "negative_prompt_ids"}
@@ -255,7 +252,11 @@ class Prefixes:
 
 
 def guidance_prefixes(
-    config: TransfusionConfig, arguments: DrawingArguments, prompts: Prefixes, bos_token_id: int | None
+    config: TransfusionConfig,
+    arguments: DrawingArguments,
+    prompts: Prefixes,
+    sizes: list[tuple[int, int]],
+    bos_token_id: int | None,
 ) -> list[Prefixes]:
     """
     The further contexts of guidance, for all rows: the images of the prompt without its text, with an
@@ -264,6 +265,7 @@ def guidance_prefixes(
 
     Args:
         prompts ([`Prefixes`]): The prompts, with or without `<BOI>` at their end, and all their images.
+        sizes (`list[tuple[int, int]]`): Height and width of the latents that each row draws.
         bos_token_id (`int`, *optional*)
 
     Raises:
@@ -289,7 +291,7 @@ def guidance_prefixes(
             rows.append(torch.cat([first, blocks, boi]))
         contexts.append(Prefixes(rows, prompts.latents, prompts.pad_token_id))
     if arguments.unconditional_scale != 1:
-        negative = _negative_prompts(config, arguments, len(bos), boi)
+        negative = _negative_prompts(config, arguments, sizes, boi)
         rows = [torch.cat([row, boi]) for row in (bos if negative is None else negative)]
         is_bos_alone = negative is None and not contexts
         contexts.append(Prefixes(rows, [[] for _ in rows], prompts.pad_token_id, is_bos_alone=is_bos_alone))
@@ -297,10 +299,10 @@ def guidance_prefixes(
 
 
 def _negative_prompts(
-    config: TransfusionConfig, arguments: DrawingArguments, num_rows: int, boi: torch.LongTensor
+    config: TransfusionConfig, arguments: DrawingArguments, sizes: list[tuple[int, int]], boi: torch.LongTensor
 ) -> list[torch.LongTensor] | None:
     """The ids of each row's negative prompt, without `<BOI>`."""
-    ids, mask = arguments.negative_prompt_ids, arguments.negative_prompt_attention_mask
+    ids, mask, num_rows = arguments.negative_prompt_ids, arguments.negative_prompt_attention_mask, len(sizes)
     if ids is None:
         return None
     if len(ids) not in (1, num_rows):
@@ -314,8 +316,7 @@ def _negative_prompts(
     rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
     rows = [row[:-1] if len(row) and row[-1] == boi else row for row in rows]
     num_positions = getattr(config.text_config, "max_position_embeddings", None)
-    sizes = arguments.sizes(config)
-    for i, (row, size) in enumerate(zip(rows, sizes * num_rows if len(sizes) == 1 else sizes, strict=True)):
+    for i, (row, size) in enumerate(zip(rows, sizes, strict=True)):
         needed = len(row) + config.num_patches(*size) + 1  # <BOI>
         if num_positions is not None and needed > num_positions:
             raise ValueError(

@@ -12,31 +12,13 @@ token but the last, in the cache. Time runs from t = T − 1, noise, down to t =
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import (
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, generation
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.generation import (
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    GenerationMode,
-    MaxLengthCriteria,
-    MinLengthLogitsProcessor,
-    MinNewTokensLengthLogitsProcessor,
-    StopStringCriteria,
-    SuppressTokensAtBeginLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+from transformers.generation import GenerationMode, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.masking_utils import create_masks_for_generate
@@ -63,11 +45,11 @@ logger = logging.get_logger(__name__)
 _MODES = ("interleaved", "text", "image")
 # These count columns from the prompt's end; parked rows make columns and tokens two things.
 _COLUMN_COUNTING = (
-    ExponentialDecayLengthPenalty,
-    ForcedBOSTokenLogitsProcessor,
-    ForcedEOSTokenLogitsProcessor,
-    SuppressTokensAtBeginLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    generation.ExponentialDecayLengthPenalty,
+    generation.ForcedBOSTokenLogitsProcessor,
+    generation.ForcedEOSTokenLogitsProcessor,
+    generation.SuppressTokensAtBeginLogitsProcessor,
+    generation.UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 
@@ -179,8 +161,12 @@ class TransfusionGenerationMixin(GenerationMixin):
         settings.generation_mode = arguments.generation_mode
 
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if input_ids is not None:
-            self._check_and_expand(input_ids, arguments, settings, kwargs)
+        num_rows = 1 if input_ids is None else self._expand_images(input_ids, settings, kwargs)
+        if isinstance(arguments.generator, list) and len(arguments.generator) != num_rows:
+            raise ValueError(
+                f"`generator` holds {len(arguments.generator)} generators for {num_rows} rows; pass one each."
+            )
+        # Placeholders and <EOI> are appended by the decoder, never sampled (§3).
         never = [self.config.image_token_id, self.config.image_end_token_id]
         if arguments.generation_mode == "text":
             never.append(self.config.image_start_token_id)
@@ -188,7 +174,8 @@ class TransfusionGenerationMixin(GenerationMixin):
         kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         with undone_on_error(kwargs.get("cache")):
             if arguments.generation_mode != "text":
-                return self._generate_interleaved(inputs, settings, arguments, kwargs)
+                sizes = arguments.sizes(self.config, num_rows)
+                return self._generate_interleaved(inputs, settings, arguments, sizes, kwargs)
             kwargs["negative_prompt_ids"] = arguments.negative_prompt_ids
             kwargs["negative_prompt_attention_mask"] = arguments.negative_prompt_attention_mask
             if arguments.generator is not None and settings.do_sample:
@@ -202,31 +189,26 @@ class TransfusionGenerationMixin(GenerationMixin):
             f"Continuous batching is not supported by {type(self).__name__}: its loop cannot draw. Use `generate()`."
         )
 
-    def _check_and_expand(
-        self, input_ids: torch.LongTensor, arguments: DrawingArguments, settings: GenerationConfig, kwargs: dict
-    ) -> None:
-        """Checks the prompts, and repeats their images for each row that beams or several sequences make of one."""
+    def _expand_images(self, input_ids: torch.LongTensor, settings: GenerationConfig, kwargs: dict[str, Any]) -> int:
+        """Repeats the images of each prompt for the rows that beams or several sequences make of it; counts them."""
         if input_ids.ndim == 2 and input_ids.numel() and (input_ids[:, -1] == self.config.image_token_id).any():
             raise ValueError(
                 "`input_ids` ends among the patches of an image; end a prompt with text, with `<EOI>` after an image, "
                 "or with `<BOI>` to draw one."
             )
         expand_size = max(settings.num_beams or 1, settings.num_return_sequences or 1)
-        num_rows = len(input_ids) * expand_size
-        if isinstance(arguments.generator, list) and len(arguments.generator) != num_rows:
-            raise ValueError(
-                f"`generator` holds {len(arguments.generator)} generators for {num_rows} rows; pass one each."
-            )
         for name in ("pixel_values", "latents"):  # the library would repeat them one by one
             if expand_size > 1 and kwargs.get(name) is not None:
                 rows = self._split_by_row(kwargs[name], input_ids)
                 kwargs[name] = [image for row in rows for _ in range(expand_size) for image in row]
+        return len(input_ids) * expand_size
 
     def _generate_interleaved(
         self,
         inputs: torch.LongTensor | None,
         settings: GenerationConfig,
         arguments: DrawingArguments,
+        sizes: list[tuple[int, int]],
         kwargs: dict[str, Any],
     ) -> Any:
         _check_drawing(settings, arguments)
@@ -234,7 +216,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         make_sampling_scheduler(self.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.device)
         if _is_synced(self, kwargs.get("synced_gpus")):
             raise ValueError("`synced_gpus` keeps step with text only; use `generation_mode='text'`.")
-        image_length = max(self.config.num_patches(*size) + 2 for size in arguments.sizes(self.config))
+        image_length = max((self.config.num_patches(*size) + 2 for size in sizes), default=0)
         if arguments.generation_mode == "image":
             settings.max_new_tokens = image_length
         elif settings.max_length is None and settings.max_new_tokens is None:
@@ -246,13 +228,20 @@ class TransfusionGenerationMixin(GenerationMixin):
             kwargs["cache"], settings.cache_implementation = DynamicCache(), None
         if settings.stop_strings is not None and kwargs.get("tokenizer") is not None:
             # The library has no tokenizer for them where it hands over to `custom_generate`.
-            criterion = StopStringCriteria(kwargs["tokenizer"], settings.stop_strings)
+            criterion = generation.StopStringCriteria(kwargs["tokenizer"], settings.stop_strings)
             kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs["stopping_criteria"] or []), criterion])
             settings.stop_strings = None
 
         def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
             decoder = _Decoder(
-                model, input_ids, generation_config, arguments, keeps_cache, kwargs.get("streamer"), model_kwargs
+                model,
+                input_ids,
+                generation_config,
+                arguments,
+                sizes,
+                keeps_cache,
+                kwargs.get("streamer"),
+                model_kwargs,
             )
             return decoder.run(logits_processor, stopping_criteria)
 
@@ -332,8 +321,6 @@ def _check_drawing(settings: GenerationConfig, arguments: DrawingArguments) -> N
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(settings, name):
             raise ValueError(f"`{name}` records columns, which images break; use `generation_mode='text'`.")
-    if arguments.generator is not None and settings.do_sample and settings.output_scores:
-        raise ValueError("`output_scores` would show the token that `generator` drew; pass only one of them.")
     if settings.guidance_scale not in (None, 1):
         raise ValueError(
             f"`guidance_scale={settings.guidance_scale}` guides text, by a second language model context that knows "
@@ -369,7 +356,7 @@ class _Rows:
         return ~(self.parked | self.finished)
 
 
-class _EndOfText(StoppingCriteria):
+class _EndOfText(generation.StoppingCriteria):
     """Ends the stretch of each row at `<BOI>`, at its budget, or where the given criteria say so; remembers which."""
 
     def __init__(self, criteria: StoppingCriteriaList, rows: _Rows, boi: int, max_new_tokens: int):
@@ -389,29 +376,18 @@ class _EndOfText(StoppingCriteria):
 
 class _Never(LogitsProcessor):
     """
-    Keeps ids out: placeholders and `<EOI>` are appended by the decoder, never sampled (§3). The library's
-    `SuppressTokensLogitsProcessor` searches the vocabulary for them at each token.
+    Keeps ids out of all rows, or of those for which `is_banned`, called at each token, is `True`. (The library's
+    `SuppressTokensLogitsProcessor` searches the whole vocabulary each time.)
     """
 
-    def __init__(self, ids: list[int]):
+    def __init__(self, ids: list[int], is_banned: Callable[[], torch.BoolTensor] | None = None):
         self.ids = torch.tensor(ids)
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.ids = self.ids.to(scores.device)
-        return scores.index_fill(-1, self.ids, -torch.inf)
-
-
-class _NeverHere(LogitsProcessor):
-    """Keeps ids out of the rows for which `is_banned`, called at each token, is `True`."""
-
-    def __init__(self, ids: Any, is_banned: Callable[[], torch.BoolTensor]):
-        self.ids = ids
         self.is_banned = is_banned
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        scores = scores.clone()
-        scores[:, self.ids] = scores[:, self.ids].masked_fill(self.is_banned()[:, None], -torch.inf)
-        return scores
+        self.ids = self.ids.to(scores.device)
+        without = scores.index_fill(-1, self.ids, -torch.inf)
+        return without if self.is_banned is None else torch.where(self.is_banned()[:, None], without, scores)
 
 
 class _SampleWithGenerator(LogitsProcessor):
@@ -431,16 +407,6 @@ class _SampleWithGenerator(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
 
-class _SegmentStreamer:
-    """Hands tokens on and swallows the end of each stretch of text, which is not that of the generation."""
-
-    def __init__(self, streamer: Any):
-        self.put = streamer.put
-
-    def end(self) -> None:
-        pass
-
-
 class _Decoder:
     """One call of `generate()` in a mode that draws."""
 
@@ -450,6 +416,7 @@ class _Decoder:
         input_ids: torch.LongTensor,
         generation_config: GenerationConfig,
         arguments: DrawingArguments,
+        sizes: list[tuple[int, int]],
         keeps_cache: bool,
         streamer: Any,
         model_kwargs: dict[str, Any],
@@ -491,7 +458,12 @@ class _Decoder:
         if pixel_values is not None:
             latents = model.encode_images(pixel_values)
         self.cache: DynamicCache | None = model_kwargs.pop("cache", None)
-        self._check_cache()
+        layers = [] if self.cache is None else getattr(self.cache, "layers", [None])
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            raise ValueError(
+                "`cache` must be a `DynamicCache()` without config, all of whose layers keep their full length: the "
+                f"keys of a denoising step are given up again. Got {self.cache!r}."
+            )
         # The images of each row that are not in the cache; without one, all of them are read in every pass.
         self.latents: list[list[torch.Tensor]] = [[] for _ in self.ids]
         if latents is not None:
@@ -499,11 +471,7 @@ class _Decoder:
         self.images: list[list[torch.Tensor]] = [[] for _ in self.ids]
         self.model_kwargs = model_kwargs
 
-        self.sizes = arguments.sizes(self.config)
-        if len(self.sizes) == 1:
-            self.sizes *= batch_size
-        if len(self.sizes) != batch_size:
-            raise ValueError(f"`height` or `width` holds {len(self.sizes)} for {batch_size} rows; pass one each.")
+        self.sizes = sizes
         self.image_lengths = [self.config.num_patches(*size) + 1 for size in self.sizes]  # with <EOI>
         self.known_latents, self.known_mask = self._known(arguments.init_image, arguments.mask_image)
         self.max_new_tokens = generation_config.max_length - self.prompt_length
@@ -539,22 +507,14 @@ class _Decoder:
         mask = torch.nn.functional.max_pool2d((mask != 0).float().to(self.device), factor) > 0
         return known, mask.expand(batch_size, -1, -1, -1)
 
-    def _check_cache(self) -> None:
-        is_dynamic = isinstance(self.cache, DynamicCache)
-        if self.cache is not None and (
-            not is_dynamic or any(type(layer) is not DynamicLayer for layer in self.cache.layers)
-        ):
-            raise ValueError(
-                "`cache` must be a `DynamicCache()` without config, all of whose layers keep their full length: the "
-                f"keys of a denoising step are given up again. Got {self.cache!r}."
-            )
-
     def run(self, logits_processor: LogitsProcessorList, criteria: StoppingCriteriaList) -> TransfusionGenerateOutput:
         is_image_mode = self.arguments.generation_mode == "image"
         num_uncached = self._park_prompts(is_image_mode)
         bos = self.generation_config._bos_token_tensor
         everything = Prefixes(list(self.ids), [list(row) for row in self.latents], self.pad_token_id)
-        guidance = guidance_prefixes(self.config, self.arguments, everything, None if bos is None else int(bos))
+        guidance = guidance_prefixes(
+            self.config, self.arguments, everything, self.sizes, None if bos is None else int(bos)
+        )
         # Prefixes are read before the first drawing where it cannot keep them for the next one: images of several
         # sizes are drawn in turn, and what a first drawing reads of guidance's contexts is gone after it.
         is_needed = len(set(self.sizes)) > 1 or (not is_image_mode and any(one.must_be_read for one in guidance))
@@ -605,20 +565,22 @@ class _Decoder:
                     f"{type(processor).__name__} counts columns, which is meaningless once images are drawn; use "
                     "`generation_mode='text'`."
                 )
-        by_column = (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor)
+        by_column = (generation.MinLengthLogitsProcessor, generation.MinNewTokensLengthLogitsProcessor)
         processors = LogitsProcessorList(p for p in logits_processor if not isinstance(p, by_column))
         arguments, rows, eos = self.arguments, self.rows, self.generation_config._eos_token_tensor
         min_new_tokens = (self.generation_config.min_length or 0) - self.prompt_length
         if min_new_tokens > 0 and eos is not None:
-            processors.append(_NeverHere(eos, lambda: rows.num_new < min_new_tokens))
-        if (most := arguments.max_images) is not None:
-            has_all = lambda: torch.tensor([len(row) >= most for row in self.images], device=self.device)  # noqa: E731
-            processors.append(_NeverHere([self.config.image_start_token_id], has_all))
+            processors.append(_Never(eos.tolist(), lambda: rows.num_new < min_new_tokens))
+        if arguments.max_images is not None:
+            processors.append(_Never([self.config.image_start_token_id], self._have_all_images))
         if arguments.generator is not None and self.generation_config.do_sample:
             processors.append(_SampleWithGenerator(arguments.generator, rows))
-        criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, MaxLengthCriteria))
+        criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, generation.MaxLengthCriteria))
         end = _EndOfText(criteria, rows, self.config.image_start_token_id, self.max_new_tokens)
         return processors, StoppingCriteriaList([end])
+
+    def _have_all_images(self) -> torch.BoolTensor:
+        return torch.tensor([len(row) >= self.arguments.max_images for row in self.images], device=self.device)
 
     def _append(self, row: int, new: torch.LongTensor) -> None:
         self.ids[row] = torch.cat([self.ids[row], new])
@@ -643,7 +605,8 @@ class _Decoder:
         }
         if any(self.latents):
             model_kwargs["latents"] = [image for row in self.latents for image in row]
-        streamer = None if self.streamer is None else _SegmentStreamer(self.streamer)
+        # The end of a stretch of text is not that of the generation.
+        streamer = None if self.streamer is None else SimpleNamespace(put=self.streamer.put, end=lambda: None)
         sequences = GenerationMixin._sample(
             self.model, ids, logits_processor, criteria, generation_config, streamer=streamer, **model_kwargs
         )
