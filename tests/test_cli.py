@@ -71,7 +71,10 @@ def test_chat_answers_and_shows_pictures(tmp_path, picture, capsys, monkeypatch)
         (["caption", TINY, "nowhere.png"], "nowhere.png is no picture that can be read"),
         (["draw", "/nowhere/at/all", "a"], "nowhere"),
         (["draw", TINY, "a", "-o", "seven.jpgg"], "`--output` seven.jpgg has no suffix of a picture"),
-        (["draw", TINY, "a", "--dtype", "foo"], "`--dtype` must be 'auto' or of torch, as 'bfloat16'; got 'foo'"),
+        (
+            ["draw", TINY, "a", "--dtype", "foo"],
+            "`--dtype` must be 'auto' or a type of torch such as 'bfloat16'; got 'foo'",
+        ),
         (["draw", TINY, "a", "--device", "nowhere"], "nowhere"),
     ],
 )
@@ -83,3 +86,31 @@ def test_errors_are_one_line_and_an_exit_status(arguments, message, capsys):
 def test_a_command_is_needed():
     with pytest.raises(SystemExit):
         main([])
+
+
+def test_the_doctor_is_a_command_with_its_own_exit_status(tmp_path, capsys):
+    assert main(["doctor", TINY, "--no_overfit", "--device", "cpu"]) == 0
+    assert "ok      attention mask" in capsys.readouterr().out
+    assert main(["doctor", str(tmp_path / "nowhere")]) == 1
+    assert capsys.readouterr().out.startswith("error   model ")
+
+
+def test_latents_is_a_command(tmp_path, capsys):
+    assert main(["latents", TINY, str(tmp_path / "nowhere"), str(tmp_path / "latents"), "--device", "cpu"]) == 1
+    assert "transfusion: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["draw", "app", "doctor", "latents", "Finds out why a model does not learn"]),
+        (["doctor"], ["usage: transfusion doctor", "--no_overfit"]),
+        (["latents"], ["usage: transfusion latents", "--shard_size"]),
+        (["app"], ["usage: transfusion app", "--share"]),
+    ],
+)
+def test_every_command_has_its_help(arguments, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and all(word in printed for word in words), printed

@@ -1,8 +1,7 @@
 """
-`transfusion app MODEL`: a page to chat with a model, in text and pictures. Needs Gradio.
+`transfusion app MODEL`: a page to chat with a model in text and pictures, with previews of drawings. Needs Gradio.
 
-What the model writes and draws appears as it comes, a drawing by its previews. Users share nothing but the model,
-which runs for one of them at a time.
+Users share only the model, which runs for one of them at a time.
 """
 
 import html
@@ -15,11 +14,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from ..diffusion_transfusion import is_flow
 from ..generation_transfusion import DRAWING_DEFAULTS
 from ..processing_transfusion import TransfusionProcessor
+from .main import open_picture
 from .streamers import TransfusionStreamer
 
 try:
@@ -27,41 +26,27 @@ try:
 except ImportError as error:
     raise ImportError('The app needs Gradio; run `pip install "transfusion-hf[demo]"`.') from error
 
-# What the page calls them, and `generate()`.
+# The page's names of the modes of `generate()`.
 MODES = {"chat": "interleaved", "draw": "image", "caption": "text"}
-_SCHEDULERS = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
-    "EulerDiscreteScheduler",
-)
-_FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+_MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
+_SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", *_MULTISTEP, "EulerDiscreteScheduler")
+_FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", *_MULTISTEP)
 _HELP = (
-    "**chat**: the whole conversation, text and pictures from both sides.\n\n"
-    "**draw**: one picture from the prompt; with a picture of yours, an edit of it.\n\n"
-    "**caption**: what your picture shows; a question may go with it."
+    "**chat**: the whole conversation, with text and pictures from both sides.\n\n"
+    "**draw**: one picture from the prompt; if you add a picture, an edit of it.\n\n"
+    "**caption**: describes your picture, or answers a question about it."
 )
-# The button would send pictures to the Hub, and has no switch.
+# The button sends pictures to the Hub, and no option removes it.
 _CSS = '.message-buttons button[title="Share"] {display: none}'
-# Pictures of a few pixels are shown large, and as they are.
+# Shows pictures of a few pixels enlarged, without smoothing.
 _SMALL_CSS = ".message img {width: 16rem; object-fit: contain; image-rendering: pixelated}"
 _PREVIEW = {"id": "preview"}
 
 
-def _open(file: str) -> Image.Image:
-    try:
-        picture = Image.open(file)
-        picture.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{Path(file).name} is no picture that can be read: {error}") from error
-    return picture
-
-
 def _messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
-    Gradio's messages as those of a chat template. Without previews of drawings that were stopped, and without what was
-    not answered: it may be what the model cannot take.
+    Gradio's messages in the format of chat templates, without previews of stopped drawings and without unanswered
+    messages, which the model may be unable to take.
     """
     kept: list[dict[str, Any]] = []
     for message in history:
@@ -73,16 +58,22 @@ def _messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if kept and kept[-1]["role"] == "user":
         kept.pop()
 
-    def content_of(part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] == "text":
-            return {"type": "text", "text": part["text"]}
-        return {"type": "image", "image": _open(part["file"]["path"])}
-
-    return [{"role": message["role"], "content": [content_of(p) for p in message["content"]]} for message in kept]
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "text", "text": part["text"]}
+                if part["type"] == "text"
+                else {"type": "image", "image": open_picture(part["file"]["path"])}
+                for part in message["content"]
+            ],
+        }
+        for message in kept
+    ]
 
 
 def _inputs(processor: TransfusionProcessor, mode: str, message: dict[str, Any], history: list[dict[str, Any]]) -> Any:
-    text, pictures = message["text"], [_open(file) for file in message["files"]]
+    text, pictures = message["text"], [open_picture(file) for file in message["files"]]
     if mode == "chat":
         shown = [{"type": "image", "image": picture} for picture in pictures]
         messages = [*_messages(history), {"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
@@ -116,23 +107,20 @@ def respond(
     preview_interval: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """
-    The answer to a message, as it comes. Who closes the iterator stops the model, at the next word or preview. What
-    `generate()`, the processor or a file refuses is shown as a warning of the page, and ends the answer.
+    Yields the answer so far to a message: text and PNG files in their order, then the preview of the current drawing.
+    Closing the iterator stops the model at the next token or preview. Errors of `generate()`, the processor or a file
+    are shown as a warning of the page, and end the answer.
 
     Args:
         model (`TransfusionForCausalLMAndDiffusion`)
         processor (`TransfusionProcessor`)
         message (`dict`): `{"text": str, "files": list[str]}`.
-        history (`list[dict]`): Gradio's messages so far; of use in the mode `"chat"`.
+        history (`list[dict]`): Gradio's messages so far, for the mode `"chat"`.
         mode (`str`): `"chat"`, `"draw"` or `"caption"`.
         num_inference_steps (`int`), image_guidance_scale (`float`), scheduler (`str`), max_new_tokens (`int`):
-            As for `generate()`.
-        seed (`str`): Of noise and of sampled text, a whole number; another each time where empty.
+            For `generate()`.
+        seed (`str`): A whole number for noise and sampled text; random if empty.
         preview_interval (`int`): Denoising steps between two previews.
-
-    Yields:
-        The messages of the answer so far: text and PNG files in their order, and behind them the preview of what is
-        being drawn.
     """
     content: list[Any] = []
     try:
@@ -147,7 +135,7 @@ def respond(
             max_new_tokens=int(max_new_tokens),
             generator=_generator(seed, model.device),
         )
-        # Gradio copies what it shows before it asks for more.
+        # Gradio copies each file before it asks for more.
         with closing(pieces), TemporaryDirectory() as folder:  # type: ignore[type-var]
             for piece in pieces:
                 preview = []
@@ -165,7 +153,7 @@ def respond(
                         preview = [{"path": str(file)}, step]
                 answer = [{"role": "assistant", "content": list(content)}] if content else []
                 yield answer + ([{"role": "assistant", "content": preview, "metadata": _PREVIEW}] if preview else [])
-    # A warning: after an exception Gradio's chat would stay closed.
+    # After an exception Gradio would not reopen the prompt.
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)):
             traceback.print_exc()
@@ -173,20 +161,14 @@ def respond(
 
 
 def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
-    """
-    The page. `launch_app` starts it.
-
-    Args:
-        model (`TransfusionForCausalLMAndDiffusion`)
-        processor (`TransfusionProcessor`)
-    """
+    """The page for a `TransfusionForCausalLMAndDiffusion` and its processor. `launch_app` starts it."""
     stored = model.generation_config
 
     def default(name: str) -> Any:
         value = getattr(stored, name, None)
         return DRAWING_DEFAULTS[name] if value is None else value
 
-    # Files are kept for a day.
+    # Files are deleted after a day.
     with gr.Blocks(
         title="Transfusion", analytics_enabled=False, fill_height=True, fill_width=True, delete_cache=(3600, 86400)
     ) as app:
@@ -213,7 +195,7 @@ def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
                 placeholder="text, pictures", file_types=["image"], file_count="multiple", stop_btn=True
             ),
             additional_inputs=settings,
-            # A second entrance would have a queue of its own, and the model runs for one at a time.
+            # A public API would have its own queue, but the model runs for one user at a time.
             api_visibility="private",
             concurrency_limit=1,
         )
@@ -235,15 +217,15 @@ def launch_app(
         model (`TransfusionForCausalLMAndDiffusion`)
         processor (`TransfusionProcessor`)
         host (`str`, defaults to `"127.0.0.1"`): `"0.0.0.0"` for other machines.
-        port (`int`, *optional*): By default the first free one from 7860 on.
-        share (`bool`, defaults to `False`): Whether to have a public address by Gradio's servers.
-        kwargs: Further arguments of Gradio's `launch`, as `prevent_thread_lock`.
+        port (`int`, *optional*): Defaults to the first free one from 7860 on.
+        share (`bool`, defaults to `False`): Whether to get a public address through Gradio's servers.
+        kwargs: For Gradio's `launch`, for example `prevent_thread_lock`.
     """
     app = make_app(model, processor)
     app.queue(default_concurrency_limit=1, api_open=False)
     height, width = model.config.latent_size
     is_small = max(height, width) * model.config.vae_scale_factor < 256
-    # Fonts of the browser's: none are fetched.
+    # The browser's own fonts: none are fetched.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     app.launch(
         server_name=host,

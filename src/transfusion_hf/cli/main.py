@@ -6,6 +6,8 @@ The command line:
     transfusion edit MODEL picture.png "make it red" -o out.png
     transfusion chat MODEL
     transfusion app MODEL
+    transfusion doctor MODEL [DATA]
+    transfusion latents MODEL DATASET OUTPUT
 """
 
 import argparse
@@ -15,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from .streamers import TransfusionStreamer
 
-_CHAT_HELP = "Write, and end a line with Return. `/image FILE` shows a picture, `/quit` ends."
+_CHAT_HELP = "End a line with Return to send it. `/image FILE` shows a picture, `/quit` ends."
 
 
-def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "transfusion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -33,74 +35,82 @@ def _parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         sub = commands.add_parser(name, help=text, description=text)
         sub.add_argument("model", help="a folder or a repository of the Hub")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        sub.add_argument("--dtype", default="auto", help="as 'bfloat16'; default that of the checkpoint")
+        sub.add_argument("--dtype", default="auto", help="for example 'bfloat16'; default: the checkpoint's")
         return sub
 
     def drawing(sub: argparse.ArgumentParser, output: str) -> None:
         sub.add_argument("-o", "--output", type=Path, default=Path(output))
         sub.add_argument("--num_inference_steps", type=int)
-        sub.add_argument("--guidance_scale", type=float)
-        sub.add_argument("--scheduler", help="a class of diffusers, as 'DDIMScheduler'")
+        sub.add_argument("--guidance_scale", type=float, dest="image_guidance_scale")
+        sub.add_argument("--scheduler", help="a class of diffusers, for example 'DDIMScheduler'")
         sub.add_argument("--height", type=int)
         sub.add_argument("--width", type=int)
 
     draw = command("draw", "Draws a picture from a prompt.")
     draw.add_argument("prompt")
     drawing(draw, "drawing.png")
-    caption = command("caption", "Says what a picture shows.")
+    caption = command("caption", "Describes a picture, or answers a question about it.")
     caption.add_argument("picture", type=Path)
-    caption.add_argument("--prompt", default="", help="text behind the picture, as a question")
+    caption.add_argument("--prompt", default="", help="text behind the picture, for example a question")
     caption.add_argument("--max_new_tokens", type=int, default=64)
-    edit = command("edit", "Changes a picture as told.")
+    edit = command("edit", "Changes a picture as instructed.")
     edit.add_argument("picture", type=Path)
     edit.add_argument("instruction")
-    edit.add_argument("--input_image_guidance_scale", type=float, help="how closely to keep to the picture")
+    edit.add_argument("--input_image_guidance_scale", type=float, help="how closely to follow the picture")
     drawing(edit, "edited.png")
-    chat = command("chat", f"Talks, in text and pictures. {_CHAT_HELP}")
+    chat = command("chat", f"Chats in text and pictures. {_CHAT_HELP}")
     chat.add_argument("--max_new_tokens", type=int, default=1024)
     drawing(chat, "chat.png")
     for sub in (draw, caption, edit, chat):
         sub.add_argument("--seed", type=int)
     app = command("app", "Opens a page to draw, caption and chat in a browser.")
     app.add_argument("--host", default="127.0.0.1", help="'0.0.0.0' for other machines")
-    app.add_argument("--port", type=int, help="default the first free one from 7860 on")
-    app.add_argument("--share", action="store_true", help="a public address, by Gradio's servers")
+    app.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    app.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
+    # `main` hands these two over before; here they only get their line of help.
+    commands.add_parser("doctor", help="Finds out why a model does not learn, or draws noise.")
+    commands.add_parser("latents", help="Computes the latents of a dataset once, for training without the VAE.")
     return parser.parse_args(argv)
 
 
-def _open(file: Path) -> Image.Image:
+def open_picture(file: str | Path) -> Image.Image:
     try:
         picture = Image.open(file)
-        picture.load()  # a file that was cut off shows only then
+        picture.load()  # notices truncated files
         return picture
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{file} is no picture that can be read: {error}") from error
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{Path(file).name} is no picture that can be read: {error}") from error
 
 
 def _drawing_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("num_inference_steps", "scheduler", "height", "width", "input_image_guidance_scale")
-    kwargs = {name: getattr(args, name, None) for name in names} | {"image_guidance_scale": args.guidance_scale}
+    names = ("num_inference_steps", "image_guidance_scale", "scheduler", "height", "width")
+    kwargs = {name: getattr(args, name, None) for name in (*names, "input_image_guidance_scale")}
     return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def _save(image: Image.Image, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image.save(file)
 
 
 def _draw(args: argparse.Namespace, model: Any, processor: Any, generator: torch.Generator | None) -> None:
     is_edit = args.command == "edit"
     text = processor.image_token + args.instruction if is_edit else args.prompt
-    inputs = processor(text=[text], images=[_open(args.picture)] if is_edit else None).to(model.device)
+    inputs = processor(text=[text], images=[open_picture(args.picture)] if is_edit else None).to(model.device)
     output = model.generate(
         **inputs, generation_mode="image", generator=generator, progress_bar=True, **_drawing_kwargs(args)
     )
     (image,) = processor.post_process_multimodal_output(output, generation_mode="image")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    image.save(args.output)
+    _save(image, args.output)
     print(args.output)
 
 
 def _caption(args: argparse.Namespace, model: Any, processor: Any, generator: torch.Generator | None) -> None:
-    inputs = processor(text=[processor.image_token + args.prompt], images=[_open(args.picture)]).to(model.device)
+    text, picture = processor.image_token + args.prompt, open_picture(args.picture)
+    inputs = processor(text=[text], images=[picture]).to(model.device)
     ids = model.generate(**inputs, generation_mode="text", generator=generator, max_new_tokens=args.max_new_tokens)
-    (text,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(text.strip())
+    (answer,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    print(answer.strip())
 
 
 def _chat(args: argparse.Namespace, model: Any, processor: Any, generator: torch.Generator | None) -> None:
@@ -108,70 +118,74 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, generator: torch
     messages: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
     num_drawn = 0
-    for line in map(str.strip, sys.stdin):
+    for line in filter(None, map(str.strip, sys.stdin)):
         if line == "/quit":
             break
-        if line.startswith("/image "):
-            try:
-                shown.append({"type": "image", "image": _open(Path(line.removeprefix("/image ").strip()))})
-            except ValueError as error:
-                print(error)
-            continue
-        if not line:
-            continue
-        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": line}]})
-        shown = []
         try:
+            if line.startswith("/image "):
+                shown.append({"type": "image", "image": open_picture(line.removeprefix("/image ").strip())})
+                continue
+            question = {"role": "user", "content": [*shown, {"type": "text", "text": line}]}
+            shown = []
             inputs = processor.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+                [*messages, question], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
             ).to(model.device)
-        except ValueError as error:  # as a marker without its picture: the conversation goes on without the line
+        except ValueError as error:  # the conversation goes on without this line
             print(error)
-            messages.pop()
             continue
         answer: list[dict[str, Any]] = []
-        pieces = TransfusionStreamer(processor).generate(
+        for piece in TransfusionStreamer(processor).generate(
             model, **inputs, max_new_tokens=args.max_new_tokens, generator=generator, **_drawing_kwargs(args)
-        )
-        for piece in pieces:
+        ):
             if isinstance(piece, str):
                 answer.append({"type": "text", "text": piece})
                 print(piece, end="", flush=True)
             else:
                 num_drawn += 1
                 file = args.output.with_stem(f"{args.output.stem}-{num_drawn}")
-                file.parent.mkdir(parents=True, exist_ok=True)
-                piece.image.save(file)
+                _save(piece.image, file)
                 answer.append({"type": "image", "image": piece.image})
                 print(f"[{file}]", end="", flush=True)
         print()
-        messages.append({"role": "assistant", "content": answer})
+        messages += [question, {"role": "assistant", "content": answer}]
+
+
+def _run(argv: Sequence[str]) -> int:
+    if argv[:1] == ["doctor"]:
+        from ..training import doctor
+
+        return doctor.main(argv[1:])
+    if argv[:1] == ["latents"]:
+        from ..data import latents  # needs datasets, which the others do not
+
+        latents.main(argv[1:])
+        return 0
+    args = _parse_args(argv)
+    if args.command == "app":
+        from .app import launch_app  # needs Gradio, which the others do not
+    output = getattr(args, "output", None)
+    if output is not None and output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"`--output` {output} has no suffix of a picture; call it, for example, drawing.png.")
+    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
+        raise ValueError(f"`--dtype` must be 'auto' or a type of torch such as 'bfloat16'; got {args.dtype!r}.")
+    model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
+    processor = AutoProcessor.from_pretrained(args.model)
+    if args.command == "app":
+        launch_app(model, processor, args.host, args.port, args.share)
+        return 0
+    generator = None if args.seed is None else torch.Generator(args.device).manual_seed(args.seed)
+    run = {"caption": _caption, "chat": _chat}.get(args.command, _draw)
+    run(args, model, processor, generator)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status, 1 with a line on stderr for what an error says."""
-    args = _parse_args(argv)
+    """Runs a command and returns the exit status: 1 after an error, which is printed to stderr in one line."""
     try:
-        output = getattr(args, "output", None)
-        if output is not None and output.suffix.lower() not in Image.registered_extensions():
-            raise ValueError(f"`--output` {output} has no suffix of a picture; call it, for example, drawing.png.")
-        if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
-            raise ValueError(f"`--dtype` must be 'auto' or of torch, as 'bfloat16'; got {args.dtype!r}.")
-        if args.command == "app":
-            from .app import launch_app  # needs Gradio, which the others do not
-        model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
-        processor = AutoProcessor.from_pretrained(args.model)
-        if args.command == "app":
-            launch_app(model, processor, args.host, args.port, args.share)
-            return 0
-        generator = None if args.seed is None else torch.Generator(args.device).manual_seed(args.seed)
-        if args.command == "caption":
-            _caption(args, model, processor, generator)
-        elif args.command == "chat":
-            _chat(args, model, processor, generator)
-        else:
-            _draw(args, model, processor, generator)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:  # the last as of an unknown device
+        return _run(sys.argv[1:] if argv is None else list(argv))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: an unknown device
         print(f"transfusion: {error}", file=sys.stderr)
         return 1
-    return 0
+
+
+__all__ = ["main", "open_picture"]

@@ -1,4 +1,4 @@
-"""Text as it is written and images as they are drawn, in order."""
+"""Streams text and images while a model generates them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +15,7 @@ from ..processing_transfusion import TransfusionProcessor
 
 @dataclass(frozen=True)
 class StreamedImage:
-    """
-    Args:
-        image (`PIL.Image.Image`): The drawn image, or what it looks to become: the predicted x_0.
-        step (`int`): Denoising steps done.
-        num_inference_steps (`int`): Denoising steps in all.
-    """
+    """A drawn image, or its preview (the predicted x_0) after `step` of `num_inference_steps` denoising steps."""
 
     image: Image.Image
     step: int
@@ -32,19 +27,18 @@ class StreamedImage:
 
 
 class _AbandonedError(Exception):
-    """Nobody listens any more."""
+    """The consumer has stopped; ends `generate()`."""
 
 
 class TransfusionStreamer(TextIteratorStreamer):
     r"""
-    A streamer for `generate(streamer=...)` that yields pieces of text (`str`) and [`StreamedImage`]s, in the order in
-    which they come about. For one row.
+    For `generate(streamer=...)` of a single row: yields pieces of text (`str`) and [`StreamedImage`]s in their order.
 
     Args:
         processor (`TransfusionProcessor`)
-        preview_interval (`int`, *optional*): Yield a preview every so many denoising steps; none where `None`.
+        preview_interval (`int`, *optional*): Number of denoising steps between previews; no previews if `None`.
         skip_prompt (`bool`, defaults to `True`): Whether to leave out the prompt.
-        timeout (`float`, *optional*): Seconds to wait for the next piece; without end where `None`.
+        timeout (`float`, *optional*): Seconds to wait for the next piece; no limit if `None`.
         decode_kwargs: For `tokenizer.decode`; `skip_special_tokens=True` by default.
 
     Raises:
@@ -57,7 +51,7 @@ class TransfusionStreamer(TextIteratorStreamer):
     ...     print(piece if isinstance(piece, str) else f"{piece.step} of {piece.num_inference_steps}")
     ```"""
 
-    # Of the library's class, whose types are not seen.
+    # Attributes of the library's class, which is not annotated.
     text_queue: Queue
     token_cache: list[int]
     print_len: int
@@ -83,21 +77,14 @@ class TransfusionStreamer(TextIteratorStreamer):
         super().put(value)
 
     def check(self) -> None:
-        """Called by `generate()` at each denoising step, too: ends it where nobody listens any more."""
+        """`generate()` also calls it in each denoising step."""
         if self._is_abandoned:
             raise _AbandonedError
 
     def put_image(self, image: torch.Tensor, step: int, num_inference_steps: int) -> None:
-        """
-        Called by `generate()`.
-
-        Args:
-            image (`torch.FloatTensor` of shape `(channels, height, width)`): In about [−1, 1].
-            step (`int`): Denoising steps done.
-            num_inference_steps (`int`): Denoising steps in all.
-        """
+        """`generate()` calls it with an image in about [−1, 1] of shape `(channels, height, width)`."""
         self.check()
-        if self.token_cache:  # what was held back for the next space
+        if self.token_cache:  # text held back until the next space
             text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[self.print_len :]
             self.token_cache, self.print_len = [], 0
             self.on_finalized_text(text)
@@ -112,8 +99,8 @@ class TransfusionStreamer(TextIteratorStreamer):
 
     def generate(self, model: Any, **kwargs: Any) -> Iterator[str | StreamedImage]:
         """
-        Runs `model.generate(**kwargs)` in a thread and yields what comes. An error of it is raised here; whoever stops
-        listening ends it with the next token or denoising step.
+        Runs `model.generate(**kwargs)` in a thread and yields its pieces. Exceptions propagate to the consumer;
+        closing the iterator stops generation at the next token or denoising step.
         """
         self.text_queue, self.token_cache, self.print_len = Queue(), [], 0
         self.next_tokens_are_prompt, self._is_abandoned = True, False
