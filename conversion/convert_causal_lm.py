@@ -1,11 +1,11 @@
 """
-Makes a language model of transformers one that can learn to draw, and writes it with its processor:
+Turns a language model into a Transfusion that can learn to draw, and writes it with its processor:
 
     python conversion/convert_causal_lm.py HuggingFaceTB/SmolLM2-135M outputs/model --sample_size 256 \
         --vae stabilityai/sd-vae-ft-mse
 
-Folders work as well as repositories of the Hub. It reads and writes tensor by tensor: a model larger than the memory
-converts, too. `--set prediction_type=v_prediction patch_encoder=unet` sets further fields of `TransfusionConfig`.
+MODEL is a folder or a repository of the Hub. The script reads and writes tensor by tensor, so the model may be larger
+than the memory. `--set prediction_type=v_prediction patch_encoder=unet` sets further fields of `TransfusionConfig`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transfusion_hf.conversion.causal_lm import convert_causal_lm
 
 
 def parse_fields(pairs: list[str]) -> dict:
-    """`["a=1", "b=x"]` as a dict; values are JSON where they can be."""
+    """`["a=1", "b=x"]` as a dict. Values that are not JSON are strings."""
     fields = {}
     for pair in pairs:
         name, separator, value = pair.partition("=")
@@ -36,7 +36,7 @@ def parse_fields(pairs: list[str]) -> dict:
 
 @torch.no_grad()
 def check(model: str, output_dir: Path, revision: str | None) -> None:
-    """Both models in memory, in float32 after the converted one's dtype, on the same ids."""
+    """Compares the logits of both models, which must fit into memory, in float32."""
     converted = TransfusionForCausalLMAndDiffusion.from_pretrained(output_dir)
     original = AutoModelForCausalLM.from_pretrained(model, dtype=converted.dtype, revision=revision)
     converted, original = converted.float(), original.float()
@@ -46,26 +46,26 @@ def check(model: str, output_dir: Path, revision: str | None) -> None:
     error = (expected - logits).abs().max().item()
     print(f"largest difference of the text logits: {error:.2g}")
     if not error <= 1e-5 * max(1.0, expected.abs().max().item()):
-        raise SystemExit("The converted model does not say what the original does.")
+        raise SystemExit("The converted model does not have the logits of the original.")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or repository of a language model, in safetensors")
+    parser.add_argument("model", help="a folder or a repository of the Hub with a language model, in safetensors")
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--tokenizer", help="default: the model's")
-    parser.add_argument("--vae", help="an AutoencoderKL of diffusers; none: images are pixels")
+    parser.add_argument("--tokenizer", help="default: the model's own")
+    parser.add_argument("--vae", help="an AutoencoderKL of diffusers; by default the model draws pixels")
     parser.add_argument("--vae_subfolder", default="")
     parser.add_argument("--sample_size", type=int, default=256, help="pixels of a side (default 256)")
     parser.add_argument("--patch_size", type=int, default=2, help="latent pixels of a side of a patch (default 2)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of TransfusionConfig")
-    parser.add_argument("--pad_to_multiple_of", type=int, help="of the vocabulary")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: as it is")
-    parser.add_argument("--max_shard_size", help="as '5GB'; default: half the largest file read")
-    parser.add_argument("--revision", help="of the model, on the Hub")
+    parser.add_argument("--pad_to_multiple_of", type=int, help="pads the vocabulary")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: unchanged")
+    parser.add_argument("--max_shard_size", help="for example '5GB'; default: half the largest file read")
+    parser.add_argument("--revision", help="of the model's repository")
     for name in ("image_token", "image_start_token", "image_end_token"):
-        parser.add_argument(f"--{name}", help="its text")
-    parser.add_argument("--check", action="store_true", help="compare the logits, with both models in memory")
+        parser.add_argument(f"--{name}", help="the text of this token")
+    parser.add_argument("--check", action="store_true", help="compares the logits of both models, in memory")
     args = parser.parse_args(argv)
 
     vae, latents = None, {"latent_channels": 3, "sample_size": args.sample_size}

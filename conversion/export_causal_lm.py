@@ -1,11 +1,11 @@
 """
-Writes the language model of a Transfusion on its own, as `AutoModelForCausalLM` loads it:
+Extracts the language model of a Transfusion, for `AutoModelForCausalLM`:
 
     python conversion/export_causal_lm.py outputs/model outputs/language-model \
         --vocab_size 49152 --tokenizer HuggingFaceTB/SmolLM2-135M
 
-`--vocab_size` cuts off what was added behind the original vocabulary. The tokenizer then is the original's, and else
-that of the checkpoint.
+`--vocab_size` cuts off the tokens that were added to the original vocabulary. Pass the original tokenizer with it;
+without `--vocab_size` the checkpoint's is written.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from transfusion_hf.conversion.export import extract_causal_lm
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or repository of a Transfusion")
-    parser.add_argument("output_dir", type=Path, help="written whole or not at all; must be empty, or not exist")
+    parser.add_argument("model", help="a folder or a repository of the Hub")
+    parser.add_argument("output_dir", type=Path, help="must be empty, or not exist")
     parser.add_argument("--vocab_size", type=int, help="default: all of it, with the image tokens")
-    parser.add_argument("--tokenizer", help="default: the model's, where the vocabulary is not cut")
+    parser.add_argument("--tokenizer", help="default: the model's, without --vocab_size")
     args = parser.parse_args(argv)
     source = args.tokenizer or (args.model if args.vocab_size is None else None)
     tokenizer = None if source is None else AutoTokenizer.from_pretrained(source)

@@ -1,10 +1,10 @@
 """
-Makes an existing checkpoint one that loads with `trust_remote_code=True` where transfusion_hf is not installed:
+Updates a checkpoint of an older version, so that it loads with `trust_remote_code=True` without this package:
 
     python conversion/export_remote_code.py outputs/model
 
-writes this version's code beside the weights and names it in `config.json` and `processor_config.json`; the weights
-stay as they are. `save_pretrained` does so by itself: this is for folders that older versions wrote.
+It writes this version's code beside the weights and names it in `config.json` and `processor_config.json`; the weights
+stay unchanged. `save_pretrained` does the same for new checkpoints.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def export_remote_code(folder: Path) -> None:
         config.save_pretrained(aside)
         if (folder / PROCESSOR_NAME).is_file():
             AutoProcessor.from_pretrained(folder).save_pretrained(aside)
-        # Last what names the code, when all of it is there.
+        # The files that name the code come last, once all of it is there.
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.name.endswith("config.json")):
             if file.name != "README.md" or not (folder / file.name).exists():
                 os.replace(file, folder / file.name)

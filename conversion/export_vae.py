@@ -1,5 +1,5 @@
 """
-Writes the autoencoder of a Transfusion on its own, as diffusers' `AutoencoderKL` loads it:
+Extracts the autoencoder of a Transfusion, for `AutoencoderKL` of diffusers:
 
     python conversion/export_vae.py outputs/model outputs/vae
 """
@@ -14,8 +14,8 @@ from transfusion_hf.conversion.export import extract_vae
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or repository of a Transfusion")
-    parser.add_argument("output_dir", type=Path, help="written whole or not at all; must be empty, or not exist")
+    parser.add_argument("model", help="a folder or a repository of the Hub")
+    parser.add_argument("output_dir", type=Path, help="must be empty, or not exist")
     args = parser.parse_args(argv)
     vae = extract_vae(TransfusionForCausalLMAndDiffusion.from_pretrained(args.model, dtype="auto"))
     with written_whole(args.output_dir) as folder:
