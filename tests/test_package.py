@@ -1,9 +1,14 @@
 """What holds of the package as a whole: who imports whom, the supported range, the checkpoint of the tests."""
 
 import ast
+import importlib
 import importlib.metadata
+import inspect
+import pkgutil
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -27,94 +32,181 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "transfusion_hf"
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 
-# Imports run one way. Files ending in `_transfusion` travel with a checkpoint as remote code.
-MAY_IMPORT = {
-    "model_card_transfusion": set(),
-    "hub_transfusion": {"model_card"},
-    "configuration_transfusion": {"hub"},
-    "attention_transfusion": set(),
-    "masking_transfusion": {"configuration", "attention"},
-    "diffusion_transfusion": {"configuration_transfusion"},
-    "patching_transfusion": {"configuration_transfusion"},
-    "autoencoder_transfusion": {"patching"},
-    "denoising_transfusion": {"diffusion", "masking"},
-    "generation_transfusion": {"configuration", "denoising", "diffusion", "masking", "patching"},
-    "modeling_transfusion": {
+# Files ending in `_transfusion` travel with a checkpoint as remote code: flat, and each imports files before it only.
+CORE = [
+    [
         "configuration",
         "attention",
-        "autoencoder",
-        "diffusion",
         "masking",
-        "conversion",
-        "modality",
+        "diffusion",
         "patching",
+        "modality",
+        "denoising",
         "generation",
-        "hub",
-        "lm_loss",
-        "pipelines",  # by name only, see there
-    },
-    "modality_transfusion": set(),
-    "lm_loss_transfusion": set(),
-    "conversion_transfusion": {"configuration", "modality", "patching"},
-    "image_processing_transfusion": set(),
-    "processing_transfusion": {"hub", "image_processing"},
-    "pipelines_transfusion": {"hub", "processing"},
+        "modeling",
+    ],
+    ["image_processing", "processing", "pipelines"],
+]
+SIBLINGS = {"attention", "masking", "diffusion", "patching", "modality"}  # of one level; only the mask needs another
+# Wings do not travel. They import the core, and these wings.
+WINGS = {
+    "data": set(),
+    "training": {"data", "hub"},
+    "vae": set(),
+    "conversion": {"hub", "vae"},  # an autoencoder is attached during the conversion
+    "hub": set(),
+    "cli": {"data", "training", "vae", "conversion", "hub"},
 }
-MAY_IMPORT = {
-    name: {f"{n.removesuffix('_transfusion')}_transfusion" for n in names} for name, names in MAY_IMPORT.items()
-}
+SHARED_SCRIPTS = {"common", "ratios"}
 
 
 def imports_of(file: Path) -> list[ast.Import | ast.ImportFrom]:
     return [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
 
 
-@pytest.mark.parametrize("file", sorted(SOURCE.glob("*.py")), ids=lambda file: file.stem)
-def test_imports_run_one_way(file):
-    for node in imports_of(file):
-        if isinstance(node, ast.Import) or node.level == 0:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module]
-            assert not any(name.startswith("transfusion_hf") for name in names), "siblings are imported relatively"
-            continue
-        assert node.level == 1 and node.module, (
-            "only `from .sibling import name`: nothing else is copied as remote code"
+def modules_of(file: Path) -> list[tuple[int, str]]:
+    """Level and module of each import; level 0 is absolute."""
+    return [
+        pair
+        for node in imports_of(file)
+        for pair in (
+            [(node.level, node.module or "")]
+            if isinstance(node, ast.ImportFrom)
+            else [(0, alias.name) for alias in node.names]
         )
-        if file.stem in MAY_IMPORT:
-            assert node.module in MAY_IMPORT[file.stem], f"{file.stem} must not import {node.module}"
+    ]
 
 
-def test_every_travelling_file_is_reached_from_the_model_or_the_processor():
-    reached, todo = set(), ["modeling_transfusion", "processing_transfusion", "pipelines_transfusion"]
+def may_import(name: str) -> set[str]:
+    (tower,) = (tower for tower in CORE if name in tower)
+    earlier = set(tower[: tower.index(name)])
+    return earlier - set(SIBLINGS) if name in SIBLINGS and name != "masking" else earlier
+
+
+@pytest.mark.parametrize("name", [name for tower in CORE for name in tower])
+def test_the_core_imports_one_way(name):
+    for level, module in modules_of(SOURCE / f"{name}_transfusion.py"):
+        if level:
+            assert level == 1 and module, "only `from .sibling import name`: nothing else is copied as remote code"
+            assert module.removesuffix("_transfusion") in may_import(name), f"{name} must not import {module}"
+        else:
+            assert module.split(".")[0] != "transfusion_hf", "siblings are imported relatively"
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_wings_import_the_core_and_few_other_wings(wing):
+    core = {f"{name}_transfusion" for tower in CORE for name in tower}
+    for file in (SOURCE / wing).glob("*.py"):
+        for level, module in modules_of(file):
+            assert module.split(".")[0] != "transfusion_hf", "siblings are imported relatively"
+            if level == 2:
+                assert module.split(".")[0] in core | WINGS[wing], f"{wing}/{file.name} must not import {module}"
+
+
+def test_every_file_has_its_place():
+    assert {file.stem for file in SOURCE.glob("*_transfusion.py")} == {f"{n}_transfusion" for t in CORE for n in t}
+    assert {file.parent.name for file in SOURCE.glob("*/*.py")} == set(WINGS)
+    assert {file.stem for file in SOURCE.glob("*.py") if not file.stem.endswith("_transfusion")} == {
+        "__init__",
+        "doctor",  # `python -m transfusion_hf.doctor`
+        "latents",
+    }
+
+
+def test_every_travelling_file_is_reached_from_the_model_or_the_pipelines():
+    reached, todo = set(), ["modeling_transfusion", "pipelines_transfusion"]
     while todo:
         name = todo.pop()
         reached.add(name)
-        todo += [
-            n.module for n in imports_of(SOURCE / f"{name}.py") if getattr(n, "level", 0) and n.module not in reached
-        ]
-    assert reached == {file.stem for file in SOURCE.glob("*_transfusion.py")} == set(MAY_IMPORT)
+        todo += [module for level, module in modules_of(SOURCE / f"{name}.py") if level and module not in reached]
+    assert reached == {file.stem for file in SOURCE.glob("*_transfusion.py")}
 
 
-@pytest.mark.parametrize("folder", ["examples", "conversion", "benchmarks"])
+@pytest.mark.parametrize("folder", ["examples", "conversion", "benchmarks", "experiments", "model_cards"])
 def test_scripts_import_the_package_and_not_each_other(folder):
-    siblings = {file.stem for file in (ROOT / folder).glob("*.py")} - {"ratios"}  # what benchmarks share
+    folders = ("examples", "conversion", "benchmarks", "experiments")
+    scripts = {file.stem for name in folders for file in (ROOT / name).glob("*.py")}
     for file in (ROOT / folder).glob("*.py"):
-        for node in imports_of(file):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            assert not siblings & {name.split(".")[0] for name in names} and not getattr(node, "level", 0)
+        for level, module in modules_of(file):
+            assert not level and module.split(".")[0] not in scripts - SHARED_SCRIPTS, f"{file.name} imports {module}"
 
 
-def test_another_version_of_transformers_is_refused_with_the_range():
-    """The range stands in pyproject.toml alone; private methods are overridden."""
+def test_an_older_transformers_is_refused_with_the_version_to_install():
     requirements = [Requirement(text) for text in importlib.metadata.requires("transfusion-hf")]
     (supported,) = [r.specifier for r in requirements if r.name == "transformers"]
     assert supported.contains(importlib.metadata.version("transformers"))
     code = (
         "import importlib.metadata as m; real = m.version\n"
-        "m.version = lambda name: '4.57.0' if name == 'transformers' else real(name)\n"
+        "m.version = lambda name: '5.23.0' if name == 'transformers' else real(name)\n"
         "import transfusion_hf"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode and f"needs transformers {supported}; 4.57.0 is installed" in run.stderr
+    assert run.returncode and "ImportError" in run.stderr
+    assert f"needs transformers {supported}; 5.23.0 is installed" in run.stderr
+    assert f"Run `pip install 'transformers{supported}'`" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("installed", "warns"), [("5.24.0", False), ("5.24.7", False), ("5.25.0", True), ("6.0", True)]
+)
+def test_a_newer_transformers_than_the_tested_ones_is_a_warning(installed, warns, monkeypatch):
+    monkeypatch.setattr(transfusion_hf, "version", lambda name: installed)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        transfusion_hf._check_transformers()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == warns
+    assert all(f"tested with transformers >=5.24 up to 5.24; {installed} is installed" in m for m in messages)
+
+
+# The private methods of transformers that we override, as 5.24 declares them.
+OVERRIDDEN = {
+    "TransfusionGenerationMixin._valid_auto_compile_criteria": "(self, model_kwargs, generation_config)",
+    "TransfusionPreTrainedModel._init_weights": "(self, module)",
+    "WholeCheckpointsTrainer._get_grad_norm": "(self, model, grad_norm=None)",
+    "WholeCheckpointsTrainer._get_output_dir": "(self, trial)",
+    "WholeCheckpointsTrainer._init_training_state":
+        "(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)",
+    "WholeCheckpointsTrainer._push_from_checkpoint": "(self, checkpoint_folder)",
+    "WholeCheckpointsTrainer._save_checkpoint": "(self, model, trial)",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def overridden() -> dict[str, str]:
+    """
+    Private methods of transformers that a class of the package overrides, with their signatures without annotations.
+    Those that a base class declares abstract are left out.
+    """
+    found = {}
+    for info in pkgutil.walk_packages(transfusion_hf.__path__, "transfusion_hf."):
+        module = importlib.import_module(info.name)
+        for cls in vars(module).values():
+            if not inspect.isclass(cls) or cls.__module__ != module.__name__:
+                continue
+            for name in vars(cls):
+                if not name.startswith("_") or name.startswith("__"):
+                    continue
+                bases = [base for base in cls.__mro__[1:] if name in vars(base)]
+                base = next((base for base in bases if base.__module__.split(".")[0] == "transformers"), None)
+                method = base and vars(base)[name]
+                is_method = callable(method) or isinstance(method, (classmethod, staticmethod, property))
+                if is_method and not getattr(method, "__isabstractmethod__", False):
+                    signature = inspect.signature(getattr(base, name))
+                    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+                    found[f"{cls.__name__}.{name}"] = str(inspect.Signature(parameters))
+    return found
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_an_overridden_method_of_transformers_has_the_signature_that_we_know(name, overridden):
+    assert overridden[name] == OVERRIDDEN[name]
+
+
+def test_few_private_methods_of_transformers_are_overridden_and_the_docs_list_them(overridden):
+    page = (ROOT / "docs" / "transformers.md").read_text()
+    assert set(overridden) == set(OVERRIDDEN) == set(re.findall(r"^\| `(\w+\.\w+)` \|", page, re.MULTILINE))
+    assert len(overridden) <= 12
 
 
 def test_everything_public_is_exported_and_documented():
