@@ -118,16 +118,8 @@ class TransfusionDataCollator:
         if not features:
             raise ValueError("`features` must hold at least one sample; got none.")
         texts, images, latents, limits, masks = zip(*map(self._read, features), strict=True)
-        batch = dict(
-            self.processor(
-                text=list(texts),
-                images=[*chain(*images)],
-                latents=[*chain(*latents)],
-                return_labels=True,
-                padding=True,
-                padding_side="right",
-            )
-        )
+        contents = {"text": list(texts), "images": [*chain(*images)], "latents": [*chain(*latents)]}
+        batch = dict(self.processor(**contents, return_labels=True, padding=True, padding_side="right"))
         if any(limits):
             batch["max_timesteps"] = torch.tensor([*chain(*limits)])
             batch["image_loss_mask"] = torch.tensor([*chain(*masks)])
@@ -167,14 +159,12 @@ class TransfusionDataCollator:
                 end, num_kept = self._find_cut(i, sample, max_length)
                 ids[i], labels[i], images[i] = sample[:end], labels[i][:end], images[i][:num_kept]
         packed: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "position_ids": []}
+        pad_token_id = self.processor.tokenizer.pad_token_id
         rows = first_fit([len(sample) for sample in ids], max_length)
         for row in rows:
             lengths = [len(ids[i]) for i in row]
             padding = max_length - sum(lengths)
-            for name, samples, value in (
-                ("input_ids", ids, self.processor.tokenizer.pad_token_id),
-                ("labels", labels, -100),
-            ):
+            for name, samples, value in (("input_ids", ids, pad_token_id), ("labels", labels, -100)):
                 packed[name].append(pad(torch.cat([samples[i] for i in row]), (0, padding), value=value))
             packed["position_ids"].append(torch.cat([torch.arange(length) for length in (*lengths, padding)]))
         result: dict[str, Any] = {name: torch.stack(tensors) for name, tensors in packed.items()}
