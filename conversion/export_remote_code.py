@@ -30,8 +30,7 @@ def export_remote_code(folder: Path) -> None:
             AutoProcessor.from_pretrained(folder).save_pretrained(aside)
         # The files that name the code come last, once all of it is there.
         for file in sorted(Path(aside).iterdir(), key=lambda file: file.name.endswith("config.json")):
-            if file.name != "README.md" or not (folder / file.name).exists():
-                os.replace(file, folder / file.name)
+            os.replace(file, folder / file.name)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,5 +1,7 @@
 """Transfusion (Zhou et al., arXiv 2408.11039) for Hugging Face."""
 
+# ruff: noqa: E402 - the version of transformers is checked before anything imports it
+
 import warnings
 from importlib.metadata import requires, version
 
@@ -10,7 +12,7 @@ NEWEST_TESTED_TRANSFORMERS = "5.24"
 
 
 def _check_transformers() -> None:
-    """The lowest version stands in pyproject.toml. A newer one than was tested may work: it is a warning only."""
+    """Raises below the version required by pyproject.toml, and warns above the newest that was tested."""
     installed = Version(version("transformers"))
     requirements = [Requirement(requirement) for requirement in requires("transfusion-hf") or []]
     supported = next(r.specifier for r in requirements if r.name == "transformers")
@@ -29,7 +31,7 @@ def _check_transformers() -> None:
 
 _check_transformers()
 
-from transformers import (  # noqa: E402 - only once the version is known to fit
+from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -38,34 +40,34 @@ from transformers import (  # noqa: E402 - only once the version is known to fit
     AutoModelForMultimodalLM,
     AutoProcessor,
 )
-from transformers.pipelines import PIPELINE_REGISTRY  # noqa: E402
+from transformers.pipelines import PIPELINE_REGISTRY
 
-from .attention_transfusion import set_varlen_kernel, varlen_kernels  # noqa: E402
-from .cli.streamers import StreamedImage, TransfusionStreamer  # noqa: E402
-from .configuration_transfusion import TransfusionConfig, paper_vae_config  # noqa: E402
-from .conversion import language_model as _language_model  # noqa: E402, F401 - attaches `from_causal_lm`
-from .data.collator import TransfusionDataCollator  # noqa: E402
-from .generation_transfusion import TransfusionGenerateOutput  # noqa: E402
-from .image_processing_transfusion import TransfusionImageProcessor  # noqa: E402
-from .modeling_transfusion import (  # noqa: E402
+from .attention_transfusion import set_varlen_kernel, varlen_kernels
+from .cli.streamers import StreamedImage, TransfusionStreamer
+from .configuration_transfusion import TransfusionConfig, paper_vae_config
+from .conversion import language_model as _language_model  # noqa: F401 - attaches `from_causal_lm`
+from .data.collator import TransfusionDataCollator
+from .generation_transfusion import TransfusionGenerateOutput
+from .image_processing_transfusion import TransfusionImageProcessor
+from .modeling_transfusion import (
     SUPPORTED_TEXT_MODELS,
     TransfusionCausalLMOutputWithPast,
     TransfusionForCausalLMAndDiffusion,
     TransfusionModel,
     TransfusionPreTrainedModel,
 )
-from .pipelines_transfusion import (  # noqa: E402
+from .pipelines_transfusion import (
     InterleavedGenerationPipeline,
     TextToImagePipeline,
     TransfusionAnyToAnyPipeline,
     TransfusionPipeline,
     TransfusionTextGenerationPipeline,
 )
-from .processing_transfusion import TransfusionProcessor, make_labels  # noqa: E402
-from .training.callbacks import TransfusionEMACallback, TransfusionSamplesCallback  # noqa: E402
-from .training.plans import set_trainable  # noqa: E402
-from .training.trainer import TransfusionTrainer  # noqa: E402
-from .vae.attach import attach_vae, measure_latent_scale  # noqa: E402
+from .processing_transfusion import TransfusionProcessor, make_labels
+from .training.callbacks import TransfusionEMACallback, TransfusionSamplesCallback
+from .training.plans import set_trainable
+from .training.trainer import TransfusionTrainer
+from .vae.attach import attach_vae, measure_latent_scale
 
 AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig)
 AutoModel.register(TransfusionConfig, TransfusionModel)
@@ -77,15 +79,11 @@ for _task, _class in (
     ("text-to-image", TextToImagePipeline),
     ("interleaved-generation", InterleavedGenerationPipeline),
 ):
-    PIPELINE_REGISTRY.register_pipeline(
-        _task, pipeline_class=_class, pt_model=AutoModelForMultimodalLM, type="multimodal"
-    )
-# Other models get the library's own pipelines from these two.
-for _task, _class in (
-    ("any-to-any", TransfusionAnyToAnyPipeline),
-    ("text-generation", TransfusionTextGenerationPipeline),
-):
-    PIPELINE_REGISTRY.supported_tasks[_task] = {**PIPELINE_REGISTRY.supported_tasks[_task], "impl": _class}
+    PIPELINE_REGISTRY.register_pipeline(_task, _class, pt_model=AutoModelForMultimodalLM, type="multimodal")
+_tasks = PIPELINE_REGISTRY.supported_tasks
+# From these two, other models get the library's own pipelines.
+_tasks["any-to-any"] = {**_tasks["any-to-any"], "impl": TransfusionAnyToAnyPipeline}
+_tasks["text-generation"] = {**_tasks["text-generation"], "impl": TransfusionTextGenerationPipeline}
 
 __version__ = version("transfusion-hf")
 __all__ = [
