@@ -137,6 +137,25 @@ def test_saved_and_loaded_it_is_the_same_and_a_tied_checkpoint_is_copied(tmp_pat
     torch.testing.assert_close(grown(**features).logits, tied(**features).logits, atol=1e-5, rtol=1e-5)
 
 
+def test_image_weights_that_a_checkpoint_lacks_are_copies_and_the_others_its_own(tmp_path):
+    untied, _ = pair()
+    weights = untied.state_dict()
+    lacking = [name for name in weights if ".layers.0.image." in name or ".layers.1.image.mlp.up_proj" in name]
+    untied.save_pretrained(tmp_path, state_dict={n: value for n, value in weights.items() if n not in lacking})
+    loaded = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, weights[name.replace(".image.", ".") if name in lacking else name]), name
+
+
+def test_initialising_a_trained_model_again_leaves_its_image_weights():
+    untied = TransfusionForCausalLMAndDiffusion(tiny.config(**UNTIED))
+    with torch.no_grad():
+        for _, image, _ in image_parameters(untied):
+            image.add_(1)
+    untied.init_weights()
+    assert not any(torch.equal(image, text) for _, image, text in image_parameters(untied))
+
+
 def test_text_weights_are_copied_on_demand():
     untied, tied = pair()
     features = interleaved()

@@ -122,6 +122,15 @@ def test_one_token_behind_a_cache_is_checked_like_any_input():
         model(patch, **kwargs)
 
 
+def test_the_cache_may_still_be_called_past_key_values():
+    model, ids = tiny.model(), torch.tensor([[5, 6]])
+    for part in (model, model.model):
+        cache = DynamicCache()
+        with pytest.warns(FutureWarning, match="`past_key_values` is deprecated"):
+            output = part(ids, past_key_values=cache, use_cache=True)
+        assert output.cache is output.past_key_values is cache and cache.get_seq_length() == 2
+
+
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
 @pytest.mark.parametrize("form", ["plain", "dict"])
 def test_stock_flash_attention_is_refused_with_the_reason(implementation, form):
@@ -132,9 +141,8 @@ def test_stock_flash_attention_is_refused_with_the_reason(implementation, form):
     with pytest.raises(ValueError, match=r"silently drop the bidirectional image blocks.*'sdpa'"):
         TransfusionForCausalLMAndDiffusion(config)
     model = tiny.model()
-    if form == "plain":
-        with pytest.raises(ValueError, match="silently drop"):
-            model.set_attn_implementation(requested)
+    with pytest.raises(ValueError, match="silently drop"):
+        model.set_attn_implementation(requested)
     model.config.text_config._attn_implementation = implementation
     with pytest.raises(ValueError, match="silently drop"):
         model(torch.tensor([[5, 6]]))

@@ -274,9 +274,9 @@ class FlashAttnKernel(TorchCudaKernel):
         return grads
 
 
-# In the order of preference.
-_KERNELS: tuple[Any, ...] = (TorchCudaKernel, FlashAttnKernel, TorchCpuKernel)
-_chosen: dict[str, Any] = {}  # by device, for the whole process
+Kernel = type[TorchCpuKernel] | type[TorchCudaKernel]
+_KERNELS: tuple[Kernel, ...] = (TorchCudaKernel, FlashAttnKernel, TorchCpuKernel)  # in the order of preference
+_chosen: dict[str, Kernel | None] = {}  # by device, for the whole process
 
 
 def varlen_kernels() -> dict[str, str]:
@@ -313,7 +313,7 @@ def set_varlen_kernel(name: str) -> None:
     _chosen[kernel.device_type] = kernel
 
 
-def _choose(device_type: str) -> Any:
+def _choose(device_type: str) -> Kernel | None:
     """The kernel of a device, chosen once; `None` where there is none."""
     if device_type not in _chosen:
         here = (kernel for kernel in _KERNELS if kernel.device_type == device_type and not kernel.unavailable())
@@ -321,7 +321,7 @@ def _choose(device_type: str) -> Any:
     return _chosen[device_type]
 
 
-def _kernel_for(query: torch.Tensor) -> Any:
+def _kernel_for(query: torch.Tensor) -> Kernel:
     """The kernel for a tensor's device, once it is sure to take it."""
     kernel = _choose(query.device.type)
     if kernel is None:

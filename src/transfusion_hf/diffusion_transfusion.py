@@ -7,6 +7,9 @@ t = T − 1, almost pure noise; a clean image is conditioned on as t = 0. Everyt
 
 A model may predict ε, as in the paper, v, x_0 or the flow. With flow matching (arXiv 2210.02747) there is no ᾱ:
 x_t = (1 − t/T)·x_0 + (t/T)·ε for t from 1 to T, and the target is ε − x_0.
+
+Images come in stacks of shape `(num_images, channels, height, width)`, one size each; what each image has once, such
+as t, has shape `(num_images,)` over all stacks.
 """
 
 import copy
@@ -24,6 +27,7 @@ from transformers import PreTrainedConfig
 
 from .configuration_transfusion import TransfusionConfig
 
+Stacks = Sequence[torch.Tensor]
 _PIECE = 2**24  # logits that are worked on at a time
 
 
@@ -154,13 +158,8 @@ def _generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(seed))
 
 
-def content_seeds(stacks: Sequence[torch.Tensor]) -> list[int]:
-    """
-    A seed for each image from its own values: evaluation then sees the same t and ε however the data are batched.
-
-    Args:
-        stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): One image after the other.
-    """
+def content_seeds(stacks: Stacks) -> list[int]:
+    """A seed for each image from its own values: evaluation sees the same t and ε however the data are batched."""
     return [zlib.crc32(image.cpu().contiguous().numpy().tobytes()) for stack in stacks for image in stack.float()]
 
 
@@ -171,9 +170,6 @@ def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | Non
     Args:
         max_timesteps (`torch.LongTensor` of shape `(num_images,)`)
         seeds (`list[int]`, *optional*): One per image; otherwise torch's global generator decides.
-
-    Returns:
-        `torch.LongTensor` of shape `(num_images,)`.
     """
     if seeds is None:
         uniform = torch.rand(max_timesteps.shape, device=max_timesteps.device)
@@ -191,41 +187,27 @@ def check_timesteps(timesteps: torch.Tensor, num_images: int, last: int) -> None
         )
 
 
-def sample_noise(stacks: Sequence[torch.Tensor], seeds: Sequence[int] | None = None) -> list[torch.Tensor]:
+def sample_noise(stacks: Stacks, seeds: Sequence[int] | None = None) -> list[torch.Tensor]:
     """
     Draws ε ~ N(0, 1) for each image, in its shape, dtype and on its device.
 
     Args:
-        stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): One image after the other.
         seeds (`list[int]`, *optional*): One per image; otherwise torch's global generator decides.
     """
     if seeds is None:
         return [torch.randn_like(stack) for stack in stacks]
     # Drawn on the CPU, so that a seed means the same on every device; the offset keeps ε apart from the draw of t.
-    images = [image for stack in stacks for image in stack]
-    noise = [
-        torch.randn(image.shape, generator=_generator(seed + 1), dtype=image.dtype)
-        for image, seed in zip(images, seeds, strict=True)
+    generators = iter([_generator(seed + 1) for seed in seeds])
+    return [
+        torch.stack([torch.randn(x.shape, generator=next(generators), dtype=x.dtype) for x in stack]).to(stack.device)
+        for stack in stacks
     ]
-    rows = iter(noise)
-    return [torch.stack([next(rows) for _ in stack]).to(stack.device) for stack in stacks]
 
 
 def add_noise(
-    noise_scheduler: SchedulerMixin,
-    x_0: Sequence[torch.Tensor],
-    eps: Sequence[torch.Tensor],
-    timesteps: torch.LongTensor,
+    noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.LongTensor
 ) -> list[torch.Tensor]:
-    """
-    x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (Eq. 2), or between x_0 and ε on a straight line.
-
-    Args:
-        noise_scheduler (`SchedulerMixin`)
-        x_0 (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): One image after the other.
-        eps (`list[torch.Tensor]`): In the shapes of `x_0`.
-        timesteps (`torch.LongTensor` of shape `(num_images,)`): Over all stacks.
-    """
+    """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (Eq. 2); with flow matching on the straight line from x_0 to ε."""
     if is_flow(noise_scheduler):
         sigmas = _per_stack(timesteps / noise_scheduler.config.num_train_timesteps, x_0)
         return [x + s.to(x)[:, None, None, None] * (e - x) for x, e, s in zip(x_0, eps, sigmas, strict=True)]
@@ -233,21 +215,14 @@ def add_noise(
     return [noise_scheduler.add_noise(x, e, t) for x, e, t in parts]
 
 
-def _per_stack(values: torch.Tensor, stacks: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def _per_stack(values: torch.Tensor, stacks: Stacks) -> tuple[torch.Tensor, ...]:
     return values.split([len(stack) for stack in stacks])
 
 
 def prediction_targets(
-    noise_scheduler: SchedulerMixin,
-    x_0: Sequence[torch.Tensor],
-    eps: Sequence[torch.Tensor],
-    timesteps: torch.LongTensor,
+    noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.LongTensor
 ) -> list[torch.Tensor]:
-    """
-    What the model is to predict: ε (Eq. 3), v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0 (arXiv 2202.00512), x_0, or ε − x_0.
-
-    Args: As [`add_noise`].
-    """
+    """What to predict: ε (Eq. 3), v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0 (arXiv 2202.00512), x_0, or ε − x_0 (flow matching)."""
     if is_flow(noise_scheduler):
         return [e - x for x, e in zip(x_0, eps, strict=True)]
     prediction_type = noise_scheduler.config.prediction_type
@@ -257,7 +232,7 @@ def prediction_targets(
     return list(x_0 if prediction_type == "sample" else eps)
 
 
-def chosen_rows(stacks: Sequence[torch.Tensor], mask: torch.BoolTensor) -> list[list[int]]:
+def chosen_rows(stacks: Stacks, mask: torch.BoolTensor) -> list[list[int]]:
     """The images of each stack that a mask `(num_images,)` over all of them chooses (one device synchronisation)."""
     chosen = iter(mask.tolist())
     return [[i for i in range(len(stack)) if next(chosen)] for stack in stacks]
@@ -265,7 +240,7 @@ def chosen_rows(stacks: Sequence[torch.Tensor], mask: torch.BoolTensor) -> list[
 
 def noise_images(
     noise_scheduler: SchedulerMixin,
-    x_0: Sequence[torch.Tensor],
+    x_0: Stacks,
     timesteps: torch.LongTensor | None = None,
     max_timesteps: torch.LongTensor | None = None,
     image_loss_mask: torch.BoolTensor | None = None,
@@ -275,7 +250,6 @@ def noise_images(
     The forward diffusion of a training step: draws t and ε, and noises the images in `image_loss_mask`.
 
     Args:
-        x_0 (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): One image after the other.
         timesteps, max_timesteps, image_loss_mask, seeds: As in `TransfusionForCausalLMAndDiffusion.forward`.
 
     Returns:
@@ -317,14 +291,7 @@ def noise_images(
 def predicted_x_0(
     noise_scheduler: SchedulerMixin, x_t: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor
 ) -> torch.Tensor:
-    """
-    What x_t is on the way to, by the model's prediction.
-
-    Args:
-        noise_scheduler (`SchedulerMixin`): That of the training.
-        x_t (`torch.Tensor` of shape `(num_images, channels, height, width)`), prediction (`torch.Tensor`): At one t.
-        t (`torch.Tensor` of shape `()`)
-    """
+    """What x_t of shape `(num_images, channels, height, width)` leads to, by a prediction at one t of shape `()`."""
     if is_flow(noise_scheduler):
         return x_t - t / noise_scheduler.config.num_train_timesteps * prediction
     alpha_bar = noise_scheduler.alphas_cumprod[int(t)].to(x_t)
@@ -339,13 +306,8 @@ def predicted_x_0(
     return x_0.clamp(-1, 1) if noise_scheduler.config.clip_sample else x_0
 
 
-def image_losses(predictions: Sequence[torch.Tensor], targets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """
-    The mean squared error of each image (Eq. 3).
-
-    Returns:
-        `torch.Tensor` of shape `(num_images,)`, over all stacks.
-    """
+def image_losses(predictions: Stacks, targets: Stacks) -> torch.Tensor:
+    """The mean squared error of each image (Eq. 3)."""
     return torch.cat([(p - t).square().flatten(1).mean(1) for p, t in zip(predictions, targets, strict=True)])
 
 
@@ -362,10 +324,7 @@ def mean_image_loss(
         losses (`torch.FloatTensor` of shape `(num_noised_images,)`)
         num_labels (`torch.LongTensor` of shape `()`): Labels in this micro-batch.
         num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labels in the batch: weights the mean by the share.
-        num_images_in_batch (`torch.Tensor` or `int`, *optional*): Noised images in the batch: the exact part.
-
-    Raises:
-        ValueError: a batch without labels.
+        num_images_in_batch (`torch.Tensor` or `int`, *optional*): Noised images in the batch, for the exact part.
     """
     if num_images_in_batch is not None:
         return losses.sum() / num_images_in_batch
@@ -420,18 +379,12 @@ class _CrossEntropyInPlace(torch.autograd.Function):
 def sum_cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     The sum of −log softmax(logits)[target] (L_LM, Eq. 1), in at least float32. In place: float32 and float64 logits
-    hold nothing useful afterwards. The backward pass then needs no memory beyond theirs; `F.cross_entropy` takes three
-    times as much.
+    hold nothing useful afterwards, and the backward pass, which runs once, needs no memory beyond theirs;
+    `F.cross_entropy` takes three times as much.
 
     Args:
         logits (`torch.FloatTensor` of shape `(num_labels, vocab)`)
         targets (`torch.LongTensor` of shape `(num_labels,)`)
-
-    Returns:
-        `torch.FloatTensor` of shape `()`.
-
-    Raises:
-        RuntimeError: a second backward pass.
     """
     return _CrossEntropyInPlace.apply(at_least_float32(logits), targets)
 
@@ -439,18 +392,7 @@ def sum_cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 def sum_cross_entropy_by_liger(
     hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor, text_config: PreTrainedConfig
 ) -> torch.Tensor:
-    """
-    Fused LM head and cross-entropy (Liger), which computes the logits in pieces and keeps none.
-
-    Args:
-        hidden_states (`torch.FloatTensor` of shape `(num_labels, hidden)`)
-        head (`nn.Linear`)
-        targets (`torch.LongTensor` of shape `(num_labels,)`)
-        text_config (`PreTrainedConfig`)
-
-    Raises:
-        ImportError: Liger is not installed.
-    """
+    """Fused LM head and cross-entropy (Liger): [`sum_cross_entropy_`] of the head's logits, of which it keeps none."""
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ImportError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -375,8 +376,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         super().__init__(config)
         text_config = config.text_config
         self.model = TransfusionModel(config)
-        has_bias = text_config.model_type == "phi"
-        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=has_bias)
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=text_config.model_type == "phi")
         self._noise_scheduler = None
         self.use_liger_loss = False
         # Otherwise the library ignores custom entries of `generation_config.json` on loading.
@@ -393,7 +393,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
     @property
-    def noise_scheduler(self):
+    def noise_scheduler(self) -> SchedulerMixin:
         """
         The scheduler of the training: a `DDPMScheduler`, or for flow matching a `FlowMatchEulerDiscreteScheduler`.
         Other samplers are made from its config: `DDIMScheduler.from_config(model.noise_scheduler.config)`.
@@ -437,12 +437,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
 
     def init_patch_parts(self, embedding: torch.Tensor | None = None) -> None:
         """
-        New patch encoder and decoder, as a trained language model needs them: patches enter as large as its words, and
-        the first prediction is 0.
-
-        Args:
-            embedding (`torch.FloatTensor` of shape `(vocab, hidden)`, *optional*):
-                The weights whose size, device and dtype they get; default the model's own.
+        New patch encoder and decoder for a trained language model: patches enter as large as its words, and the first
+        prediction is 0. They take size, device and dtype from `embedding` of shape `(vocab, hidden)`; default its own.
         """
         weight = self.get_input_embeddings().weight.detach() if embedding is None else embedding
         parts = nn.ModuleList(type(part)(self.config) for part in (self.model.patch_encoder, self.model.patch_decoder))
