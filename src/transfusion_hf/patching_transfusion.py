@@ -337,18 +337,7 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
 
 
 __all__ = [
-    "FrozenLinear",
-    "KeepFloat32",
-    "TransfusionLinearPatchDecoder",
-    "TransfusionLinearPatchEncoder",
-    "TransfusionTimestepEmbedding",
-    "TransfusionUNetPatchDecoder",
-    "TransfusionUNetPatchEncoder",
-    "TransfusionVAE",
-    "apply_by_size",
-    "fit_patch_parts",
-    "patchify",
-    "sincos_positions",
-    "stack_images",
-    "unpatchify",
-]
+    "FrozenLinear", "KeepFloat32", "TransfusionLinearPatchDecoder", "TransfusionLinearPatchEncoder",
+    "TransfusionTimestepEmbedding", "TransfusionUNetPatchDecoder", "TransfusionUNetPatchEncoder", "TransfusionVAE",
+    "apply_by_size", "fit_patch_parts", "patchify", "sincos_positions", "stack_images", "unpatchify",
+]  # fmt: skip

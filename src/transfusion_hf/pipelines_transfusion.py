@@ -282,9 +282,6 @@ def _as_list(value: Any) -> list[Any]:
 
 
 __all__ = [
-    "InterleavedGenerationPipeline",
-    "TextToImagePipeline",
-    "TransfusionAnyToAnyPipeline",
-    "TransfusionPipeline",
+    "InterleavedGenerationPipeline", "TextToImagePipeline", "TransfusionAnyToAnyPipeline", "TransfusionPipeline",
     "TransfusionTextGenerationPipeline",
-]
+]  # fmt: skip

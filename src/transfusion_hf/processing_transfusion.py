@@ -45,15 +45,11 @@ _PLAIN_CHAT_TEMPLATE = (
 def _chat_template(template: str, image_token: str) -> str:
     """Makes a template for text accept messages whose content is a list of texts and images."""
     flatten = (
-        "{%- set flat = namespace(messages=[]) -%}"
-        "{%- for message in messages -%}"
-        "{%- if message['content'] is string -%}{%- set flat.messages = flat.messages + [message] -%}"
-        "{%- else -%}{%- set content = namespace(text='') -%}"
-        "{%- for part in message['content'] -%}"
-        "{%- if part['type'] == 'image' -%}{%- set content.text = content.text + IMAGE -%}"
-        "{%- else -%}{%- set content.text = content.text + part['text'] -%}{%- endif -%}"
-        "{%- endfor -%}"
-        "{%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}{%- endif -%}"
+        "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
+        "{%- set given, content = message['content'], namespace(text='') -%}"
+        "{%- for part in ([{'type': 'text', 'text': given}] if given is string else given) -%}"
+        "{%- set content.text = content.text + (IMAGE if part['type'] == 'image' else part['text']) -%}{%- endfor -%}"
+        "{%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}"
         "{%- endfor -%}{%- set messages = flat.messages -%}"
     )
     return flatten.replace("IMAGE", repr(image_token)) + template
@@ -145,9 +141,8 @@ class TransfusionProcessor(ProcessorMixin):
         defaults = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
         tokens = {name: kwargs.pop(name, default) for name, default in defaults.items()}
         vocabulary = tokenizer.get_vocab()
-        new = [
-            AddedToken(token, special=True, normalized=False) for token in tokens.values() if token not in vocabulary
-        ]
+        missing = [token for token in tokens.values() if token not in vocabulary]
+        new = [AddedToken(token, special=True, normalized=False) for token in missing]
         tokenizer.add_tokens(new, special_tokens=True)
         if tokenizer.pad_token is None:
             # Not the end of sequence: logits processors that read the history would see it in every padded row.
