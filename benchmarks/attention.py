@@ -1,17 +1,13 @@
 """
-Attention backends against each other on packed rows with image blocks: one layer, forward and forward + backward, and
-the training step of a small model. All backends are timed in turn, round after round, and compared within each round.
+Compares attention backends on packed rows with image blocks: one layer, forward and forward + backward, and the
+training step of a small model. All backends are timed in turn within each round.
 
     python benchmarks/attention.py [--tokens 2048] [--device cuda] [--output_dir benchmarks/results]
 
-Prints a Markdown table of ratios (dense SDPA / backend: how many times faster) and writes it with a PNG.
+Prints a Markdown table of ratios (dense SDPA / backend: how many times faster) and writes it with a picture.
 """
 
-import argparse
-import datetime
-import platform
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
+from ratios import in_turn, make_parser, median_and_range, quotients, setting
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm.auto import tqdm
 from transformers import LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
@@ -34,7 +30,7 @@ BOI, IMG, EOI = 1, 2, 3
 
 
 def layout(tokens: int, num_documents: int, num_images: int, patches: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and positions of one row: equal documents, the images spread evenly over them."""
+    """Ids and positions of one row of equal documents, with the images spread evenly over them."""
     length, images = tokens // num_documents, num_images // num_documents
     image = [BOI] + [IMG] * patches + [EOI]
     text = (length - images * len(image)) // (images + 1)
@@ -45,34 +41,13 @@ def layout(tokens: int, num_documents: int, num_images: int, patches: int) -> tu
 
 
 def dense_mask(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """`(1, 1, tokens, tokens)`: Fig. 4 within each document."""
+    """The mask of Fig. 4 within each document, `(1, 1, tokens, tokens)`."""
     documents = (positions[0] == 0).cumsum(0)
     blocks = image_block_ids(ids, IMG)[0]
     order = torch.arange(ids.shape[1])
     causal = order[:, None] >= order[None]
     same_image = (blocks[:, None] == blocks[None]) & (blocks[:, None] >= 0)
     return ((causal | same_image) & (documents[:, None] == documents[None]))[None, None]
-
-
-def sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def in_turn(
-    runs: dict[str, Callable[[], object]], rounds: int, device: torch.device, label: str
-) -> dict[str, list[float]]:
-    """Seconds of each run in each round, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for number in tqdm(range(rounds + 1), desc=label, leave=False):
-        for name, run in runs.items():
-            sync(device)
-            start = time.perf_counter()
-            run()
-            sync(device)
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def layer_runs(ids, positions, heads: int, dim: int, device, dtype, backward: bool) -> dict[str, Callable[[], object]]:
@@ -113,7 +88,7 @@ def layer_runs(ids, positions, heads: int, dim: int, device, dtype, backward: bo
     else:
         runs["dense"] = lambda: dense([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH])
     runs["eager"] = through_transformers("eager")
-    if device.type == "cuda" or not backward:  # it has no backward pass on the CPU
+    if device.type == "cuda" or not backward:  # no backward pass on the CPU
         runs["flex_attention"] = through_transformers("flex_attention")
     runs["transfusion_varlen"] = lambda: varlen(plan)
     runs["causal alone, same kernel"] = lambda: varlen(causal)
@@ -121,7 +96,7 @@ def layer_runs(ids, positions, heads: int, dim: int, device, dtype, backward: bo
 
 
 def model_runs(ids, positions, device, dtype) -> dict[str, Callable[[], object]]:
-    """Training steps of a model of about 20M parameters, without the optimizer."""
+    """Training steps of a model of about 20M parameters, without optimizer."""
     config = TransfusionConfig(
         text_config=LlamaConfig(
             vocab_size=4096, hidden_size=512, intermediate_size=1536, num_hidden_layers=5, num_attention_heads=8
@@ -150,16 +125,14 @@ def model_runs(ids, positions, device, dtype) -> dict[str, Callable[[], object]]
 
 
 def table(rows: list[tuple[str, dict[str, list[float]]]]) -> tuple[str, list[tuple[str, str, float]]]:
-    """Medians of the ratios of each round, the first backend over each."""
+    """The time of a layout's first backend over that of each, as the median over rounds."""
     lines, ratios = ["| layout | backend | first / this, median | min–max | median ms |", "|---|---|---|---|---|"], []
     for label, seconds in rows:
         first = next(iter(seconds.values()))
         for name, own in seconds.items():
-            quotients = [a / b for a, b in zip(first, own, strict=True)]
-            median = statistics.median(quotients)
-            spread = f"{min(quotients):.2f}–{max(quotients):.2f}"
-            lines.append(f"| {label} | {name} | {median:.2f} | {spread} | {1e3 * statistics.median(own):.1f} |")
-            ratios.append((label, name, median))
+            speedups, milliseconds = quotients(first, own), 1e3 * statistics.median(own)
+            lines.append(f"| {label} | {name} | {median_and_range(speedups, 2)} | {milliseconds:.1f} |")
+            ratios.append((label, name, statistics.median(speedups)))
     return "\n".join(lines), ratios
 
 
@@ -174,17 +147,18 @@ def plot(ratios: list[tuple[str, str, float]], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = make_parser(__doc__, rounds=7, device="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, help="per row; default 4096 on CUDA, 2048 on the CPU")
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
+    parser.add_argument("--heads", type=int, help="default 32 on CUDA, 8 on the CPU")
+    parser.add_argument("--dim", type=int, help="of a head; default 128 on CUDA, 64 on the CPU")
     args = parser.parse_args()
-    device = torch.device(args.device)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokens = args.tokens or (4096 if device.type == "cuda" else 2048)
+    device, is_cuda = args.device, args.device.type == "cuda"
+    dtype = torch.bfloat16 if is_cuda else torch.float32
+    tokens, heads, dim = (
+        args.tokens or (2048, 4096)[is_cuda],
+        args.heads or (8, 32)[is_cuda],
+        args.dim or (64, 128)[is_cuda],
+    )
     torch.manual_seed(0)
 
     rows = []
@@ -192,23 +166,21 @@ def main() -> None:
         ids, positions = layout(tokens, num_documents, num_images=8, patches=tokens // 16)
         for backward in (False, True):
             label = f"layer, {num_documents} × {tokens // num_documents}, forward{' + backward' if backward else ''}"
-            runs = layer_runs(ids, positions, args.heads, args.dim, device, dtype, backward)
+            runs = layer_runs(ids, positions, heads, dim, device, dtype, backward)
             rows.append((label, in_turn(runs, args.rounds, device, label)))
     ids, positions = layout(tokens, 4, num_images=4, patches=256)
     label = f"20M model, 4 × {tokens // 4}, forward + backward"
     rows.append((label, in_turn(model_runs(ids, positions, device, dtype), args.rounds, device, label)))
 
-    text, ratios = table(rows)
-    hardware = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    header = (
-        f"# Attention\n\n{datetime.date.today()}, {hardware}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, {dtype}, {args.heads} heads of {args.dim}, {tokens} tokens; layers with 8 "
-        f"images of {tokens // 16} patches, the model with 4 of 256; kernels {varlen_kernels()}.\n\n"
+    body, ratios = table(rows)
+    text = (
+        f"# Attention\n\n{setting(device)}, {dtype}, {heads} heads of {dim}, {tokens} tokens; layers with 8 images of "
+        f"{tokens // 16} patches, the model with 4 of 256; kernels {varlen_kernels()}.\n\n{body}\n"
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / f"attention_{device.type}.md").write_text(header + text + "\n")
+    (args.output_dir / f"attention_{device.type}.md").write_text(text)
     plot(ratios, args.output_dir / f"attention_{device.type}.png")
-    print(header + text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,28 @@
 """
-Front ends against each other, as Table 5 of the paper has them: linear and U-Net, each causal and bidirectional inside
-an image. Models of the quickstart's size, real digits, a fixed number of steps, several seeds.
+Compares front ends as in the paper's Table 5: linear and U-Net, each causal and bidirectional inside an image. Models
+have the quickstart's size and train on real digits for a fixed number of steps, with several seeds.
 
     python benchmarks/front_ends.py [--max_steps 600] [--num_seeds 3] [--output_dir benchmarks/results]
 
-Writes a table of mean and spread, and a picture of it. Results are kept run by run: a second call goes on.
+Writes a table of means and ranges, and a picture of it. Each run's result is kept, so a second call continues.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from PIL import Image
-from sklearn.svm import SVC
+from ratios import make_parser, setting, write
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm.auto import tqdm
 from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import quickstart
+from common import Judge, build_model, caption, draw, load_split, plt, read, share_read, train, train_tokenizer
 
 VARIANTS = {
     "linear, causal": {"patch_encoder": "linear", "bidirectional_image_attention": False},
@@ -41,7 +34,7 @@ METRICS = {"draw_accuracy": "drawn right", "caption_accuracy": "read right", "fr
 
 
 class DigitFeatures(torch.nn.Module):
-    """A small classifier of real digits; its last hidden layer gives the features of the Fréchet distance."""
+    """A small classifier of real digits. Its last hidden layer gives the features for the Fréchet distance."""
 
     num_features = 32
 
@@ -70,7 +63,7 @@ class DigitFeatures(torch.nn.Module):
 
 def as_tensor(pictures: list[Image.Image]) -> torch.Tensor:
     """`(num_images, 1, 8, 8)` in [0, 1]."""
-    return torch.from_numpy(quickstart.features(pictures)).view(-1, 1, 8, 8) / 255
+    return torch.from_numpy(Judge.features(pictures)).view(-1, 1, 8, 8) / 255
 
 
 def frechet_distance(features: DigitFeatures, real: list[Image.Image], drawn: list[Image.Image]) -> float:
@@ -80,28 +73,25 @@ def frechet_distance(features: DigitFeatures, real: list[Image.Image], drawn: li
     return float(metric.compute())
 
 
-def one_run(args, options: dict, seed: int, data, judge: SVC, features: DigitFeatures) -> dict:
+def one_run(args: argparse.Namespace, options: dict, seed: int, data, judge: Judge, features: DigitFeatures) -> dict:
     train_set, held_out = data
     set_seed(seed)
-    model, processor = quickstart.build_model(quickstart.train_tokenizer(), **options)
-    run = argparse.Namespace(max_steps=args.max_steps, learning_rate=args.learning_rate, seed=seed)
-    results = quickstart.train(run, model, processor, train_set, held_out, args.output_dir / "front_ends" / "model")
+    model, processor = build_model(train_tokenizer(), **options)
+    folder = args.output_dir / "front_ends" / "model"
+    results = train(model, processor, train_set, held_out, folder, args.max_steps, args.learning_rate, seed)
     model.eval()
     start = time.perf_counter()
-    drawn = quickstart.draw(model, processor, per_class=30)
-    blank = Image.new("L", (8, 8))
-    pictures = [picture or blank for _, picture in drawn]
-    verdicts = judge.predict(quickstart.features(pictures))
-    right = [picture is not None and v == label for (label, picture), v in zip(drawn, verdicts, strict=True)]
-    captions = quickstart.read(model, processor, held_out)
+    labels = [label for label in range(10) for _ in range(30)]
+    drawn = draw(model, processor, [caption(label) for label in labels])
+    captions = read(model, processor, held_out)
+    seconds = round(time.perf_counter() - start, 1)
+    pictures = [picture or Image.new("L", (8, 8)) for picture in drawn]
     return {
-        "draw_accuracy": float(np.mean(right)),
-        "caption_accuracy": float(np.mean([c == s["text"] for c, s in zip(captions, held_out, strict=True)])),
+        "draw_accuracy": float(judge.is_right(drawn, labels).mean()),
+        "caption_accuracy": share_read(captions, held_out),
         "frechet_distance": frechet_distance(features, [sample["image"] for sample in held_out], pictures),
-        "eval_loss": results["eval_loss"],
-        "parameters": results["parameters"],
-        "train_seconds": results["train_seconds"],
-        "generate_seconds": round(time.perf_counter() - start, 1),
+        "generate_seconds": seconds,
+        **{name: results[name] for name in ("eval_loss", "parameters", "train_seconds")},
     }
 
 
@@ -130,22 +120,17 @@ def plot(runs: dict[str, list[dict]], file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--max_steps", type=int, default=600)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--num_seeds", type=int, default=3)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args()
     (args.output_dir / "front_ends").mkdir(parents=True, exist_ok=True)
-    data = quickstart.load_split()
-    train_set, held_out = data
-    judge = SVC(gamma="scale").fit(
-        quickstart.features([s["image"] for s in train_set]), [s["label"] for s in train_set]
-    )
-    features = DigitFeatures(train_set)
+    data = train_set, held_out = load_split()
+    judge, features = Judge(train_set), DigitFeatures(train_set)
 
     runs: dict[str, list[dict]] = {name: [] for name in VARIANTS}
-    grid = [(seed, name) for seed in range(args.num_seeds) for name in VARIANTS]  # in turn, as the machine varies
+    grid = [(seed, name) for seed in range(args.num_seeds) for name in VARIANTS]  # in turn: the machine's speed varies
     for seed, name in tqdm(grid, desc="runs"):
         file = args.output_dir / "front_ends" / f"{args.max_steps}-{name.replace(', ', '-')}-{seed}.json"
         if not file.exists():
@@ -154,15 +139,13 @@ def main() -> None:
 
     real = frechet_distance(features, [s["image"] for s in held_out], [s["image"] for s in train_set[: len(held_out)]])
     text = (
-        f"# Front ends\n\n{datetime.date.today()}, {platform.machine()} CPU, torch {torch.__version__}: "
-        f"{args.max_steps} steps on real 8×8 digits, patches of 2, {args.num_seeds} seeds: mean (least–most). 300 "
-        f"drawings, 50 DDPM steps, guidance 3; {len(held_out)} held-out digits read. The Fréchet distance is that of "
-        "drawings to held-out digits, on the features of a classifier of real digits; that of as many training digits "
-        f"is {real:.3f}.\n\n{table(runs)}\n"
+        f"# Front ends\n\n{setting(args.device)}: {args.max_steps} steps on real 8×8 digits, patches of 2, "
+        f"{args.num_seeds} seeds: mean (least–most). 300 drawings, 50 DDPM steps, guidance 3; {len(held_out)} "
+        "held-out digits read. The Fréchet distance is between drawings and held-out digits, on the features of a "
+        f"classifier of real digits; between held-out and as many training digits it is {real:.3f}.\n\n{table(runs)}\n"
     )
-    (args.output_dir / "front_ends.md").write_text(text)
+    write(text, "front_ends", args)
     plot(runs, args.output_dir / "front_ends.png")
-    print(text)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """
-What `generate()` costs, in ratios of two things timed in turn: text decoding against transformers' own Llama, a
-denoising step behind a cached prefix against reading everything again, a batch of prompts against one after the other,
-and drawing against transfusion-pytorch (`pip install -e '.[benchmark]'`; left out where it is not installed). Then the
-share of a denoising step that is spent outside of the model, and on what.
+What `generate()` costs, in ratios of two things timed in turn: text decoding against transformers' Llama, a denoising
+step with a cached prefix against one without cache, a batch of prompts against one prompt after another, and drawing
+against transfusion-pytorch (`pip install -e '.[benchmark]'`, skipped if it is not installed). Then the share of a
+denoising step that is spent outside the model, and on what.
 
     python benchmarks/generate.py [--parts text cache batch peer overhead] [--output_dir benchmarks/results]
 
-Prints Markdown tables and writes them. `benchmarks/schedulers.py` says what the drawings are worth.
+Prints Markdown tables and writes them. `benchmarks/schedulers.py` measures the quality of the drawings.
 """
 
 import contextlib
@@ -21,17 +21,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from ratios import Row, clock, compare, num_passes, parse_arguments, report, table
+from ratios import Row, clock, compare, make_peer, num_passes, parse_arguments, report, table
 from transformers import LlamaForCausalLM
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import quickstart
+from common import build_model, caption, train_tokenizer
 
 
 def preset_model(device: torch.device, **kwargs) -> TransfusionForCausalLMAndDiffusion:
-    """The paper's smallest, with random weights and nothing that ends a text."""
+    """The paper's smallest model with random weights. Nothing ends a text."""
     torch.manual_seed(0)
     model = TransfusionForCausalLMAndDiffusion(TransfusionConfig.from_preset("0.16B", **kwargs)).to(device).eval()
     model.generation_config.update(eos_token_id=None, pad_token_id=0, num_inference_steps=4, image_guidance_scale=1.0)
@@ -41,7 +41,7 @@ def preset_model(device: torch.device, **kwargs) -> TransfusionForCausalLMAndDif
 def small_model(device: torch.device, **kwargs):
     """The quickstart's model, with random weights, and its processor."""
     torch.manual_seed(0)
-    model, processor = quickstart.build_model(quickstart.train_tokenizer(), **kwargs)
+    model, processor = build_model(train_tokenizer(), **kwargs)
     return model.to(device).eval(), processor
 
 
@@ -58,7 +58,7 @@ def text_rows(device: torch.device, rounds: int) -> list[Row]:
         "interleaved mode": lambda: model.generate(prompt, max_images=0, **kwargs).sequences,
         "LlamaForCausalLM.generate": lambda: llama.generate(prompt, **kwargs),
     }
-    # The same greedy ids from all, if the Llama may not say either what the others may not.
+    # All give the same greedy ids once the Llama, too, may not say the image tokens.
     never = [model.config.image_start_token_id, model.config.image_token_id, model.config.image_end_token_id]
     expected = llama.generate(prompt, suppress_tokens=never, **kwargs)
     is_equal = all(torch.equal(runs[name](), expected) for name in ("text mode", "interleaved mode"))
@@ -67,7 +67,7 @@ def text_rows(device: torch.device, rounds: int) -> list[Row]:
 
 
 def step_seconds(model, prompt: torch.Tensor, device: torch.device, **kwargs) -> float:
-    """The median of the denoising steps but the first, which reads the prompt, too."""
+    """Median over the denoising steps after the first, which also reads the prompt."""
     stamps: list[float] = []
     model.generate(
         prompt,
@@ -91,8 +91,8 @@ def cache_rows(device: torch.device, rounds: int) -> list[Row]:
 
 def batch_rows(device: torch.device, rounds: int) -> list[Row]:
     model, processor = small_model(device)
-    prompts = [processor(text=[quickstart.caption(label)]).to(device) for label in range(8)]
-    batch = processor(text=[quickstart.caption(label) for label in range(8)]).to(device)
+    prompts = [processor(text=[caption(label)]).to(device) for label in range(8)]
+    batch = processor(text=[caption(label) for label in range(8)]).to(device)
     kwargs = {"generation_mode": "image", "num_inference_steps": 25, "image_guidance_scale": 3.0}
     runs = {
         "8 prompts at once": lambda: model.generate(**batch, **kwargs),
@@ -102,9 +102,9 @@ def batch_rows(device: torch.device, rounds: int) -> list[Row]:
 
 
 def peer_rows(device: torch.device, rounds: int) -> list[Row]:
-    """Flow matching by Euler's method in both, a pass a step (the midpoint method has two); equal parameters."""
+    """Flow matching with Euler's method in both, one pass per step, and equal parameters."""
     if importlib.util.find_spec("transfusion_pytorch") is None:
-        print("transfusion-pytorch is not installed, its rows are left out: pip install -e '.[benchmark]'")
+        print("transfusion-pytorch is not installed, so its rows are skipped: pip install -e '.[benchmark]'")
         return []
     flow = {"prediction_type": "flow_prediction"}
     small, sizes = small_model(device, **flow)[0], {"dim": 76, "depth": 4, "dim_head": 20, "heads": 4}
@@ -117,20 +117,8 @@ def peer_rows(device: torch.device, rounds: int) -> list[Row]:
 
 
 def against_peer(label, model, sizes, batch_size: int, num_steps: int, scale: float, device, rounds) -> list[Row]:
-    from loguru import logger
-    from transfusion_pytorch import Transfusion
-
-    logger.disable("transfusion_pytorch")
-    config = model.config
-    side = config.latent_size[0] // config.patch_size
-    peer = Transfusion(
-        num_text_tokens=config.text_config.vocab_size - 134,  # it adds as many of its own
-        transformer=sizes,
-        dim_latent=config.latent_channels * config.patch_size**2,
-        modality_default_shape=(side, side),
-        odeint_kwargs={"method": "euler"},
-    )
-    peer.to(device).eval()
+    side = model.config.latent_size[0] // model.config.patch_size
+    peer = make_peer(model.config, sizes, device, odeint_kwargs={"method": "euler"}).eval()
     prompt = torch.randint(3, 180, (batch_size, 8), device=device)
     kwargs = {"generation_mode": "image", "num_inference_steps": num_steps, "image_guidance_scale": scale}
 
@@ -139,8 +127,8 @@ def against_peer(label, model, sizes, batch_size: int, num_steps: int, scale: fl
 
     def theirs():
         with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-            # It puts a start token before each prompt, takes steps between `modality_steps` times, and ends when
-            # there are more tokens than `max_length`: behind the image.
+            # It puts a start token before each prompt, takes steps between `modality_steps` points in time, and ends
+            # once there are more tokens than `max_length`, which is after the image.
             kwargs = {"force_modality_at_start": 0, "modality_steps": num_steps + 1, "max_length": side * side - 1}
             peer.sample_many(list(prompt[:, 1:]), cfg_scale=scale, **kwargs)
 
@@ -157,10 +145,10 @@ def against_peer(label, model, sizes, batch_size: int, num_steps: int, scale: fl
 
 
 def overhead_rows(device: torch.device, rounds: int) -> tuple[list[Row], str]:
-    """The share of all steps but the first outside of `TransfusionModel.forward`, and a profile of that share."""
+    """The share of time outside `TransfusionModel.forward` in all steps after the first, and a profile of it."""
     model, processor = small_model(device)
     inner, forward = model.model, model.model.forward
-    batch = processor(text=[quickstart.caption(label % 10) for label in range(16)]).to(device)
+    batch = processor(text=[caption(label % 10) for label in range(16)]).to(device)
     inside, num_steps = [], 50
 
     def timed(*args, **kwargs):
@@ -186,12 +174,12 @@ def overhead_rows(device: torch.device, rounds: int) -> tuple[list[Row], str]:
         remark = f"{own:.2f} of {statistics.median(milliseconds):.2f} ms; 16 prompts, DDPM"
         rows.append((f"outside the model, 1M, guidance {scale:g}", shares, 0.1, remark))
     profile = profile_outside(model, {**batch, **kwargs}, forward, num_steps)
-    del inner.forward  # the instance's, behind which stands the class's
-    return rows, f"## Outside of the model, with guidance\n\n{profile}\n"
+    del inner.forward  # uncovers the method of the class
+    return rows, f"## Outside the model, with guidance\n\n{profile}\n"
 
 
 def profile_outside(model, arguments: dict, forward: Callable, num_steps: int, length: int = 12) -> str:
-    """A `generate()` whose passes but for the first two only repeat what the second said: the rest is ours."""
+    """Profiles a `generate()` in which every pass after the second returns the second's output at once."""
     outputs: list = []
     profile = cProfile.Profile()
 
@@ -200,7 +188,7 @@ def profile_outside(model, arguments: dict, forward: Callable, num_steps: int, l
             outputs.append(forward(*args, **kwargs))
         return outputs[-1]
 
-    def start(_, step, *__):  # behind the passes that are not repetitions
+    def start(_, step, *__):  # after the real passes
         if step == 1:
             profile.enable()
 

@@ -1,34 +1,23 @@
 """
-Schedulers against each other on a trained quickstart model: the digits that each draws from equal prompts and seeds,
-and how many of them an SVC judges right.
+Compares schedulers on a trained quickstart model: which digits each draws from equal prompts and seeds, and how many
+of them a classifier of real digits accepts.
 
     python benchmarks/schedulers.py outputs/quickstart/model [--per_class 30] [--output_dir benchmarks/results]
 
-Writes a table and a picture, a row for each scheduler and a column for each digit.
+Writes a table and a picture with a row for each scheduler and a column for each digit.
 """
 
-import argparse
-import datetime
-import os
-import platform
 import sys
 import time
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
-from sklearn.svm import SVC
+from ratios import make_parser, setting, write
 from tqdm.auto import tqdm
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-import transfusion_hf  # noqa: F401  registers the Auto classes
-
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import quickstart
+from common import Judge, caption, load_split, plt
 
 SCHEDULERS = {
     "DDPMScheduler": 250,
@@ -44,7 +33,7 @@ def draw(model, processor, labels: list[int], scheduler: str, batch_size: int = 
     for first in tqdm(range(0, len(labels), batch_size), desc=scheduler, leave=False):
         part = labels[first : first + batch_size]
         output = model.generate(
-            **processor(text=[quickstart.caption(label) for label in part]),
+            **processor(text=[caption(label) for label in part]),
             generation_mode="image",
             scheduler=scheduler,
             num_inference_steps=SCHEDULERS[scheduler],
@@ -55,20 +44,16 @@ def draw(model, processor, labels: list[int], scheduler: str, batch_size: int = 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("model", type=Path, help="folder of a trained quickstart model")
     parser.add_argument("--per_class", type=int, default=30, help="digits to draw of each class")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     model = AutoModelForMultimodalLM.from_pretrained(args.model)
     processor = AutoProcessor.from_pretrained(args.model)
-    train_set, held_out = (
-        (quickstart.features([sample["image"] for sample in part]), [sample["label"] for sample in part])
-        for part in quickstart.load_split()
-    )
-    judge = SVC(gamma="scale").fit(*train_set)
+    train_set, held_out = load_split()
+    judge = Judge(train_set)
     labels = [label for _ in range(args.per_class) for label in range(10)]
     lines = ["| scheduler | steps | drawn right | share | values outside of ±1 | s |", "|---|---|---|---|---|---|"]
     figure, axes = plt.subplots(len(SCHEDULERS), 10, figsize=(8, 0.8 * len(SCHEDULERS)), squeeze=False)
@@ -78,7 +63,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         outside = (torch.stack(images).abs() > 1.001).float().mean()
         pictures = processor.image_processor.postprocess(images)
-        is_right = judge.predict(quickstart.features(pictures)) == np.array(labels)
+        is_right = judge.is_right(pictures, labels)
         lines.append(
             f"| {scheduler} | {num_steps} | {is_right.sum()} of {len(labels)} | {is_right.mean():.3f} | "
             f"{outside:.3f} | {seconds:.1f} |"
@@ -91,15 +76,12 @@ def main() -> None:
     figure.savefig(args.output_dir / "schedulers.png", dpi=100, bbox_inches="tight")
     plt.close(figure)
 
-    cores = f"{os.cpu_count()} shared {platform.machine().replace('_', '-')} cores"
     text = (
-        f"# Schedulers\n\n{datetime.date.today()}, {cores}, {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}, `python benchmarks/schedulers.py MODEL "
-        f"--per_class {args.per_class}`: digits of the quickstart, guidance 3, equal prompts and seeds; the judge "
-        f"itself is right on {judge.score(*held_out):.3f} of held-out digits.\n\n" + "\n".join(lines) + "\n"
+        f"# Schedulers\n\n{setting(args.device)}, `python benchmarks/schedulers.py MODEL --per_class "
+        f"{args.per_class}`: digits of the quickstart, guidance 3, equal prompts and seeds; the judge itself is right "
+        f"on {judge.accuracy(held_out):.3f} of held-out digits.\n\n" + "\n".join(lines) + "\n"
     )
-    (args.output_dir / "schedulers.md").write_text(text)
-    print(text)
+    write(text, "schedulers", args)
 
 
 if __name__ == "__main__":

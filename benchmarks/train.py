@@ -1,11 +1,11 @@
 """
-What a training step costs, in ratios of two things measured in turn in one run: on text alone against transformers'
-own Llama, on text and images against transfusion-pytorch (`pip install -e '.[benchmark]'`; left out where it is not
-installed); and the memory of a step with the logits of the labels alone against that with all logits.
+What a training step costs, in ratios of two things timed in turn: on text alone against transformers' Llama, on text
+and images against transfusion-pytorch (`pip install -e '.[benchmark]'`, skipped if it is not installed). And the
+memory of a step with logits only where there are labels, against that with all logits.
 
     python benchmarks/train.py [--parts text memory peer] [--output_dir benchmarks/results]
 
-Prints a Markdown table and writes it. A step is forward, backward and AdamW, fused, as the Trainer takes it.
+Prints a Markdown table and writes it. A step is forward, backward and fused AdamW, as in the Trainer.
 """
 
 import importlib.util
@@ -13,15 +13,15 @@ from collections.abc import Callable
 from itertools import accumulate
 
 import torch
-from ratios import Row, compare, num_passes, parse_arguments, report, table
+from ratios import Row, compare, image_batch, make_peer, num_passes, parse_arguments, report, table
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, make_labels
+from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 
 
 def train_step(model: torch.nn.Module, loss_of: Callable) -> Callable:
-    """A step of AdamW on what `loss_of` gives."""
+    """A step of AdamW on the loss that `loss_of` returns."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     model.train()
 
@@ -45,22 +45,14 @@ def text_rows(device: torch.device, rounds: int) -> list[Row]:
     return compare("text alone, 0.16B", steps, 1.05, "1 row of 512 tokens, sdpa", rounds, device)
 
 
-def image_batch(
-    config: TransfusionConfig, batch_size: int, num_words: int, device: torch.device, num_images: int = 1
-) -> dict:
-    """Rows of words and an image behind them, `num_images` times."""
-    num_patches = config.num_patches(*config.latent_size)
-    words = torch.randint(5, config.image_start_token_id, (batch_size, num_images, num_words), device=device)
-    image = [config.image_start_token_id] + [config.image_token_id] * num_patches + [config.image_end_token_id]
-    ids = torch.cat([words, torch.tensor(image, device=device).expand(batch_size, num_images, -1)], 2).flatten(1)
-    mask = torch.ones_like(ids)
-    tokens = (config.image_start_token_id, config.image_token_id, config.image_end_token_id)
-    latents = torch.randn(batch_size * num_images, config.latent_channels, *config.latent_size, device=device)
-    return {"input_ids": ids, "labels": make_labels(ids, mask, *tokens), "latents": latents, "use_cache": False}
+def with_latents(config: TransfusionConfig, batch: dict, device: torch.device) -> dict:
+    num_images = int((batch["input_ids"] == config.image_start_token_id).sum())
+    latents = torch.randn(num_images, config.latent_channels, *config.latent_size, device=device)
+    return {**batch, "latents": latents, "use_cache": False}
 
 
 def peak_bytes(run: Callable, device: torch.device) -> int:
-    """The most that a run allocates at a time, above what was allocated before."""
+    """Peak of what a run allocates on top of what was allocated before."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -73,13 +65,13 @@ def peak_bytes(run: Callable, device: torch.device) -> int:
 
 
 def memory_rows(device: torch.device, rounds: int) -> list[Row]:
-    """Of forward and backward, with gradients and optimizer state there before."""
+    """Forward and backward, with gradients and optimizer state allocated before."""
     text = TransfusionConfig.from_preset("0.16B").text_config.to_dict() | {"vocab_size": 128_256}
     tokens = {"image_start_token_id": 128_253, "image_token_id": 128_254, "image_end_token_id": 128_255}
     config = TransfusionConfig(text_config=LlamaConfig(**text), sample_size=32, patch_size=2, **tokens)
     torch.manual_seed(0)
     model = TransfusionForCausalLMAndDiffusion(config).to(device).train()
-    batch = image_batch(config, 8, 254, device)  # 4,096 tokens
+    batch = with_latents(config, image_batch(config, 8, 254, device), device)  # 4,096 tokens
 
     def step(**kwargs) -> None:
         for parameter in model.parameters():
@@ -89,7 +81,7 @@ def memory_rows(device: torch.device, rounds: int) -> list[Row]:
     step()
     rows: list[Row] = []
     for name, checkpointing in (("", False), (", activation checkpointing", True)):
-        model.gradient_checkpointing_enable() if checkpointing else model.gradient_checkpointing_disable()
+        model.activation_checkpointing_enable() if checkpointing else model.activation_checkpointing_disable()
         own, full = (peak_bytes(lambda skip=skip: step(skip_logits=skip), device) for skip in (True, False))
         remark = f"{own / 2**20:.0f} / {full / 2**20:.0f} MiB; 8 rows of 254 words and 256 patches, measured once"
         rows.append((f"memory, 0.16B, vocabulary of 128k{name}: own / all logits", [own / full], 0.6, remark))
@@ -97,9 +89,9 @@ def memory_rows(device: torch.device, rounds: int) -> list[Row]:
 
 
 def peer_rows(device: torch.device, rounds: int) -> list[Row]:
-    """Flow matching in both, equal parameters and tokens; the peer adds tokens of its own."""
+    """Flow matching in both, with equal parameters and tokens; the peer adds a few tokens."""
     if importlib.util.find_spec("transfusion_pytorch") is None:
-        print("transfusion-pytorch is not installed, its rows are left out: pip install -e '.[benchmark]'")
+        print("transfusion-pytorch is not installed, so its rows are skipped: pip install -e '.[benchmark]'")
         return []
     small = TransfusionConfig(
         text_config=LlamaConfig(
@@ -130,21 +122,12 @@ def peer_rows(device: torch.device, rounds: int) -> list[Row]:
 
 def against_peer(label, config, sizes, shape: tuple[int, int, int], device, rounds: int) -> list[Row]:
     """`shape`: rows, images in each, words before each image."""
-    from loguru import logger
-    from transfusion_pytorch import Transfusion
-
-    logger.disable("transfusion_pytorch")
     torch.manual_seed(0)
     model = TransfusionForCausalLMAndDiffusion(config).to(device)
     side, dim = config.latent_size[0] // config.patch_size, config.latent_channels * config.patch_size**2
-    peer = Transfusion(
-        num_text_tokens=config.text_config.vocab_size - 134,  # it adds as many of its own
-        transformer=sizes,
-        dim_latent=dim,
-        modality_default_shape=(side, side),
-    ).to(device)
+    peer = make_peer(config, sizes, device)
     num_rows, num_images, num_words = shape
-    batch = image_batch(config, num_rows, num_words, device, num_images)
+    batch = with_latents(config, image_batch(config, num_rows, num_words, device, num_images), device)
     patches = torch.randn(num_rows, num_images, side, side, dim, device=device)
     words = batch["input_ids"].unflatten(1, (num_images, -1))[:, :, :num_words]
     words = words.clamp(max=config.text_config.vocab_size - 135)

@@ -1,16 +1,15 @@
 """
-What a language model needs to learn to draw: a small Llama learns text alone, is frozen, and then learns the digits of
-the quickstart, once with image weights of its own (`untied_modalities`) and once by its image parts alone. Its text
-logits are compared bit for bit with those of before. Then what the image weights cost in time.
+What a language model needs to learn to draw. A small Llama learns text alone, is frozen, and then learns the digits of
+the quickstart, once with separate image weights (`untied_modalities`) and once with its image parts alone. Its text
+logits are compared bit for bit with those before. The second part measures what the image weights cost in time.
 
     python benchmarks/untied.py [--parts digits cost] [--plans image_weights image_parts] [--max_steps 2000]
-        [--output_dir outputs/untied]
+        [--output_dir outputs/benchmarks]
 
 Prints Markdown tables, and writes them and `results.json`.
 """
 
 import argparse
-import datetime
 import json
 import sys
 import time
@@ -19,8 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from ratios import Row, compare, hardware, table
-from sklearn.svm import SVC
+from ratios import Row, compare, make_parser, setting, table, write
 from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -36,12 +34,11 @@ from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 from transfusion_hf.training.plans import TRAINING_PLANS, set_trainable
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import quickstart
-from quickstart import WORDS, caption
+from common import WORDS, Judge, build_model, caption, draw, load_split, read, share_read, train, train_tokenizer
 
 
 def sentences() -> list[str]:
-    """All that the language model knows: captions, what they show, sums up to nine, the order of the digits."""
+    """What the language model learns: captions, what they show, sums up to nine, the order of the digits."""
     shown = [f"{caption(a)} and {caption(b)} show {WORDS[a]} and {WORDS[b]}" for a in range(10) for b in range(10)]
     sums = [f"{WORDS[a]} plus {WORDS[b]} is {WORDS[a + b]}" for a in range(10) for b in range(10 - a)]
     order = [f"after {WORDS[i]} comes {WORDS[i + 1]}" for i in range(9)]
@@ -72,7 +69,7 @@ def text_logits(model, tokenizer) -> list[torch.Tensor]:
 
 
 def share_of_sums(model, tokenizer) -> float:
-    """How many of the sums it completes."""
+    """Share of the sums that it completes."""
     sums = [text.rsplit(" ", 1) for text in sentences() if " plus " in text]
     inputs = tokenizer([question for question, _ in sums], return_tensors="pt", padding=True)
     kwargs = {"generation_mode": "text"} if isinstance(model, TransfusionForCausalLMAndDiffusion) else {}
@@ -82,28 +79,28 @@ def share_of_sums(model, tokenizer) -> float:
 
 
 def learn_to_draw(args, plan: str, llama: LlamaForCausalLM, sets, judge, expected) -> dict:
-    """One plan, from the trained language model to what it draws and reads."""
+    """Trains by one plan, from the trained language model, and judges what it draws and reads."""
     train_set, held_out = sets
     set_seed(args.seed)
-    model, processor = quickstart.build_model(quickstart.train_tokenizer(), untied_modalities=["image"])
+    model, processor = build_model(train_tokenizer(), untied_modalities=["image"])
     model.model.language_model.load_state_dict(llama.model.state_dict(), strict=False)
     model.copy_text_weights_()
     trained = set_trainable(model, plan)
-    results = quickstart.train(args, model, processor, train_set, held_out, args.output_dir / plan, 0.8)
+    folder, schedule = args.output_dir / plan, (args.max_steps, args.learning_rate, args.seed)
+    results = train(model, processor, train_set, held_out, folder, *schedule, caption_first_probability=0.8)
     num_trained = sum(p.numel() for name, p in model.named_parameters() if name in set(trained))
 
-    model = AutoModelForMultimodalLM.from_pretrained(args.output_dir / plan)
-    processor = AutoProcessor.from_pretrained(args.output_dir / plan)
+    model = AutoModelForMultimodalLM.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     is_equal = all(map(torch.equal, text_logits(model, processor.tokenizer), expected))
     sums = share_of_sums(model, processor.tokenizer)
-    model.generation_config.update(generation_mode="image")  # a frozen language model never says <BOI>
-    drawn = quickstart.draw(model, processor, args.per_class)
-    verdicts = judge.predict(quickstart.features([picture for _, picture in drawn]))
-    model.generation_config.update(generation_mode="interleaved", max_images=0)
-    captions = quickstart.read(model, processor, held_out)
+    labels = [label for label in range(10) for _ in range(args.per_class)]
+    # A frozen language model never says <BOI>.
+    drawn = draw(model, processor, [caption(label) for label in labels], generation_mode="image")
+    captions = read(model, processor, held_out, max_images=0)
     sheet = Image.new("L", (10 * 9, 10 * 9), 128)
     for label in range(10):
-        for column, (_, picture) in enumerate(drawn[label * args.per_class :][:10]):
+        for column, picture in enumerate(drawn[label * args.per_class :][: min(args.per_class, 10)]):
             sheet.paste(picture.convert("L"), (9 * column, 9 * label))
     sheet.resize((720, 720), Image.Resampling.NEAREST).save(args.output_dir / f"{plan}.png")
     return {
@@ -111,8 +108,8 @@ def learn_to_draw(args, plan: str, llama: LlamaForCausalLM, sets, judge, expecte
         "parameters": num_trained,
         "steps": results["train_steps"],
         "train_seconds": results["train_seconds"],
-        "draw_accuracy": float(np.mean([v == label for v, (label, _) in zip(verdicts, drawn, strict=True)])),
-        "caption_accuracy": float(np.mean([c == s["text"] for c, s in zip(captions, held_out, strict=True)])),
+        "draw_accuracy": float(judge.is_right(drawn, labels).mean()),
+        "caption_accuracy": share_read(captions, held_out),
         "text_logits_equal": is_equal,
         "sums": sums,
     }
@@ -120,13 +117,12 @@ def learn_to_draw(args, plan: str, llama: LlamaForCausalLM, sets, judge, expecte
 
 def digits(args: argparse.Namespace) -> str:
     set_seed(args.seed)
-    train_set, held_out = sets = quickstart.load_split()
-    pictures, labels = [s["image"] for s in train_set], [s["label"] for s in train_set]
-    judge = SVC(gamma="scale").fit(quickstart.features(pictures), labels)
+    train_set, held_out = sets = load_split()
+    judge = Judge(train_set)
 
-    # With the three image tokens from the start, as rows kept in reserve: its logits can be compared bit for bit.
-    text_config = quickstart.build_model(quickstart.train_tokenizer())[0].config.text_config
-    tokenizer = quickstart.train_tokenizer()  # anew: `build_model` adds special tokens
+    # With rows for the three image tokens from the start, so that logits can be compared bit for bit.
+    text_config = build_model(train_tokenizer())[0].config.text_config
+    tokenizer = train_tokenizer()  # a second one, because `build_model` adds special tokens to the first
     llama = LlamaForCausalLM(text_config)
     start = time.perf_counter()
     train_language_model(llama, tokenizer, args.text_steps, args.output_dir / "trainer")
@@ -190,25 +186,19 @@ PARTS = {"digits": digits, "cost": cost}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--plans", nargs="+", choices=TRAINING_PLANS, default=["image_weights", "image_parts"])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/untied"))
     parser.add_argument("--text_steps", type=int, default=400)
     parser.add_argument("--max_steps", type=int, default=2000)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per_class", type=int, default=30, help="digits to draw of each class")
-    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     tables = "\n\n".join(PARTS[part](args) for part in args.parts)
-    text = (
-        f"# Untied image weights\n\n{datetime.date.today()}, {hardware(torch.device('cpu'))}, torch "
-        f"{torch.__version__}, `python benchmarks/untied.py {' '.join(sys.argv[1:])}`.\n\n{tables}\n"
-    )
-    (args.output_dir / "untied.md").write_text(text)
-    print(text)
+    command = " ".join(["python benchmarks/untied.py", *sys.argv[1:]])
+    write(f"# Untied image weights\n\n{setting(args.device)}, `{command}`.\n\n{tables}\n", "untied", args)
 
 
 if __name__ == "__main__":

@@ -1,65 +1,57 @@
 """
-Fine-tunes a Transfusion by LoRA (PEFT): low-rank adapters on the linear layers of the decoder, and beside them the two
-linear layers between images and decoder. Both losses, both directions; what is saved is the adapter.
+Fine-tunes a Transfusion with LoRA (PEFT): low-rank adapters on the decoder's linear layers, and full training of the
+two linear layers between images and decoder. It trains both losses and both directions, and saves the adapter only.
 
     make demo
     python examples/finetune_lora.py --model_name_or_path outputs/quickstart/model [--merge]
 
-Without `--dataset` it teaches the quickstart's model, in minutes on a CPU, a new style of captions: "digit: seven" in
-place of "a handwritten seven". The adapter is then loaded anew onto the model, and judged on held-out digits, reading
-and drawing.
+Without `--dataset` it teaches the quickstart's model a new style of captions: "digit: seven" instead of "a handwritten
+seven", in minutes on a CPU. It then loads the adapter onto the model again and judges it on held-out digits, by
+reading and drawing.
 
     torchrun --nproc_per_node 8 examples/finetune_lora.py --model_name_or_path MODEL --dataset 'pictures/*.parquet' \
         --caption_column caption --lora_r 16 --lora_alpha 32 --learning_rate 2e-4 --max_steps 5000 --bf16 \
-        --gradient_checkpointing --per_device_train_batch_size 16 --output_dir outputs/lora
+        --activation_checkpointing --per_device_train_batch_size 16 --output_dir outputs/lora
 
-All arguments of transformers' `TrainingArguments` are taken; `--resume_from_checkpoint true` goes on.
+It takes all arguments of transformers' `TrainingArguments`; `--resume_from_checkpoint true` continues a run.
 """
 
-import glob
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import load_dataset
+from common import WORDS, Judge, draw, ema_callbacks, load_rows, load_split, read, resume_from, share_read
 from peft import LoraConfig, PeftModel, get_peft_model
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from transfusion_hf import TransfusionDataCollator, TransfusionEMACallback, TransfusionTrainer
+from transfusion_hf import TransfusionDataCollator, TransfusionTrainer
 from transfusion_hf.data.dataset import TransfusionDataset
 
-# Trained as they are, not by LoRA, and saved with the adapter.
+# Trained in full, without LoRA, and saved with the adapter.
 PATCH_PARTS = {
     "projections": ["patch_encoder.proj", "patch_decoder.proj"],
     "all": ["patch_encoder", "patch_decoder"],
     "none": None,
 }
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OLD_STYLE, NEW_STYLE = "a handwritten {}", "digit: {}"
-NUM_TRAIN = 1500
+PER_CLASS = 10  # digits to draw of each class
 
 
 @dataclass
 class ModelArguments:
-    model_name_or_path: str = field(metadata={"help": "A Transfusion, as `make demo` or `examples/train.py` makes."})
+    model_name_or_path: str = field(metadata={"help": "A Transfusion from `make demo` or `examples/train.py`."})
     lora_r: int = field(default=4, metadata={"help": "Rank."})
     lora_alpha: int = field(default=8, metadata={"help": "The adapters' output is scaled by lora_alpha / lora_r."})
     lora_dropout: float = 0.0
     target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Of the decoder, by name, as 'q_proj v_proj'."}
+        default_factory=lambda: ["all-linear"], metadata={"help": "Layers of the decoder by name: 'q_proj v_proj'."}
     )
     train_patch_parts: str = field(
         default="projections",
         metadata={
-            "help": "Of the patch encoder and decoder: 'projections', their linear layers to and from the decoder; "
-            "'all', with the timestep embedding and the whole of a U-Net, 0.27B parameters; or 'none'."
+            "help": "What to train of the patch encoder and decoder: 'projections', the linear layers to and from "
+            "the decoder; 'all', with the timestep embedding and the whole U-Net (0.27B parameters); or 'none'."
         },
     )
     merge: bool = field(default=False, metadata={"help": "Also save the model with the adapter merged into it."})
@@ -68,18 +60,20 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     dataset: str | None = field(
-        default=None, metadata={"help": "Parquet files (a pattern), or a repository of the Hub; none: digits."}
+        default=None, metadata={"help": "Parquet files (a pattern) or a repository of the Hub; default: digits."}
     )
     image_column: str = "image"
     caption_column: str = "text"
     streaming: bool = False
     caption_dropout: float = 0.1
-    caption_first_probability: float = field(default=0.5, metadata={"help": "Draws so often; otherwise reads."})
+    caption_first_probability: float = field(
+        default=0.5, metadata={"help": "Share of the samples that train drawing; the others train reading."}
+    )
 
 
 @dataclass
 class LoraTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for the digits. Large models want a learning rate of 1e-4 or 2e-4."""
+    """`TrainingArguments` with defaults for the digits. Large models need a learning rate of 1e-4 to 2e-4."""
 
     output_dir: str | None = "outputs/lora"
     learning_rate: float = 3e-3
@@ -93,23 +87,22 @@ class LoraTrainingArguments(TrainingArguments):
     report_to: str = "none"
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
-    ema_decay: float | None = field(default=None, metadata={"help": "Average the adapter, as with 0.99."})
+    ema_decay: float | None = field(default=None, metadata={"help": "Average the adapter, for example with 0.99."})
 
 
 def add_lora(model: Any, args: ModelArguments) -> PeftModel:
-    """LoRA on the decoder, patch parts beside it; everything else is frozen."""
+    """Puts LoRA on the decoder, makes the chosen patch parts trainable, and freezes everything else."""
     if args.train_patch_parts not in PATCH_PARTS:
         raise ValueError(
             f"`train_patch_parts` must be one of {', '.join(PATCH_PARTS)}; got {args.train_patch_parts!r}."
         )
-    targets = args.target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-        # Else linear layers of the image parts would be targets, too.
+        target_modules="all-linear" if args.target_modules == ["all-linear"] else args.target_modules,
+        # Without this, linear layers of the image parts would be targets too.
         exclude_modules=r"(model\.patch_(encoder|decoder)|vae)\..*",
         modules_to_save=PATCH_PARTS[args.train_patch_parts],
     )
@@ -117,7 +110,7 @@ def add_lora(model: Any, args: ModelArguments) -> PeftModel:
 
 
 def count_parameters(model: PeftModel) -> dict[str, int]:
-    """Of the model without adapter and VAE, of the LoRA matrices, and of the patch parts that are trained."""
+    """Parameters of the model without adapter and VAE, of the LoRA matrices, and of the trained patch parts."""
     counts = {"parameters": 0, "lora_parameters": 0, "patch_parameters": 0}
     for name, parameter in model.named_parameters():
         kind = "lora_" if ".lora_" in name else "patch_" if ".modules_to_save." in name else ""
@@ -126,66 +119,30 @@ def count_parameters(model: PeftModel) -> dict[str, int]:
     return counts
 
 
-def load(name: str, streaming: bool) -> Any:
-    files = sorted(glob.glob(name))
-    if files:
-        return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
-    return load_dataset(name, split="train", streaming=streaming)
+def in_style(samples: list[dict], style: str) -> list[dict]:
+    return [{**sample, "text": style.format(WORDS[sample["label"]])} for sample in samples]
 
 
-def load_digit_samples() -> tuple[list[dict], list[dict]]:
-    """The quickstart's digits in its order, 1,500 to train and 297 that its model has not seen, in the new style."""
-    digits = load_digits()
-    samples = [
-        {
-            "text": NEW_STYLE.format(WORDS[digits.target[i]]),
-            "image": Image.fromarray(np.round(digits.images[i] * 255 / 16).astype(np.uint8)),
-            "label": int(digits.target[i]),
-        }
-        for i in np.random.default_rng(0).permutation(len(digits.images))
-    ]
-    return samples[:NUM_TRAIN], samples[NUM_TRAIN:]
+def assess(model: Any, processor: Any, judge: Judge, held_out: list[dict], style: str) -> dict[str, float]:
+    """Share of held-out digits that are read in this style, and share of drawings from its captions that are right."""
+    captions = read(model, processor, held_out, generation_mode="text", max_new_tokens=32)
+    labels = [label for label in range(10) for _ in range(PER_CLASS)]
+    drawn = draw(model, processor, [style.format(WORDS[label]) for label in labels])
+    return {
+        "read_accuracy": round(share_read(captions, in_style(held_out, style)), 4),
+        "draw_accuracy": round(float(judge.is_right(drawn, labels).mean()), 4),
+    }
 
 
-def read(model: Any, processor: Any, samples: list[dict]) -> list[str]:
-    """Captions of images, without sampling."""
-    inputs = processor(text=[processor.image_token] * len(samples), images=[sample["image"] for sample in samples])
-    output = model.generate(**inputs.to(model.device), generation_mode="text", max_new_tokens=32)
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def draw(model: Any, processor: Any, style: str, per_class: int) -> list[Image.Image | None]:
-    """Images of each digit in turn, by plain `generate()`: the model itself decides to draw (`None`: it did not)."""
-    inputs = processor(text=[style.format(word) for word in WORDS for _ in range(per_class)]).to(model.device)
-    output = model.generate(**inputs, generator=torch.Generator(model.device).manual_seed(0))
-    return [processor.image_processor.postprocess(row[:1])[0] if row else None for row in output.images]
-
-
-class Judge:
-    """Reading and drawing on held-out digits, in a style of captions."""
-
-    def __init__(self, processor: Any, train_set: list[dict], held_out: list[dict], per_class: int = 10):
-        self.processor, self.held_out, self.per_class = processor, held_out, per_class
-        self.classifier = SVC(gamma="scale").fit(
-            self._features([sample["image"] for sample in train_set]), [sample["label"] for sample in train_set]
-        )
-
-    @staticmethod
-    def _features(pictures: list[Image.Image]) -> np.ndarray:
-        small = [picture.convert("L").resize((8, 8), Image.Resampling.BOX) for picture in pictures]
-        return np.stack([np.asarray(picture, dtype=np.float32).ravel() for picture in small])
-
-    def __call__(self, model: Any, style: str) -> dict[str, float]:
-        captions = read(model, self.processor, self.held_out)
-        expected = [style.format(WORDS[sample["label"]]) for sample in self.held_out]
-        drawn = draw(model, self.processor, style, self.per_class)
-        labels = np.repeat(np.arange(10), self.per_class)
-        verdicts = self.classifier.predict(self._features([picture or Image.new("L", (8, 8)) for picture in drawn]))
-        is_right = (verdicts == labels) & [picture is not None for picture in drawn]
-        return {
-            "read_accuracy": round(float(np.mean([a == b for a, b in zip(captions, expected, strict=True)])), 4),
-            "draw_accuracy": round(float(np.mean(is_right)), 4),
-        }
+def report(model: PeftModel, processor: Any, judge: Judge, held_out: list[dict], results: dict, folder: Path) -> None:
+    """Judges with and without the adapter, prints the results and writes them."""
+    new = assess(model, processor, judge, held_out, NEW_STYLE)
+    with model.disable_adapter():
+        old = assess(model, processor, judge, held_out, OLD_STYLE)
+    results = {**results, "new style": new, "adapter off, old style": old}
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    for name, value in results.items():
+        print(f"{name:24} {value}")
 
 
 def main(argv: list[str] | None = None) -> TransfusionTrainer:
@@ -195,15 +152,15 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
     folder = Path(training_args.output_dir)
     model = AutoModelForMultimodalLM.from_pretrained(model_args.model_name_or_path)
     processor = AutoProcessor.from_pretrained(model_args.model_name_or_path)
-    judge, results = None, {}
+    results: dict[str, Any] = {}
     if data_args.dataset is None:
-        train_set, held_out = load_digit_samples()
-        judge = Judge(processor, train_set, held_out)
-        results["before, new style"] = judge(model.eval(), NEW_STYLE)
-        results["before, old style"] = judge(model, OLD_STYLE)
+        digits, held_out = load_split()
+        judge, train_set = Judge(digits), in_style(digits, NEW_STYLE)
+        for name, style in (("before, new style", NEW_STYLE), ("before, old style", OLD_STYLE)):
+            results[name] = assess(model.eval(), processor, judge, held_out, style)
     else:
         train_set = TransfusionDataset.from_captions(
-            load(data_args.dataset, data_args.streaming),
+            load_rows(data_args.dataset, data_args.streaming),
             image_column=data_args.image_column,
             caption_column=data_args.caption_column,
             shuffle=True,
@@ -213,12 +170,8 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
 
     model = add_lora(model, model_args)
     counts = count_parameters(model)
-    num_trained = counts["lora_parameters"] + counts["patch_parameters"]
-    print(
-        f"trains {num_trained:,} parameters, {num_trained / counts['parameters']:.2%} of the model's "
-        f"{counts['parameters']:,}: {counts['lora_parameters']:,} of LoRA, {counts['patch_parameters']:,} of patch "
-        "parts"
-    )
+    share = (counts["lora_parameters"] + counts["patch_parameters"]) / counts["parameters"]
+    print(f"trains {share:.2%} of the model's parameters: {counts}")
     trainer = TransfusionTrainer(
         model,
         training_args,
@@ -230,30 +183,21 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
             num_train_timesteps=model.config.num_train_timesteps,
         ),
         processing_class=processor,
-        callbacks=[] if training_args.ema_decay is None else [TransfusionEMACallback(decay=training_args.ema_decay)],
+        callbacks=ema_callbacks(training_args.ema_decay),
     )
-    resume = training_args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true" and get_last_checkpoint(training_args.output_dir) is not None
-    seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
+    seconds = trainer.train(resume_from_checkpoint=resume_from(training_args)).metrics["train_runtime"]
     trainer.save_model()
 
-    if training_args.process_index == 0 and (judge is not None or model_args.merge):
-        # From here on only what anybody can do with an adapter.
+    if training_args.process_index == 0:
+        # From here on, only what anybody can do with an adapter.
         base = AutoModelForMultimodalLM.from_pretrained(model_args.model_name_or_path)
         model = PeftModel.from_pretrained(base, folder).eval()
-        if judge is not None:
-            results["new style"] = judge(model, NEW_STYLE)
-            with model.disable_adapter():
-                results["adapter off, old style"] = judge(model, OLD_STYLE)
-            results |= {"trained_share": round(num_trained / counts["parameters"], 4), **counts}
+        if data_args.dataset is None:
+            results |= {"trained_share": round(share, 4), **counts}
             results |= {"train_steps": trainer.state.global_step, "train_seconds": round(seconds, 1)}
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-            for name, value in results.items():
-                print(f"{name:24} {value}")
+            report(model, processor, judge, held_out, results, folder)
         if model_args.merge:
-            merged = model.merge_and_unload()
-            merged.save_pretrained(folder / "merged")
+            model.merge_and_unload().save_pretrained(folder / "merged")
             processor.save_pretrained(folder / "merged")
     return trainer
 

@@ -1,35 +1,34 @@
 """
-Trains a Transfusion from scratch by the paper's recipe (§4.1, arXiv 2408.11039): AdamW (0.9, 0.95, 1e-8), 3e-4 after
-4,000 steps of warm-up and then down to 1.5e-5 by a cosine, weight decay 0.1 but on norms and biases, gradients clipped
-at 1, rows of 4,096 tokens, λ = 5, as many tokens of text as of captioned images.
+Trains a Transfusion from scratch by the paper's recipe (§4.1, arXiv 2408.11039): AdamW (0.9, 0.95, 1e-8), a learning
+rate of 3e-4 after 4,000 steps of warm-up that falls to 1.5e-5 by a cosine, weight decay 0.1 except on norms and
+biases, gradients clipped at 1, rows of 4,096 tokens, λ = 5, equal numbers of tokens of text and of captioned images.
 
     torchrun --nproc_per_node 8 examples/train.py --preset 0.76B --tokenizer_name TOKENIZER --vae_name_or_path VAE \
         --text_dataset 'web/*.parquet' --caption_dataset 'pictures/*.parquet' --caption_column caption \
         --output_dir outputs/train --bf16 --per_device_train_batch_size 64 --dataloader_num_workers 4
 
-Without `--text_dataset`, on captioned images alone. From a language model, converted by
-`conversion/convert_causal_lm.py`: `--model_name_or_path MODEL --training_plan image_parts`, then `image_weights`, then
-`all`, each from the output of the last. `--config_overrides hidden_size=256,num_hidden_layers=4` makes
-small models. All arguments of transformers' `TrainingArguments` are taken; `--resume_from_checkpoint true` goes on.
+Without `--text_dataset` it trains on captioned images alone. To start from a language model, convert it with
+`conversion/convert_causal_lm.py` and train with `--model_name_or_path MODEL --training_plan image_parts`, then with
+`image_weights`, then with `all`, each time from the last output. `--config_overrides
+hidden_size=256,num_hidden_layers=4` makes small models. The script takes all arguments of transformers'
+`TrainingArguments`; `--resume_from_checkpoint true` continues a run.
 """
 
-import glob
+import ast
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
+from common import ema_callbacks, load_rows, resume_from
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
-from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import (
     TransfusionConfig,
     TransfusionDataCollator,
-    TransfusionEMACallback,
     TransfusionForCausalLMAndDiffusion,
     TransfusionProcessor,
     TransfusionSamplesCallback,
@@ -43,34 +42,34 @@ from transfusion_hf.data.mixing import mix_by_tokens
 
 @dataclass
 class ModelArguments:
-    tokenizer_name: str | None = field(default=None, metadata={"help": "A folder or a repository, for a new model."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "For a new model: a folder or a repository."})
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "A Transfusion to go on from, as `conversion/` makes them; it says what a new one is told."},
+        metadata={"help": "A Transfusion to continue from. Its configuration replaces the arguments below."},
     )
     training_plan: str = field(default="all", metadata={"help": "'image_parts', 'image_weights' or 'all'."})
     preset: str = field(default="0.16B", metadata={"help": "One of the paper's sizes: 0.16B, 0.37B, 0.76B, 1.4B, 7B."})
-    config_overrides: str = field(default="", metadata={"help": "Of the decoder's configuration, as 'a=1,b=2'."})
-    vae_name_or_path: str | None = field(default=None, metadata={"help": "An AutoencoderKL; none: pixels."})
-    sample_size: int = field(default=256, metadata={"help": "Pixels of a side; images are cropped and resized."})
-    patch_size: int = field(default=2, metadata={"help": "Latent pixels of a side of a patch: 1, 2, 4 or 8."})
+    config_overrides: str = field(default="", metadata={"help": "Fields of the decoder's configuration: 'a=1,b=2'."})
+    vae_name_or_path: str | None = field(default=None, metadata={"help": "An AutoencoderKL; default: pixels."})
+    sample_size: int = field(default=256, metadata={"help": "Height and width; images are cropped and resized."})
+    patch_size: int = field(default=2, metadata={"help": "Side of a patch in latent pixels: 1, 2, 4 or 8."})
     patch_encoder: str = field(default="linear", metadata={"help": "'linear' or 'unet'."})
-    prediction_type: str = field(default="epsilon", metadata={"help": "'v_prediction', 'sample', 'flow_prediction'."})
+    prediction_type: str = field(default="epsilon", metadata={"help": "'v_prediction', 'flow_prediction' …"})
     diffusion_loss_weight: float = field(default=5.0, metadata={"help": "λ of Eq. 4."})
     attn_implementation: str = field(default="transfusion_varlen", metadata={"help": "Or 'sdpa', 'flex_attention'."})
 
 
 @dataclass
 class DataArguments:
-    caption_dataset: str = field(metadata={"help": "Parquet files (a pattern), or a repository of the Hub."})
-    text_dataset: str | None = field(default=None, metadata={"help": "Likewise."})
+    caption_dataset: str = field(metadata={"help": "Parquet files (a pattern) or a repository of the Hub."})
+    text_dataset: str | None = field(default=None, metadata={"help": "The same for text."})
     image_column: str = "image"
     caption_column: str = "text"
     text_column: str = "text"
     streaming: bool = False
-    image_share: float = field(default=0.5, metadata={"help": "Of the tokens."})
+    image_share: float = field(default=0.5, metadata={"help": "Share of captioned images in the tokens."})
     max_length: int = field(default=4096, metadata={"help": "Tokens of a packed row."})
-    caption_first_probability: float = field(default=0.8, metadata={"help": "Else the image comes first (§3)."})
+    caption_first_probability: float = field(default=0.8, metadata={"help": "Otherwise the image comes first (§3)."})
     caption_dropout: float = 0.1
 
 
@@ -91,29 +90,27 @@ class PaperTrainingArguments(TrainingArguments):
     logging_steps: float = 50
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
-    dataloader_num_workers: int = 1  # reads and collates while a step runs
-    ema_decay: float | None = field(default=None, metadata={"help": "Average the weights, as with 0.9999."})
+    dataloader_num_workers: int = 1  # read and collate during a step
+    ema_decay: float | None = field(default=None, metadata={"help": "Average the weights, for example with 0.9999."})
     peak_flops_per_second: float | None = field(
-        default=None, metadata={"help": "Of one device, as 989e12 of an H100 in bfloat16: logs `mfu`."}
+        default=None, metadata={"help": "Peak of one device, for `mfu` in the logs; an H100 in bfloat16: 989e12."}
     )
-    sample_prompts: str = field(default="", metadata={"help": "To draw while training, separated by '|'."})
+    sample_prompts: str = field(default="", metadata={"help": "Captions to draw while training, split at '|'."})
     sample_steps: int = field(default=5000, metadata={"help": "Training steps between samples."})
-    tp_size: int = field(default=1, metadata={"help": "Tensor parallelism: processes to share each layer."})
+    tp_size: int = field(default=1, metadata={"help": "Tensor parallelism: processes that share each layer."})
 
 
 def parse_overrides(text: str) -> dict[str, Any]:
-    """`"a=1,b=x"` as a dict; whole and real numbers as such."""
+    """Reads `"a=1,b=x"` as `{"a": 1, "b": "x"}`."""
     overrides: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, separator, value = part.partition("=")
         if not separator:
-            raise ValueError(f"`config_overrides` must be 'name=value' pairs between commas; got {part!r}.")
-        for kind in (int, float, str):
-            try:
-                overrides[name.strip()] = kind(value)
-                break
-            except ValueError:
-                continue
+            raise ValueError(f"`config_overrides` must be 'name=value' pairs separated by commas; got {part!r}.")
+        try:
+            overrides[name.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            overrides[name.strip()] = value
     return overrides
 
 
@@ -124,19 +121,19 @@ def build_model(args: ModelArguments, tokenizer: Any) -> tuple[Any, TransfusionP
     overrides = parse_overrides(args.config_overrides)
     unknown = [name for name in overrides if not hasattr(text_config, name)]
     if unknown:
-        raise ValueError(f"`config_overrides` names what the decoder's configuration has not: {', '.join(unknown)}.")
+        raise ValueError(f"`config_overrides` names unknown fields of the decoder's config: {', '.join(unknown)}.")
     if tokenizer.eos_token is None:
         raise ValueError(
-            f"`tokenizer_name`: {args.tokenizer_name} has no end-of-sequence token, without which no text would end. "
-            "Give it one (`tokenizer.add_special_tokens({'eos_token': ...})`, `save_pretrained`), or choose another."
+            f"`tokenizer_name`: {args.tokenizer_name} has no end-of-sequence token, so no text would end. Give it one "
+            "(`tokenizer.add_special_tokens({'eos_token': ...})`, `save_pretrained`), or choose another."
         )
-    # Room for the image tokens, and for padding.
+    # Room for the image tokens and for padding.
     vocab_size = len(tokenizer) + 4
     if not overrides and abs(vocab_size / text_config.vocab_size - 1) > 0.05:
         difference = 2 * (vocab_size - text_config.vocab_size) * text_config.hidden_size / 1e9
         warnings.warn(
-            f"`preset` {args.preset} is meant for a vocabulary of {text_config.vocab_size:,}; that of "
-            f"{args.tokenizer_name}, {len(tokenizer):,}, makes it {difference:+.3f}B parameters larger.",
+            f"`preset` {args.preset} is meant for a vocabulary of {text_config.vocab_size:,}; the {len(tokenizer):,} "
+            f"tokens of {args.tokenizer_name} change its size by {difference:+.3f}B parameters.",
             stacklevel=2,
         )
     text_config.update({"vocab_size": vocab_size, **overrides})
@@ -161,7 +158,7 @@ def build_model(args: ModelArguments, tokenizer: Any) -> tuple[Any, TransfusionP
 
 def load_model(args: ModelArguments) -> tuple[Any, TransfusionProcessor]:
     if (args.model_name_or_path is None) == (args.tokenizer_name is None):
-        raise ValueError("Pass `tokenizer_name`, for a new model, or `model_name_or_path`, to go on from one.")
+        raise ValueError("Pass either `tokenizer_name` (a new model) or `model_name_or_path` (continue from one).")
     if args.model_name_or_path is None:
         return build_model(args, AutoTokenizer.from_pretrained(args.tokenizer_name))
     model = TransfusionForCausalLMAndDiffusion.from_pretrained(
@@ -171,7 +168,7 @@ def load_model(args: ModelArguments) -> tuple[Any, TransfusionProcessor]:
 
 
 def split_model(model: Any, tp_size: int, args: TrainingArguments) -> Any:
-    """The same weights, each layer over `tp_size` processes: transformers splits a model as it loads it."""
+    """Spreads each layer over `tp_size` processes. transformers splits a model only when it loads it."""
     if args.world_size % tp_size:
         raise ValueError(f"`tp_size` must divide the number of processes, {args.world_size}; got {tp_size}.")
     folder = Path(args.output_dir, "initial")
@@ -183,17 +180,10 @@ def split_model(model: Any, tp_size: int, args: TrainingArguments) -> Any:
     return type(model).from_pretrained(folder, distributed_config=config, attn_implementation=attn_implementation)
 
 
-def load(name: str, streaming: bool) -> Any:
-    files = sorted(glob.glob(name))
-    if files:
-        return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
-    return load_dataset(name, split="train", streaming=streaming)
-
-
 def build_dataset(args: DataArguments, processor: TransfusionProcessor, seed: int) -> Any:
     kwargs = {"shuffle": True, "seed": seed, "image_token": processor.image_token}
     captions = TransfusionDataset.from_captions(
-        load(args.caption_dataset, args.streaming),
+        load_rows(args.caption_dataset, args.streaming),
         image_column=args.image_column,
         caption_column=args.caption_column,
         **kwargs,
@@ -201,10 +191,10 @@ def build_dataset(args: DataArguments, processor: TransfusionProcessor, seed: in
     sources, ratios = [captions], [1.0]
     if args.text_dataset is not None:
         text = TransfusionDataset.from_text(
-            load(args.text_dataset, args.streaming), text_column=args.text_column, **kwargs
+            load_rows(args.text_dataset, args.streaming), text_column=args.text_column, **kwargs
         )
         sources, ratios = [text, captions], [1 - args.image_share, args.image_share]
-    # How long a training takes, its steps say.
+    # `max_steps` sets the length of the training.
     return mix_by_tokens(sources, processor, ratios=ratios, stopping_strategy="never")
 
 
@@ -216,7 +206,6 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
     if training_args.tp_size > 1:
         model = split_model(model, training_args.tp_size, training_args)
     set_trainable(model, model_args.training_plan)
-    callbacks = [] if training_args.ema_decay is None else [TransfusionEMACallback(decay=training_args.ema_decay)]
     trainer = TransfusionTrainer(
         model,
         training_args,
@@ -230,7 +219,7 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
             truncation=True,
         ),
         processing_class=processor,
-        callbacks=callbacks,
+        callbacks=ema_callbacks(training_args.ema_decay),
         peak_flops_per_second=training_args.peak_flops_per_second,
     )
     if training_args.sample_prompts:
@@ -238,10 +227,7 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
         trainer.add_callback(
             TransfusionSamplesCallback(trainer, processor, prompts, interval=training_args.sample_steps)
         )
-    resume = training_args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        resume = resume.lower() == "true" and get_last_checkpoint(training_args.output_dir) is not None
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume_from(training_args))
     trainer.save_model()
     return trainer
 

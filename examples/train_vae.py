@@ -1,14 +1,14 @@
 """
 Trains the paper's image tokenizer (§4.1): diffusers' `AutoencoderKL`, or with `--vq` its discrete twin, a `VQModel`.
 
-    # The real thing: an image folder, or a data set of the Hub with `--dataset_name`
+    # The paper's autoencoder on a folder of images, or on a data set of the Hub with `--dataset_name`
     accelerate launch examples/train_vae.py --train_dir photos --output_dir outputs/vae --mixed_precision bf16 \
         --lpips_backbone vgg16-397923af.pth --moco_checkpoint moco_v2_800ep_pretrain.pth.tar
-    # The 1,797 digits of scikit-learn at 32×32, with every loss, on a CPU in two minutes
+    # The 1,797 digits of scikit-learn at 32×32 pixels, with every loss, on a CPU in two minutes
     python examples/train_vae.py --digits
 
-A run that was stopped goes on with `--resume_from_checkpoint latest`, to the same weights. The result, ready for
-`from_pretrained`, is `output_dir/vae`; its `scaling_factor` and `shift_factor` make (z − shift) · scale standard.
+`--resume_from_checkpoint latest` continues a stopped run and ends with the same weights. `from_pretrained` loads the
+result from `output_dir/vae`. Its `scaling_factor` and `shift_factor` give (z − shift) · scale mean 0 and variance 1.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
@@ -26,13 +27,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from common import Judge, load_split
 from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from torchvision.utils import save_image
@@ -41,9 +40,9 @@ from tqdm.auto import tqdm
 from transfusion_hf import TransfusionImageProcessor, measure_latent_scale
 from transfusion_hf.vae.losses import IdentityLoss, PatchDiscriminator, PerceptualLoss, VAELoss
 
-NUM_MEASURED = 10_000  # images that tell the scale of the latents, or which codes are in use
+NUM_MEASURED = 10_000  # images that measure the scale of the latents, or the codes in use
 
-# What `--digits` changes; every flag still overrides it.
+# Defaults of `--digits`.
 DIGITS = {
     "image_size": 32, "num_eval_images": 297, "latent_channels": 4, "block_out_channels": [16, 32, 64],
     "layers_per_block": 1, "norm_num_groups": 8, "num_codes": 256, "discriminator_channels": 16,
@@ -56,17 +55,17 @@ DIGITS = {
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--digits", action="store_true", help="the digits of scikit-learn; feature networks are trained on the spot")
+    add("--digits", action="store_true", help="scikit-learn's digits; trains small feature networks first")
     add("--dataset_name", help="a data set for `datasets.load_dataset`")
     add("--dataset_split", default="train")
     add("--train_dir", help="a folder of images")
     add("--image_column", default="image")
-    add("--num_eval_images", type=int, default=256, help="held out of the training")
+    add("--num_eval_images", type=int, default=256, help="held out from the training")
     add("--image_size", type=int, default=256)
     add("--output_dir", type=Path, default=Path("outputs/vae"))
     add("--seed", type=int, default=0)
 
-    add("--vq", action="store_true", help="discrete: `VQModel`, the KL replaced by the commitment loss")
+    add("--vq", action="store_true", help="discrete: a `VQModel`, with a commitment loss instead of the KL")
     add("--latent_channels", type=int, default=8)
     add("--block_out_channels", type=int, nargs="+", default=[128, 256, 512, 512])
     add("--layers_per_block", type=int, default=2)
@@ -77,7 +76,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--perceptual_weight", type=float, default=1.0)
     add("--gan_weight", type=float, default=0.5)
     add("--identity_weight", type=float, default=0.2)
-    add("--kl_weight", type=float, default=1e-6, help="times the KL summed over the latent")
+    add("--kl_weight", type=float, default=1e-6, help="weight of the KL, which is summed over the latent")
     add("--commitment_cost", type=float, default=0.25, help="β, with --vq")
     add("--gan_start", type=int, default=50_000, help="first step with the adversarial term")
     add("--discriminator_channels", type=int, default=64)
@@ -89,20 +88,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--train_batch_size", type=int, default=16, help="per process")
     add("--gradient_accumulation_steps", type=int, default=1)
     add("--gradient_checkpointing", action="store_true")
-    add("--learning_rate", type=float, default=1e-4, help="of autoencoder and discriminator; the paper gives none")
+    add("--learning_rate", type=float, default=1e-4, help="for autoencoder and discriminator; not in the paper")
     add("--lr_scheduler", default="constant_with_warmup", choices=["constant_with_warmup", "cosine"])
     add("--lr_warmup_steps", type=int, default=1000)
     add("--adam_beta1", type=float, default=0.5)
     add("--adam_beta2", type=float, default=0.9)
     add("--max_grad_norm", type=float, default=1.0)
-    add("--ema_decay", type=float, default=0.0, help="0 for none; the averaged weights are judged and saved")
+    add("--ema_decay", type=float, default=0.0, help="above 0: judge and save averaged weights")
     add("--mixed_precision", choices=["no", "fp16", "bf16"])
     add("--dataloader_num_workers", type=int, default=4)
 
-    add("--resume_from_checkpoint", help="a checkpoint, or `latest` of --output_dir (from the beginning if none)")
+    add("--resume_from_checkpoint", help="a checkpoint, or `latest` in --output_dir (starts a run if none)")
     add("--checkpointing_steps", type=int, default=5000)
     add("--checkpoints_total_limit", type=int, default=2)
-    add("--eval_steps", type=int, default=5000, help="PSNR, L1 and a grid of the held-out images")
+    add("--eval_steps", type=int, default=5000, help="measure PSNR and L1 on held-out images, draw a grid")
     add("--logging_steps", type=int, default=50)
     add("--report_to", default="tensorboard", help="a tracker of accelerate, or `none`")
     if parser.parse_known_args(argv)[0].digits:
@@ -112,9 +111,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         parser.error("pass one of --digits, --dataset_name and --train_dir")
     factor = 2 ** (len(args.block_out_channels) - 1)
     if args.image_size % factor:
-        parser.error(
-            f"--image_size {args.image_size} is no multiple of {factor}, which {factor // 2 or 1} halvings need"
-        )
+        parser.error(f"--image_size {args.image_size} is not a multiple of {factor}, as --block_out_channels needs")
     for weight, file in (("perceptual_weight", "lpips_backbone"), ("identity_weight", "moco_checkpoint")):
         if not args.digits and getattr(args, weight) > 0 and not getattr(args, file):
             parser.error(f"pass --{file} FILE, or --{weight} 0 to train without that loss")
@@ -122,7 +119,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 class Images(Dataset):
-    """Tensors in [-1, 1], `(3, image_size, image_size)`: centre-cropped and resized, as in the paper."""
+    """Tensors of shape `(3, image_size, image_size)` in [-1, 1], resized and cropped at the centre as in the paper."""
 
     def __init__(self, source, column: str, image_size: int):
         self.source = source
@@ -146,33 +143,36 @@ class Images(Dataset):
 
 
 def load_images(args: argparse.Namespace) -> tuple[Subset, Subset]:
-    """In a fixed random order: the last `num_eval_images` are held out. Of the digits, those of the quickstart."""
-    column = args.image_column
+    """In a fixed random order; the last `num_eval_images` are held out. `--digits` splits as the quickstart does."""
     if args.digits:
-        column = "image"
-        source = [{column: Image.fromarray(np.round(p * 255 / 16).astype(np.uint8))} for p in load_digits().images]
+        source, column = [sample for part in load_split() for sample in part], "image"
+        order = range(len(source))  # already shuffled
     else:
         from datasets import load_dataset
 
         name, options = (args.dataset_name, {}) if args.dataset_name else ("imagefolder", {"data_dir": args.train_dir})
-        source = load_dataset(name, split=args.dataset_split, **options)
+        source, column = load_dataset(name, split=args.dataset_split, **options), args.image_column
         if column not in source.column_names:
             raise ValueError(f"no column {column!r} in {source.column_names}; pass --image_column")
         source = source.select_columns([column])
+        order = np.random.default_rng(0).permutation(len(source))
     num_train = len(source) - args.num_eval_images
     if not 0 < num_train < len(source):
         raise ValueError(
             f"--num_eval_images {args.num_eval_images} of {len(source)} images leaves none to train or judge"
         )
-    order = np.random.default_rng(0).permutation(len(source))
     images = Images(source, column, args.image_size)
     return Subset(images, order[:num_train]), Subset(images, order[num_train:])
 
 
+def samples_of(digits: Subset) -> list[dict]:
+    return [digits.dataset.source[i] for i in digits.indices]
+
+
 def endless_batches(num_images: int, args: argparse.Namespace, accelerator: Accelerator, step: int):
     """
-    Indices of this process's batches from `step` on, without end. The position in the run alone says which image
-    comes (a permutation an epoch), so that a resumed run goes on with the very next one.
+    Endless batches of this process's indices, from `step` on. They depend only on the position in the run (with one
+    permutation per epoch), so a resumed run continues with exactly the next image.
     """
     size, epoch, order = args.train_batch_size, -1, None
     for batch in count(step * args.gradient_accumulation_steps):
@@ -200,15 +200,15 @@ class FeatureMaps(nn.Module):
 
 def train_digit_features(train_set: Subset) -> nn.Sequential:
     """
-    A classifier of digits, less its head: it stands in for VGG and MoCo where there are only digits. The same weights
-    every time, after seconds, so that a resumed run has the same losses.
+    A classifier of digits without its head, in place of VGG and MoCo. It trains in seconds, to the same weights every
+    time, so a resumed run has the same losses.
     """
     torch.manual_seed(0)
     widths = [(3, 16), (16, 32), (32, 64)]
     blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(i, o, 3, 2, 1), nn.ReLU()) for i, o in widths))
     classifier = nn.Sequential(blocks, nn.Flatten(), nn.LazyLinear(10))
     pixel_values = torch.stack([train_set[i] for i in range(len(train_set))])
-    labels = torch.from_numpy(load_digits().target[train_set.indices])
+    labels = torch.tensor([sample["label"] for sample in samples_of(train_set)])
     classifier(pixel_values[:1])
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3)
     for _ in range(8):
@@ -252,21 +252,21 @@ def build_vae(args: argparse.Namespace) -> AutoencoderKL | VQModel:
     if not args.vq:
         return AutoencoderKL(**options)
     vae = VQModel(num_vq_embeddings=args.num_codes, **options)
-    # By default diffusers weighs the codebook's term with β and the commitment with 1; the VQ-VAE, and this, the other
-    # way round. Neither attribute is needed after the training, and neither is saved.
+    # With `legacy`, diffusers multiplies the codebook term by β; in the VQ-VAE, β belongs to the commitment term. Both
+    # attributes matter only in training and are not saved.
     vae.quantize.legacy, vae.quantize.beta = False, args.commitment_cost
     return vae
 
 
 class Autoencoder(nn.Module):
-    """Encoding and decoding in one `forward`, which is all that several processes keep in step."""
+    """Encodes and decodes in one `forward`, because DDP synchronises only what goes through `forward`."""
 
     def __init__(self, vae: AutoencoderKL | VQModel):
         super().__init__()
         self.vae = vae
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the reconstruction, and the KL (summed over the latent, mean over images) or commitment loss."""
+        """Returns the reconstruction and the KL (summed over the latent, mean over images) or commitment loss."""
         if isinstance(self.vae, VQModel):
             output = self.vae(pixel_values)
             return output.sample, output.commit_loss
@@ -287,7 +287,7 @@ def averaged(ema: EMAModel | None, vae: nn.Module):
 
 
 def process_batches(images: Subset, accelerator: Accelerator, args: argparse.Namespace, limit: int | None = None):
-    """Each process its share of the first `limit` images, once."""
+    """This process's share of the first `limit` images."""
     share = range(accelerator.process_index, min(limit or len(images), len(images)), accelerator.num_processes)
     loader = DataLoader(Subset(images, share), args.train_batch_size, generator=torch.Generator())
     return (batch.to(accelerator.device) for batch in loader)
@@ -295,7 +295,7 @@ def process_batches(images: Subset, accelerator: Accelerator, args: argparse.Nam
 
 @torch.no_grad()
 def evaluate(vae, images: Subset, accelerator: Accelerator, args: argparse.Namespace) -> dict[str, float]:
-    """PSNR (mean over images, of values clamped to the range) and L1 in [-1, 1] on held-out images, by the mode."""
+    """PSNR (mean over images, of clamped values) and L1 in [-1, 1], of reconstructions from the posterior's mode."""
     sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
     for pixel_values in process_batches(images, accelerator, args):
         difference = vae(pixel_values).sample.clamp(-1, 1) - pixel_values
@@ -307,7 +307,7 @@ def evaluate(vae, images: Subset, accelerator: Accelerator, args: argparse.Names
 
 @torch.no_grad()
 def save_grid(vae, images: Subset, file: Path, device: torch.device, columns: int = 8) -> None:
-    """Two times eight held-out images, the original above its reconstruction."""
+    """Sixteen images in two rows, each row above its reconstructions."""
     pixel_values = torch.stack([images[i] for i in range(min(2 * columns, len(images)))]).to(device)
     reconstruction = vae(pixel_values).sample.clamp(-1, 1)
     pairs = zip(pixel_values.split(columns), reconstruction.split(columns), strict=True)
@@ -327,22 +327,17 @@ def share_of_codes_used(vae: VQModel, images: Subset, accelerator: Accelerator, 
 
 @torch.no_grad()
 def judge_digits(vae, train_set: Subset, held_out: Subset, device: torch.device) -> dict[str, float]:
-    """Whether held-out digits, reconstructed and averaged down to 8×8, are still read by an SVC of real ones."""
-    digits = load_digits()
-    pictures = np.round(digits.images * 255 / 16).reshape(-1, 64)
-    judge = SVC(gamma="scale").fit(pictures[train_set.indices], digits.target[train_set.indices])
+    """Whether a classifier of real digits still reads reconstructed ones, averaged down to 8×8."""
+    judge, samples = Judge(samples_of(train_set)), samples_of(held_out)
     pixel_values = torch.stack([held_out[i] for i in range(len(held_out))]).to(device)
     gray = (vae(pixel_values).sample.clamp(-1, 1).mean(dim=1, keepdim=True) + 1) * 127.5
     small = F.adaptive_avg_pool2d(gray, 8).flatten(1).round().cpu().numpy()
-    labels = digits.target[held_out.indices]
-    return {
-        "digit_accuracy": judge.score(small, labels),
-        "judge_accuracy": judge.score(pictures[held_out.indices], labels),
-    }
+    accuracy = judge.classifier.score(small, [sample["label"] for sample in samples])
+    return {"digit_accuracy": accuracy, "judge_accuracy": float(judge.accuracy(samples))}
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole ones, oldest first; what was being written when a run was killed has another name."""
+    """Complete checkpoints, oldest first. Unfinished ones have another name."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
@@ -369,30 +364,37 @@ def load_checkpoint(accelerator: Accelerator, args: argparse.Namespace, run: dic
     if args.resume_from_checkpoint == "latest":
         found = list_checkpoints(args.output_dir)
         if not found:
-            accelerator.print(f"no checkpoint in {args.output_dir}: from the beginning")
+            accelerator.print(f"no checkpoint in {args.output_dir}: starts from the beginning")
             return 0
         folder = found[-1]
     if not (folder / "run.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {folder} is no checkpoint of this script")
+        raise ValueError(f"--resume_from_checkpoint {folder} is not a checkpoint of this script")
     state = json.loads((folder / "run.json").read_text())
     differing = {name: (state[name], value) for name, value in run.items() if state[name] != value}
     if differing:
-        raise ValueError(f"{folder} is of another run, (there, here): {differing}; pass the same flags")
+        raise ValueError(f"{folder} belongs to another run, (there, here): {differing}; pass the same flags")
     accelerator.load_state(folder)
     accelerator.print(f"resumed from {folder}")
     return state["step"]
 
 
-def main(argv: list[str] | None = None) -> dict:
-    args = parse_args(argv)
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=args.output_dir,
-    )
-    accelerator.init_trackers("logs", {name: str(value) for name, value in vars(args).items()})
-    train_set, held_out = load_images(args)
+@dataclass
+class Training:
+    """What a training step needs."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    criterion: VAELoss
+    vae: AutoencoderKL | VQModel
+    model: nn.Module
+    discriminator: nn.Module
+    optimizer: torch.optim.Optimizer
+    discriminator_optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+
+
+def prepare(args: argparse.Namespace, accelerator: Accelerator, train_set: Subset) -> Training:
     criterion = build_loss(args, train_set).to(accelerator.device)
     set_seed(args.seed)
     vae = build_vae(args)
@@ -400,85 +402,95 @@ def main(argv: list[str] | None = None) -> dict:
         vae.enable_gradient_checkpointing()
     discriminator = PatchDiscriminator(3, args.discriminator_channels, args.discriminator_layers)
     betas = (args.adam_beta1, args.adam_beta2)
-    optimizer = torch.optim.Adam(vae.parameters(), args.learning_rate, betas)
-    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), args.learning_rate, betas)
+    optimizers = [torch.optim.Adam(m.parameters(), args.learning_rate, betas) for m in (vae, discriminator)]
     scheduler = get_scheduler(
         args.lr_scheduler,
-        optimizer,
+        optimizers[0],
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
-    model, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(
-        Autoencoder(vae), discriminator, optimizer, discriminator_optimizer
-    )
+    prepared = accelerator.prepare(Autoencoder(vae), discriminator, *optimizers)
     accelerator.register_for_checkpointing(scheduler)
     ema = None
     if args.ema_decay > 0:
         ema = EMAModel(vae.parameters(), decay=args.ema_decay, use_ema_warmup=True)
         ema.to(accelerator.device)
         accelerator.register_for_checkpointing(ema)
-    set_seed(args.seed, device_specific=True)  # each process its own noise
+    set_seed(args.seed, device_specific=True)  # its own noise for each process
+    return Training(args, accelerator, criterion, vae, *prepared, scheduler, ema)
 
+
+def train_step(training: Training, batches, step: int) -> dict[str, torch.Tensor]:
+    """Updates autoencoder and discriminator, and returns the terms of the loss."""
+    accelerator, criterion, model = training.accelerator, training.criterion, training.model
+    discriminator, discriminator_optimizer = training.discriminator, training.discriminator_optimizer
+    for _ in range(training.args.gradient_accumulation_steps):
+        pixel_values = next(batches).to(accelerator.device, non_blocking=True)
+        with accelerator.accumulate(model, discriminator):
+            reconstruction, regularizer = model(pixel_values)
+            with accelerator.autocast():
+                loss, terms = criterion(
+                    reconstruction, pixel_values, regularizer, step, accelerator.unwrap_model(discriminator)
+                )
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(model.parameters(), training.args.max_grad_norm)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+            if criterion.gan_is_on(step):
+                terms["discriminator"] = criterion.discriminator_loss(discriminator, reconstruction, pixel_values)
+                accelerator.backward(terms["discriminator"])
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(discriminator.parameters(), training.args.max_grad_norm)
+                for group in discriminator_optimizer.param_groups:
+                    group["lr"] = training.scheduler.get_last_lr()[0]
+                discriminator_optimizer.step()
+                discriminator_optimizer.zero_grad()
+    training.scheduler.step()
+    if training.ema is not None:
+        training.ema.step(training.vae.parameters())
+    return terms
+
+
+def train(training: Training, train_set: Subset, held_out: Subset) -> float:
+    """Runs all steps with logs, evaluations and checkpoints; returns the seconds it took."""
+    args, accelerator, vae = training.args, training.accelerator, training.vae
     names = ("seed", "image_size", "train_batch_size", "gradient_accumulation_steps")
     run = {name: getattr(args, name) for name in names}
     run |= {"num_train_images": len(train_set), "num_processes": accelerator.num_processes}
-    step = load_checkpoint(accelerator, args, run) if args.resume_from_checkpoint else 0
+    first = load_checkpoint(accelerator, args, run) if args.resume_from_checkpoint else 0
     loader = DataLoader(
         train_set,
-        batch_sampler=endless_batches(len(train_set), args, accelerator, step),
+        batch_sampler=endless_batches(len(train_set), args, accelerator, first),
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator(),  # or the workers' seed would be drawn from the noise's generator
+        generator=torch.Generator(),  # otherwise the workers' seed comes from the generator of the noise
     )
-    batches = iter(loader)
-    start = time.perf_counter()
-    progress = tqdm(
-        total=args.max_train_steps, initial=step, desc="train", disable=not accelerator.is_local_main_process
-    )
-    while step < args.max_train_steps:
-        for _ in range(args.gradient_accumulation_steps):
-            pixel_values = next(batches).to(accelerator.device, non_blocking=True)
-            with accelerator.accumulate(model, discriminator):
-                reconstruction, regularizer = model(pixel_values)
-                with accelerator.autocast():
-                    loss, terms = criterion(
-                        reconstruction, pixel_values, regularizer, step, accelerator.unwrap_model(discriminator)
-                    )
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-                if criterion.gan_is_on(step):
-                    terms["discriminator"] = criterion.discriminator_loss(discriminator, reconstruction, pixel_values)
-                    accelerator.backward(terms["discriminator"])
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(discriminator.parameters(), args.max_grad_norm)
-                    for group in discriminator_optimizer.param_groups:
-                        group["lr"] = scheduler.get_last_lr()[0]
-                    discriminator_optimizer.step()
-                    discriminator_optimizer.zero_grad()
-        scheduler.step()
-        if ema is not None:
-            ema.step(vae.parameters())
-        step += 1
-        progress.update()
+    batches, start = iter(loader), time.perf_counter()
+    steps = range(first + 1, args.max_train_steps + 1)
+    progress = tqdm(steps, desc="train", disable=not accelerator.is_local_main_process)
+    for step in progress:
+        terms = train_step(training, batches, step - 1)
         if step % args.logging_steps == 0:
-            logs = {name: term.item() for name, term in terms.items()} | {"lr": scheduler.get_last_lr()[0]}
+            logs = {name: term.item() for name, term in terms.items()} | {"lr": training.scheduler.get_last_lr()[0]}
             progress.set_postfix({name: f"{value:.3g}" for name, value in logs.items()})
             accelerator.log(logs, step)
         if step % args.eval_steps == 0:
-            with averaged(ema, vae):
+            with averaged(training.ema, vae):
                 accelerator.log(evaluate(vae, held_out, accelerator, args), step)
                 if accelerator.is_main_process:
                     save_grid(vae, held_out, args.output_dir / "samples" / f"{step:07}.png", accelerator.device)
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             save_checkpoint(accelerator, args, {"step": step, **run})
-    progress.close()
+    return time.perf_counter() - start
 
-    results = {"train_seconds": round(time.perf_counter() - start, 1), "parameters": vae.num_parameters()}
-    if ema is not None:
-        ema.copy_to(vae.parameters())
+
+def finish(training: Training, train_set: Subset, held_out: Subset) -> dict:
+    """Judges and saves the trained autoencoder, with the scale of its latents."""
+    args, accelerator, vae = training.args, training.accelerator, training.vae
+    results = {"parameters": vae.num_parameters()}
+    if training.ema is not None:
+        training.ema.copy_to(vae.parameters())
     results |= evaluate(vae, held_out, accelerator, args)
     if args.vq:
         results["codes_used"] = share_of_codes_used(vae, train_set, accelerator, args)
@@ -492,6 +504,23 @@ def main(argv: list[str] | None = None) -> dict:
         save_grid(vae, held_out, args.output_dir / "reconstructions.png", accelerator.device)
         if args.digits:
             results |= judge_digits(vae, train_set, held_out, accelerator.device)
+    return results
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+    )
+    accelerator.init_trackers("logs", {name: str(value) for name, value in vars(args).items()})
+    train_set, held_out = load_images(args)
+    training = prepare(args, accelerator, train_set)
+    seconds = train(training, train_set, held_out)
+    results = {"train_seconds": round(seconds, 1), **finish(training, train_set, held_out)}
+    if accelerator.is_main_process:
         (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(*(f"{name:18} {value}" for name, value in results.items()), f"saved in {args.output_dir}", sep="\n")
     accelerator.end_training()

@@ -73,7 +73,7 @@ class Recorder(TransfusionTrainer):
 def run(tmp_path_factory):
     """A short run on the shapes: the trainer and its folder."""
     folder = tmp_path_factory.mktemp("run")
-    extra = ("--num_train_edits", "24", "--max_steps", "25", "--warmup_steps", "2")
+    extra = ("--num_train_edits", "24", "--max_steps", "15", "--warmup_steps", "2")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(editing, "TransfusionTrainer", Recorder)
         return editing.main(arguments(folder, *extra)), folder
@@ -81,14 +81,14 @@ def run(tmp_path_factory):
 
 def test_both_losses_fall(run):
     history = [entry for entry in run[0].state.log_history if "loss" in entry]
-    assert len(history) == 25
+    assert len(history) == 15
     for name in ("lm_loss", "diffusion_loss"):
         losses = [entry[name] for entry in history]
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
 
 
 def test_the_input_image_stays_clean_and_has_no_loss(run):
-    assert len(run[0].steps) == 25
+    assert len(run[0].steps) == 15
     for inputs, outputs, (stack,), timesteps in run[0].steps:
         number = len(inputs["input_ids"])
         assert inputs["image_loss_mask"].tolist() == [False, True] * number
@@ -118,7 +118,7 @@ def test_images_come_in_their_order_and_at_their_own_size(run):
 def test_results_pictures_and_a_model_that_draws_are_left_behind(run):
     trainer, folder = run
     results = json.loads((folder / "results.json").read_text())
-    assert results["image_size"] == [32, 32] and results["train_steps"] == 25 and results["num_held_out"] == 4
+    assert results["image_size"] == [32, 32] and results["train_steps"] == 15 and results["num_held_out"] == 4
     assert results["num_train_edits"] == 24 and 1.2e6 < results["parameters"] < 1.6e6
     assert 0 <= results["accuracy"] <= 1 and set(results["by_edit"]) <= {"recolor", "remove"}
     for name in ("grid.png", "losses.png"):

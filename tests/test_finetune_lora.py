@@ -28,6 +28,7 @@ from transfusion_hf import (
 from transfusion_hf.data.shapes import ShapesDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import common
 import finetune_lora
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,7 @@ TIED = {"text": tiny.text_config(tie_word_embeddings=True)}
 MODELS = {
     "linear": lambda: tiny.model(std=0.1),
     "tied": lambda: tiny.model(std=0.1, **TIED),
-    "unet": lambda: tiny.model(std=0.3, **tiny.UNET),
+    "unet": lambda: tiny.model(std=0.2, **tiny.UNET),
     "vae": lambda: model_with_vae(std=0.1),
 }
 PARTS = list(finetune_lora.PATCH_PARTS)
@@ -113,8 +114,10 @@ def test_patch_parts_that_are_none_are_refused():
         adapted(tiny.model(), "false")
 
 
-@pytest.mark.parametrize("patch_encoder", ["linear", "unet"])
-@pytest.mark.parametrize("preset", ["0.16B", "0.37B", "0.76B", "1.4B", "7B"])
+@pytest.mark.parametrize(
+    ("preset", "patch_encoder"),
+    [("0.16B", "linear"), ("7B", "linear"), ("1.4B", "unet"), ("7B", "unet")],
+)
 def test_less_than_five_percent_is_trained_at_the_papers_sizes(preset, patch_encoder):
     shares = {}
     for parts in ("projections", "all"):
@@ -141,8 +144,9 @@ def test_the_vae_counts_for_nothing():
 
 
 @pytest.mark.parametrize("with_images", [True, False], ids=["images", "text alone"])
-@pytest.mark.parametrize("kind", ["linear", "unet"])
-@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("linear", "projections"), ("linear", "none"), ("linear", "all"), ("unet", "all")]
+)
 def test_gradients_reach_the_adapter_and_nothing_else(kind, parts, with_images):
     batch = tiny.batch(0)
     if not with_images:
@@ -166,7 +170,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant, with_images):
         batch = {"input_ids": ids, "labels": ids}
     plain = adapted(tiny.model(std=0.1)).train()
     checkpointed = copy.deepcopy(plain)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     checkpointed.enable_input_require_grads()
     calls = []
     for model in (plain, checkpointed):
@@ -182,8 +186,16 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant, with_images):
             torch.testing.assert_close(parameter.grad, expected[name], atol=1e-7, rtol=1e-5)
 
 
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("linear", "none"),
+        ("tied", "projections"),
+        ("unet", "projections"),
+        ("unet", "all"),
+        ("vae", "all"),
+    ],
+)
 def test_an_adapter_goes_off_comes_back_and_is_merged(tmp_path, kind, parts):
     # Convolutions may differ in the last bit from one place in memory to another.
     exact = 0.0 if kind in ("linear", "tied") else 1e-6
@@ -224,8 +236,7 @@ def test_an_adapter_loads_by_its_folder_alone(tmp_path):
         assert_equal(outputs(auto_class.from_pretrained(tmp_path / "adapter").eval()), expected, 1e-6)
 
 
-@pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("kind", ["linear", "unet"])
+@pytest.mark.parametrize(("kind", "parts"), [("linear", "projections"), ("unet", "all")])
 def test_an_adapter_works_in_bfloat16(tmp_path, kind, parts):
     MODELS[kind]().save_pretrained(tmp_path / "base")
     base = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
@@ -238,8 +249,11 @@ def test_an_adapter_works_in_bfloat16(tmp_path, kind, parts):
     assert_equal(outputs(loaded.eval())[3:4], expected[3:4], 0.05)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"image_guidance_scale": 1.0}], ids=["guided", "unguided"])
-@pytest.mark.parametrize("mode", ["interleaved", "text", "image"])
+@pytest.mark.parametrize(
+    ("mode", "kwargs"),
+    [("interleaved", {}), ("image", {"image_guidance_scale": 1.0}), ("text", {})],
+    ids=["interleaved", "image, unguided", "text"],
+)
 def test_every_mode_of_generate_draws_and_writes_as_the_merged_model(mode, kwargs):
     processor = AutoProcessor.from_pretrained(FIXTURE)
     model = adapted(TransfusionForCausalLMAndDiffusion.from_pretrained(FIXTURE), "all", std=0.1)
@@ -293,11 +307,10 @@ def lora_trainer(folder, base, callbacks=(), parts: str = "projections", **kwarg
     return TransfusionTrainer(model, args, train_dataset=samples(8), data_collator=collate, callbacks=list(callbacks))
 
 
-@pytest.mark.parametrize("parts", ["projections", "all"])
-def test_a_run_with_an_average_is_resumed_bit_for_bit_and_saves_the_adapter_alone(tmp_path, parts):
+def test_a_run_with_an_average_is_resumed_bit_for_bit_and_saves_the_adapter_alone(tmp_path):
     def run(folder, stop: int, resume: bool = False):
         callbacks = [TransfusionEMACallback(decay=0.9), _StopAt(stop)]
-        trainer = lora_trainer(tmp_path / folder, tiny.model(std=0.1), callbacks, parts, lora_dropout=0.1)
+        trainer = lora_trainer(tmp_path / folder, tiny.model(std=0.1), callbacks, "all", lora_dropout=0.1)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -343,7 +356,7 @@ def test_the_checkpoint_of_another_adapter_is_refused(tmp_path):
     lora_trainer(tmp_path, tiny.model(std=0.1), lora_dropout=0.1).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("parts", ["projections", "all"])
 def test_frozen_parameters_count_four_flops_and_the_vae_none(tmp_path, parts):
     num_parameters = tiny.model().num_parameters()
     trainer = lora_trainer(tmp_path, model_with_vae(std=0.1), parts=parts)
@@ -410,11 +423,10 @@ def arguments(folder: Path, data: Path, *extra: str) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("streaming", ["false", "true"])
-def test_the_example_trains_on_a_data_set_goes_on_and_merges(tmp_path, pictures, capsys, streaming):
-    extra = ("--streaming", streaming, "--merge", "true", "--ema_decay", "0.9")
+def test_the_example_trains_on_a_data_set_goes_on_and_merges(tmp_path, pictures, capsys):
+    extra = ("--merge", "true", "--ema_decay", "0.9")
     whole = finetune_lora.main(arguments(tmp_path / "whole", pictures, *extra))
-    assert "of the model's" in capsys.readouterr().out
+    assert "of the model's parameters" in capsys.readouterr().out
     logs = [entry for entry in whole.state.log_history if "loss" in entry]
     assert len(logs) == 4 and all({"lm_loss", "diffusion_loss"} <= set(entry) for entry in logs)
     finetune_lora.main(arguments(tmp_path / "parts", pictures, *extra))
@@ -434,16 +446,9 @@ def test_the_example_trains_on_a_data_set_goes_on_and_merges(tmp_path, pictures,
     assert (logits[2] - logits[0]).abs().max() > 1e-4
 
 
-def test_the_digits_are_those_of_the_quickstart_in_the_new_style():
-    import quickstart
-
-    for ours, theirs in zip(finetune_lora.load_digit_samples(), quickstart.load_split(), strict=True):
-        assert len(ours) == len(theirs)
-        for sample, other in zip(ours, theirs, strict=True):
-            assert sample["label"] == other["label"] and sample["image"].tobytes() == other["image"].tobytes()
-            word = finetune_lora.WORDS[sample["label"]]
-            assert finetune_lora.OLD_STYLE.format(word) == other["text"]
-            assert finetune_lora.NEW_STYLE.format(word) == sample["text"]
+def test_a_style_is_said_of_the_label():
+    (sample,) = finetune_lora.in_style([{"label": 7, "text": "a handwritten seven"}], finetune_lora.NEW_STYLE)
+    assert sample == {"label": 7, "text": "digit: seven"}
 
 
 @pytest.mark.slow
@@ -463,7 +468,7 @@ def test_lora_teaches_a_new_style_of_captions_in_both_directions(tmp_path, quick
     assert results["train_steps"] <= 500
     processor = AutoProcessor.from_pretrained(tmp_path / "merged")
     merged = AutoModelForMultimodalLM.from_pretrained(tmp_path / "merged")
-    _, held_out = finetune_lora.load_digit_samples()
-    captions = finetune_lora.read(merged, processor, held_out)
-    right = [caption == sample["text"] for caption, sample in zip(captions, held_out, strict=True)]
-    assert sum(right) / len(right) == pytest.approx(results["new style"]["read_accuracy"], abs=0.01)
+    held_out = finetune_lora.in_style(common.load_split()[1], finetune_lora.NEW_STYLE)
+    captions = common.read(merged, processor, held_out, generation_mode="text", max_new_tokens=32)
+    accuracy = common.share_read(captions, held_out)
+    assert accuracy == pytest.approx(results["new style"]["read_accuracy"], abs=0.01)

@@ -5,11 +5,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import common
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(*command: str | Path, **environment: str) -> None:
@@ -27,6 +32,33 @@ def check(folder: Path) -> dict:
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 200
     return results
+
+
+def test_the_judge_knows_digits_from_other_digits_and_from_no_picture():
+    train_set, held_out = common.load_split()
+    assert (len(train_set), len(held_out)) == (1500, 297)
+    judge = common.Judge(train_set)
+    assert judge.accuracy(held_out) >= 0.98
+    labels = [sample["label"] for sample in held_out]
+    larger = [sample["image"].resize((32, 32), Image.Resampling.NEAREST).convert("RGB") for sample in held_out]
+    assert judge.is_right(larger, labels).mean() == judge.accuracy(held_out)
+    assert judge.is_right(larger, [(label + 1) % 10 for label in labels]).mean() <= 0.02
+    blank = judge.classifier.predict(judge.features([Image.new("L", (8, 8))]))[0]
+    assert not judge.is_right([None], [blank]).any()
+
+
+def test_a_run_is_resumed_where_there_is_a_checkpoint(tmp_path):
+    def resumed(value):
+        return common.resume_from(SimpleNamespace(resume_from_checkpoint=value, output_dir=str(tmp_path)))
+
+    assert [resumed(value) for value in ("true", "false", None, "some/folder")] == [False, False, None, "some/folder"]
+    (tmp_path / "checkpoint-3").mkdir()
+    assert resumed("True") is True and resumed("False") is False
+
+
+def test_shares_count_whole_captions():
+    samples = [{"text": "a handwritten one"}, {"text": "a handwritten two"}]
+    assert np.isclose(common.share_read(["a handwritten one", "two"], samples), 0.5)
 
 
 @pytest.mark.slow
