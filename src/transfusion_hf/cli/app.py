@@ -111,16 +111,9 @@ def respond(
     Closing the iterator stops the model at the next token or preview. Errors of `generate()`, the processor or a file
     are shown as a warning of the page, and end the answer.
 
-    Args:
-        model (`TransfusionForCausalLMAndDiffusion`)
-        processor (`TransfusionProcessor`)
-        message (`dict`): `{"text": str, "files": list[str]}`.
-        history (`list[dict]`): Gradio's messages so far, for the mode `"chat"`.
-        mode (`str`): `"chat"`, `"draw"` or `"caption"`.
-        num_inference_steps (`int`), image_guidance_scale (`float`), scheduler (`str`), max_new_tokens (`int`):
-            For `generate()`.
-        seed (`str`): A whole number for noise and sampled text; random if empty.
-        preview_interval (`int`): Denoising steps between two previews.
+    `message` is `{"text": str, "files": list[str]}`, `history` Gradio's messages so far (for `"chat"`), `mode`
+    one of `MODES`, `seed` a whole number or empty. The other settings are those of `generate()` and
+    [`TransfusionStreamer`].
     """
     content: list[Any] = []
     try:
@@ -211,15 +204,8 @@ def launch_app(
     **kwargs: Any,
 ) -> gr.Blocks:
     """
-    Starts the page.
-
-    Args:
-        model (`TransfusionForCausalLMAndDiffusion`)
-        processor (`TransfusionProcessor`)
-        host (`str`, defaults to `"127.0.0.1"`): `"0.0.0.0"` for other machines.
-        port (`int`, *optional*): Defaults to the first free one from 7860 on.
-        share (`bool`, defaults to `False`): Whether to get a public address through Gradio's servers.
-        kwargs: For Gradio's `launch`, for example `prevent_thread_lock`.
+    Starts the page, at `port` (by default the first free one from 7860 on) of `host` (`"0.0.0.0"` for other machines),
+    with `share` also at a public address through Gradio's servers. `kwargs` are for Gradio's `launch`.
     """
     app = make_app(model, processor)
     app.queue(default_concurrency_limit=1, api_open=False)

@@ -55,7 +55,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     caption.add_argument("--max_new_tokens", type=int, default=64)
     edit = command("edit", "Changes a picture as instructed.")
     edit.add_argument("picture", type=Path)
-    edit.add_argument("instruction")
+    edit.add_argument("prompt", metavar="instruction")
     edit.add_argument("--input_image_guidance_scale", type=float, help="how closely to follow the picture")
     drawing(edit, "edited.png")
     chat = command("chat", f"Chats in text and pictures. {_CHAT_HELP}")
@@ -84,7 +84,7 @@ def open_picture(file: str | Path) -> Image.Image:
 
 def _drawing_kwargs(args: argparse.Namespace) -> dict[str, Any]:
     names = ("num_inference_steps", "image_guidance_scale", "scheduler", "height", "width")
-    kwargs = {name: getattr(args, name, None) for name in (*names, "input_image_guidance_scale")}
+    kwargs = {name: vars(args).get(name) for name in (*names, "input_image_guidance_scale")}
     return {name: value for name, value in kwargs.items() if value is not None}
 
 
@@ -93,24 +93,22 @@ def _save(image: Image.Image, file: Path) -> None:
     image.save(file)
 
 
-def _draw(args: argparse.Namespace, model: Any, processor: Any, generator: torch.Generator | None) -> None:
-    is_edit = args.command == "edit"
-    text = processor.image_token + args.instruction if is_edit else args.prompt
-    inputs = processor(text=[text], images=[open_picture(args.picture)] if is_edit else None).to(model.device)
+def _run_once(args: argparse.Namespace, model: Any, processor: Any, generator: torch.Generator | None) -> None:
+    """Draws, edits or captions."""
+    pictures = [open_picture(args.picture)] if "picture" in args else None
+    text = (processor.image_token if pictures else "") + args.prompt
+    inputs = processor(text=[text], images=pictures).to(model.device)
+    if args.command == "caption":
+        ids = model.generate(**inputs, generation_mode="text", generator=generator, max_new_tokens=args.max_new_tokens)
+        (answer,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        print(answer.strip())
+        return
     output = model.generate(
         **inputs, generation_mode="image", generator=generator, progress_bar=True, **_drawing_kwargs(args)
     )
     (image,) = processor.post_process_multimodal_output(output, generation_mode="image")
     _save(image, args.output)
     print(args.output)
-
-
-def _caption(args: argparse.Namespace, model: Any, processor: Any, generator: torch.Generator | None) -> None:
-    text, picture = processor.image_token + args.prompt, open_picture(args.picture)
-    inputs = processor(text=[text], images=[picture]).to(model.device)
-    ids = model.generate(**inputs, generation_mode="text", generator=generator, max_new_tokens=args.max_new_tokens)
-    (answer,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(answer.strip())
 
 
 def _chat(args: argparse.Namespace, model: Any, processor: Any, generator: torch.Generator | None) -> None:
@@ -174,8 +172,7 @@ def _run(argv: Sequence[str]) -> int:
         launch_app(model, processor, args.host, args.port, args.share)
         return 0
     generator = None if args.seed is None else torch.Generator(args.device).manual_seed(args.seed)
-    run = {"caption": _caption, "chat": _chat}.get(args.command, _draw)
-    run(args, model, processor, generator)
+    (_chat if args.command == "chat" else _run_once)(args, model, processor, generator)
     return 0
 
 

@@ -51,8 +51,7 @@ class TransfusionStreamer(TextIteratorStreamer):
     ...     print(piece if isinstance(piece, str) else f"{piece.step} of {piece.num_inference_steps}")
     ```"""
 
-    # Attributes of the library's class, which is not annotated.
-    text_queue: Queue
+    text_queue: Queue  # like the next two, of the library's class, which is not annotated
     token_cache: list[int]
     print_len: int
 

@@ -60,11 +60,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
 class SafetensorsCheckpoint:
     """
     The tensors of a folder of safetensors, one file or indexed shards, read one at a time by name; `layout` has all of
-    them without data.
-
-    Raises:
-        ValueError: no safetensors, a missing index or shard, a truncated file, tensors that are not floating-point
-            numbers of 16 bits or more.
+    them without data. Raises `ValueError` for files that are missing, broken, or hold no floating-point numbers of 16
+    bits or more.
     """
 
     def __init__(self, folder: Path):
@@ -74,7 +71,14 @@ class SafetensorsCheckpoint:
             try:
                 with safe_open(path, framework="pt") as file:
                     for key in file.keys():
-                        self._add(key, path, file.get_slice(key))
+                        tensor = file.get_slice(key)
+                        if (dtype := tensor.get_dtype()) not in DTYPES:
+                            raise ValueError(
+                                f"{key} in {path} is of type {dtype}; expected one of {', '.join(DTYPES)}. Quantised "
+                                "weights cannot be converted; take the original ones."
+                            )
+                        self.files[key] = path
+                        self.layout[key] = torch.empty(tensor.get_shape(), dtype=DTYPES[dtype], device="meta")
             except (SafetensorError, FileNotFoundError) as error:
                 raise ValueError(f"{path} is missing, cut off or no safetensors: {error}. Get it again.") from error
 
@@ -94,27 +98,13 @@ class SafetensorsCheckpoint:
             "their index; load weights in `.bin` (pickled) with transformers and save them again."
         )
 
-    def _add(self, key: str, path: Path, tensor: Any) -> None:
-        if tensor.get_dtype() not in DTYPES:
-            raise ValueError(
-                f"{key} in {path} is of type {tensor.get_dtype()}; expected one of {', '.join(DTYPES)}. Quantised "
-                "weights cannot be converted; take the original ones."
-            )
-        self.files[key] = path
-        self.layout[key] = torch.empty(tensor.get_shape(), dtype=DTYPES[tensor.get_dtype()], device="meta")
-
     def __getitem__(self, key: str) -> torch.Tensor:
         with safe_open(self.files[key], framework="pt") as file:  # a memory mapping that ends with the tensor
             return file.get_tensor(key)
 
 
 def check_keys(checkpoint: SafetensorsCheckpoint, expected: dict[str, torch.Tensor], is_tied: bool) -> list[str]:
-    """
-    The names of the tensors to convert.
-
-    Raises:
-        ValueError: tensors that are missing, unknown or of another shape, by name.
-    """
+    """The names of the tensors to convert; `ValueError` for those missing, unknown or of another shape."""
     # Older checkpoints hold these, which are computed, not learned.
     keys = [key for key in checkpoint.layout if not key.endswith("rotary_emb.inv_freq")]
     wanted = {key: tensor for key, tensor in expected.items() if not (is_tied and key == HEAD)}
@@ -183,7 +173,7 @@ def convert_causal_lm(
 
     Args:
         pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or a repository of the Hub; safetensors.
-        output_dir (`str` or `os.PathLike`): Must be empty or not exist; is only replaced once all is written.
+        output_dir (`str` or `os.PathLike`): Must be empty or not exist; appears once all is written.
         tokenizer (*optional*): A tokenizer, or its folder or repository; defaults to the model's own.
         vae (*optional*): For [`attach_vae`].
         pad_to_multiple_of (`int`, *optional*): Pads the grown vocabulary to a multiple of this.
@@ -195,9 +185,8 @@ def convert_causal_lm(
         kwargs: Fields of [`TransfusionConfig`], such as `latent_channels`.
 
     Raises:
-        ValueError: before anything is written: a model that is not a supported decoder, or is quantised; a checkpoint
-            that is not complete or does not fit its configuration; a tokenizer that is not the model's or already has
-            the image tokens; an unknown field or `dtype`; a generation config that cannot be saved.
+        ValueError: before anything is written, if the model, its checkpoint, the tokenizer, the generation config, a
+            field or `dtype` does not fit.
     """
     if unknown := sorted(set(kwargs) - set(TransfusionConfig.__annotations__)):
         raise ValueError(f"TransfusionConfig has no field {', '.join(f'`{name}`' for name in unknown)}.")

@@ -20,8 +20,7 @@ def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int
     Args:
         model (`TransfusionForCausalLMAndDiffusion`)
         vocab_size (`int`, *optional*):
-            Cuts the vocabulary to this size, for example that of the original language model. A padding token beyond
-            it is dropped.
+            Cuts the vocabulary to this size, for example that of the original. A padding token beyond it is dropped.
 
     Raises:
         ValueError: a `vocab_size` that is too large, or cuts off the first or last token of a text; a model whose
@@ -77,16 +76,9 @@ def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int
 
 def extract_vae(model: TransfusionForCausalLMAndDiffusion) -> AutoencoderKL:
     """
-    The autoencoder alone, as a diffusers model with its scale and shift. Its weights are shared, not copied.
-
-    Raises:
-        ValueError: a model without one.
-
-    Example:
-
-    ```python
-    >>> extract_vae(model).save_pretrained("outputs/vae")
-    ```"""
+    The autoencoder alone, as a diffusers model with its scale and shift; `ValueError` for a model without one. Its
+    weights are shared, not copied.
+    """
     vae_config = model.config.vae_config
     if model.vae is None or vae_config is None:
         raise ValueError("`model` has no autoencoder: its latents are the images themselves.")

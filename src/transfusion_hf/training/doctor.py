@@ -66,13 +66,11 @@ def diagnose(
         processor (`TransfusionProcessor`)
         batch (`dict`, *optional*): A training batch, as `model` takes it.
         dataset (iterable of samples, *optional*):
-            Instead of `batch`; its first `batch_size` samples are collated. Without either, random pictures and words
-            are used, and a VAE is judged less strictly.
-        collator (`Callable`, *optional*): From samples to a batch; defaults to a `TransfusionDataCollator`.
+            Instead of `batch`; `collator` (default `TransfusionDataCollator`) makes one of the first `batch_size`.
+            Without either, random pictures and words are used, and a VAE is judged less strictly.
         overfit (`bool`, defaults to `True`): Whether to train on the batch, which takes the longest.
         steps (`int`, defaults to 500): Limit of that training, which ends once both losses have fallen by 90 %.
         learning_rate (`float`, *optional*): Defaults to 0.8 / hidden size, at most 0.01.
-        batch_size (`int`, defaults to 4)
 
     Returns:
         `list[Finding]`: For each check either one `"ok"`, or everything that is wrong.
@@ -162,8 +160,7 @@ def _takes_pictures(base: Any) -> bool:
 
 def check_special_tokens(base: Any, processor: Any) -> Iterator[Finding]:
     """<BOI>, placeholder and <EOI> each have one id, the same in tokenizer, processor and configurations."""
-    tokenizer, stored = processor.tokenizer, base.generation_config
-    vocabulary, num_embeddings = tokenizer.get_vocab(), base.get_input_embeddings().weight.shape[0]
+    tokenizer, stored, vocabulary = processor.tokenizer, base.generation_config, processor.tokenizer.get_vocab()
     remedy, ids = "`TransfusionProcessor.for_model(model, tokenizer)` makes them agree; then save both", {}
     for name in ("image_start_token", "image_token", "image_end_token"):
         token = getattr(processor, name)
@@ -182,8 +179,6 @@ def check_special_tokens(base: Any, processor: Any) -> Iterator[Finding]:
         yield _error(f"`eos_token_id` of the generation config is the id of {clash[0]}", remedy)
     if ids[processor.image_start_token] in (stored.suppress_tokens or []):
         yield _error("`suppress_tokens` of the generation config holds <BOI>: it never draws", "remove it")
-    if (largest := max(vocabulary.values())) >= num_embeddings:
-        yield _error(f"the tokenizer has ids up to {largest}, the embedding {num_embeddings} rows", remedy)
     if (own := processor.pixels_per_patch) != (other := base.config.pixels_per_patch):
         yield _error(f"`pixels_per_patch` is {own} in the processor but {other} in the config", remedy)
     yield _ok(", ".join(f"{token} {i}" for token, i in ids.items()))
@@ -307,15 +302,13 @@ def check_pixels(base: Any, processor: Any, batch: dict[str, Any]) -> Iterator[F
 @torch.no_grad()
 def check_vae(base: Any, batch: dict[str, Any], is_data: bool) -> Iterator[Finding]:
     """Scale and shift give latents of mean 0 and standard deviation 1."""
-    if base.vae is None and _takes_pictures(base):
-        yield _ok("none: pixels are diffused")
-        return
-    if "pixel_values" not in batch and "latents" not in batch:
-        yield _ok("not checked: no images")
+    images = batch.get("pixel_values", batch.get("latents"))
+    if images is None or (base.vae is None and _takes_pictures(base)):
+        yield _ok("no images" if images is None else "none: pixels are diffused")
         return
     config = {} if base.vae is None else base.vae.config
     scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor") or 0.0
-    stacks = base.encode_images(batch["pixel_values"]) if "pixel_values" in batch else stack_images(batch["latents"])
+    stacks = base.encode_images(images) if "pixel_values" in batch else stack_images(images)
     values = torch.cat([stack.flatten() for stack in stacks]).double()
     mean, std = float(values.mean()), float(values.std(correction=0))
     seen = f"latents have mean {mean:.2f} and deviation {std:.2f} under scale {scale:g} and shift {shift:g}"
@@ -400,8 +393,7 @@ def check_overfit(
     """
     config, twin = base.config, copy.deepcopy(base, {id(base.vae): None}).float().eval()  # without dropout
     if "labels" not in batch or not any(p.requires_grad for p in twin.parameters()):
-        why = "every parameter is frozen; with PEFT, pass `is_trainable=True`" if "labels" in batch else "no `labels`"
-        yield _error(f"not tried: {why}")
+        yield _error("not tried: every parameter is frozen" if "labels" in batch else "not tried: no `labels`")
         return
     inputs = {k: v for k, v in batch.items() if k not in ("pixel_values", "max_timesteps", "timesteps")}
     if "pixel_values" in batch:
@@ -421,14 +413,12 @@ def check_overfit(
     stuck = [falls[name] for name, floor in floors.items() if not _is_learned(first[name], last[name], floor)]
     parts = {"patch encoder": twin.model.patch_encoder, "patch decoder": twin.model.patch_decoder}
     if dead := [name for name, part in parts.items() if step and not reached & set(part.parameters())]:
-        mask, parameters = batch.get("image_loss_mask"), [p for name in dead for p in parts[name].parameters()]
-        causes = {
-            "frozen; PEFT needs `modules_to_save`": not any(p.requires_grad for p in parameters),
-            "`diffusion_loss_weight` is 0": not config.diffusion_loss_weight,
-            "the batch has no images": "latents" not in inputs,
-            "`image_loss_mask` is False for every image": mask is not None and not mask.any(),
-        }
-        stuck += [f"no gradient reaches: {', '.join(dead)}", *(cause for cause, is_so in causes.items() if is_so)]
+        why = "does the batch have images to learn from?"
+        if not any(p.requires_grad for name in dead for p in parts[name].parameters()):
+            why = "frozen; with PEFT, pass `modules_to_save=['patch_encoder', 'patch_decoder']`"
+        elif not config.diffusion_loss_weight:
+            why = "`diffusion_loss_weight` is 0"
+        stuck.append(f"no gradient reaches: {', '.join(dead)} ({why})")
     if not stuck:
         yield _ok(f"{', '.join(falls.values())} in {step} steps")
         return
@@ -441,19 +431,12 @@ def check_overfit(
         yield _error(message, "try another `learning_rate` or more `steps`")
 
 
-def _load_model(name: str, attn_implementation: str | None, device: str) -> tuple[Any, Any]:
-    """A model and its processor; the base model's if an adapter has none."""
-    is_adapter, source = Path(name, "adapter_config.json").exists(), name
-    if is_adapter:
-        from peft import PeftConfig, PeftModel
-
-        source = PeftConfig.from_pretrained(name).base_model_name_or_path
-    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    model = AutoModelForMultimodalLM.from_pretrained(source, dtype="auto", **kwargs)
-    if is_adapter:
-        model = PeftModel.from_pretrained(model, name, is_trainable=True)
-    has_processor = not is_adapter or Path(name, "processor_config.json").exists()
-    return model.to(device), AutoProcessor.from_pretrained(name if has_processor else source)
+def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    kwargs = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype="auto", **kwargs).to(args.device)
+    for name, parameter in model.named_parameters():  # of an adapter, which is loaded frozen
+        parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
+    return model, AutoProcessor.from_pretrained(model.name_or_path)  # the base model's
 
 
 def _load_data(args: argparse.Namespace, image_token: str) -> Any:
@@ -486,7 +469,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     step = "model"
     try:
-        model, processor = _load_model(args.model, args.attn_implementation, args.device)
+        model, processor = _load_model(args)
         step = "data"
         dataset = None if args.data is None else _load_data(args, processor.image_token)
         step = "arguments"

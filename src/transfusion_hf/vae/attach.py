@@ -26,14 +26,13 @@ def attach_vae(
     Args:
         model (`TransfusionForCausalLMAndDiffusion`): Must have the autoencoder's `latent_channels`.
         vae (`str`, `os.PathLike` or `AutoencoderKL`): A folder, a repository of the Hub, or the autoencoder itself.
-        scaling_factor (`float`, *optional*), shift_factor (`float`, *optional*):
+        scaling_factor, shift_factor (`float`, *optional*):
             Of (z − shift) · scale; default to the autoencoder's. If its configuration has no scale, latents of 4
-            channels get that of Stable Diffusion 1 and 2, 0.18215, which is the default of diffusers.
+            channels get that of Stable Diffusion 1 and 2, 0.18215.
         kwargs: For `AutoencoderKL.from_pretrained`: `subfolder`, `revision`, `token` …
 
     Raises:
-        ValueError: another architecture, other channels than the model's, a missing scale or shift. The model then
-            stays as it was.
+        ValueError: another architecture, other channels, a missing scale or shift. The model then stays as it was.
 
     Example:
 
@@ -74,11 +73,8 @@ def attach_vae(
 @torch.no_grad()
 def measure_latent_scale(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> tuple[float, float]:
     """
-    The `(scaling_factor, shift_factor)` = (1 / std, mean) that give latents a mean of 0 and a standard deviation of 1.
-
-    Args:
-        vae (`AutoencoderKL`)
-        images (`Iterable[torch.FloatTensor]`): Batches of shape `(num_images, channels, height, width)` in [−1, 1].
+    The `(scaling_factor, shift_factor)` = (1 / std, mean) that give latents a mean of 0 and a standard deviation of 1,
+    from batches of images of shape `(num_images, channels, height, width)` in [−1, 1].
 
     Raises:
         ValueError: no images, or latents that are all equal.

@@ -23,16 +23,11 @@ from torchvision.transforms.functional import normalize, resize
 
 class PatchDiscriminator(nn.Module):
     r"""
-    PatchGAN (Isola et al., arXiv 1611.07004): a stack of 4×4 convolutions that gives a logit for every patch, of 70×70
-    pixels with three strided layers.
+    PatchGAN (Isola et al., arXiv 1611.07004): 4×4 convolutions that give a logit for every patch, of 70×70 pixels with
+    the default `num_layers=3` of stride 2; each layer doubles `hidden_channels`, up to 8×.
 
     NOTE: differs from the original: it normalises groups instead of the batch, so that an image's logits depend
     neither on the other images nor on the number of processes.
-
-    Args:
-        in_channels (`int`, defaults to 3): Channels of the image.
-        hidden_channels (`int`, defaults to 64): Channels of the first layer; each layer doubles them, up to 8×.
-        num_layers (`int`, defaults to 3): Number of layers of stride 2.
     """
 
     def __init__(self, in_channels: int = 3, hidden_channels: int = 64, num_layers: int = 3):
@@ -50,12 +45,7 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        r"""
-        Returns `(batch, 1, rows, columns)` logits, high for real patches.
-
-        Raises:
-            ValueError: images smaller than `min_size`.
-        """
+        """Logits `(batch, 1, rows, columns)`, high for real patches; `ValueError` for images that are too small."""
         if min(pixel_values.shape[-2:]) < self.min_size:
             raise ValueError(
                 f"`pixel_values` is {tuple(pixel_values.shape[-2:])} pixels large but this discriminator needs at "
@@ -69,13 +59,8 @@ def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tenso
     return F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()
 
 
-def hinge_generator_loss(fake_logits: torch.Tensor) -> torch.Tensor:
-    """−E[D(x̂)], the generator's side of [`hinge_discriminator_loss`]."""
-    return -fake_logits.float().mean()
-
-
 class _FrozenLoss(nn.Module):
-    """Compares the outputs of a network that stays frozen and in evaluation mode; it is frozen in place."""
+    """Compares the outputs of a network that it freezes, in evaluation mode, in place."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -99,17 +84,13 @@ class PerceptualLoss(_FrozenLoss):
     of the channel vectors, each scaled to unit length, averaged over positions; summed over layers.
 
     Args:
-        network (`nn.Module`):
-            Returns a sequence of feature maps `(batch, channels, height, width)` for images in [-1, 1].
-        channel_weights (`Sequence[torch.FloatTensor]`, *optional*):
-            Per layer a weight per channel, of shape `(channels,)`; all 1 by default.
+        network (`nn.Module`): Returns feature maps `(batch, channels, height, width)` for images in [-1, 1].
+        channel_weights (`Sequence[torch.FloatTensor]`, *optional*): Per map a weight per channel; all 1 by default.
     """
 
-    def __init__(self, network: nn.Module, channel_weights: Sequence[torch.Tensor] | None = None):
+    def __init__(self, network: nn.Module, channel_weights: Sequence[torch.Tensor] = ()):
         super().__init__(network)
-        self.num_weights = None if channel_weights is None else len(channel_weights)
-        for i, weight in enumerate(channel_weights or ()):
-            self.register_buffer(f"weight_{i}", weight.detach().clone())
+        self.channel_weights = nn.ParameterList(w.detach().clone() for w in channel_weights).requires_grad_(False)
 
     @classmethod
     def from_lpips(cls, backbone_weights: str | Path, net: str = "vgg") -> "PerceptualLoss":
@@ -123,7 +104,7 @@ class PerceptualLoss(_FrozenLoss):
 
         Raises:
             ImportError: without the `lpips` package.
-            ValueError: another `net`; a file that is missing or holds other weights.
+            ValueError: another `net`; a missing file, or weights of another network.
         """
         try:
             import lpips
@@ -143,29 +124,25 @@ class PerceptualLoss(_FrozenLoss):
         return cls(nn.Sequential(module.scaling_layer, module.net), weights)
 
     def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The distance, a scalar ≥ 0, of two `(batch, channels, height, width)`; gradients reach the first only."""
+        """A scalar ≥ 0 of two `(batch, channels, height, width)`; gradients reach the first only."""
         outputs, targets = self._outputs(reconstruction, pixel_values)
-        if self.num_weights not in (None, len(outputs)):
+        weights = list(self.channel_weights) or [outputs[0].new_ones(())] * len(outputs)
+        if len(weights) != len(outputs):
             raise ValueError(
-                f"`channel_weights` has {self.num_weights} entries but the network returns {len(outputs)} feature "
-                "maps; pass one for each."
+                f"`channel_weights` has {len(weights)} entries but the network returns {len(outputs)} feature maps; "
+                "pass one for each."
             )
         loss = reconstruction.new_zeros((), dtype=torch.float32)
-        for i, (output, target) in enumerate(zip(outputs, targets, strict=True)):
+        for output, target, weight in zip(outputs, targets, weights, strict=True):
             difference = (_unit(output.float()) - _unit(target.float())).square()  # (batch, channels, height, width)
-            if self.num_weights is not None:
-                difference = difference * getattr(self, f"weight_{i}")[:, None, None]
-            loss = loss + difference.sum(dim=1).mean()
+            loss = loss + (difference * weight.reshape(-1, 1, 1)).sum(dim=1).mean()
         return loss
 
 
 class IdentityLoss(_FrozenLoss):
     r"""
     1 − cosine similarity of the embeddings of reconstruction and original. The paper uses the features of MoCo v2 and
-    says no more; see [`IdentityLoss.from_moco`].
-
-    Args:
-        network (`nn.Module`): Returns embeddings `(batch, features)` for images in [-1, 1].
+    says no more. `network` returns embeddings `(batch, features)` for images in [-1, 1].
     """
 
     @classmethod
@@ -175,9 +152,7 @@ class IdentityLoss(_FrozenLoss):
         up to its pooling, on images of 224×224 with ImageNet's normalisation.
 
         Args:
-            checkpoint (`str` or `Path`):
-                As the authors publish it (`moco_v2_800ep_pretrain.pth.tar`). Only its query encoder is used, without
-                the projection head.
+            checkpoint (`str` or `Path`): The authors' `moco_v2_800ep_pretrain.pth.tar`.
 
         Raises:
             ValueError: a file that is missing or is no such checkpoint.
@@ -211,11 +186,9 @@ class VAELoss(nn.Module):
     over the latent, times 1e-6, would have no effect.
 
     Args:
-        perceptual (`nn.Module`, *optional*): A [`PerceptualLoss`]; may be `None` if its weight is 0.
-        identity (`nn.Module`, *optional*): An [`IdentityLoss`]; may be `None` if its weight is 0.
-        l1_weight, perceptual_weight, gan_weight, identity_weight (`float`, default to 1.0, 1.0, 0.5, 0.2):
-            Constant, as in the paper. A term of weight 0 is not computed.
-        regularizer_weight (`float`, defaults to 1e-6): Weight of the KL; pass 1.0 for the commitment loss.
+        perceptual, identity (`nn.Module`, *optional*): May be `None` if their weight is 0.
+        l1_weight, perceptual_weight, gan_weight, identity_weight, regularizer_weight (`float`):
+            Constant; a term of weight 0 is not computed. The last is that of the KL or commitment loss.
         gan_start (`int`, defaults to 50000): The first step, counted from 0, with the adversarial term.
 
     Raises:
@@ -241,14 +214,12 @@ class VAELoss(nn.Module):
             "identity": identity_weight,
             "regularizer": regularizer_weight,
         }
+        networks = {"perceptual": perceptual, "identity": identity}
         for name, weight in self.weights.items():
             if weight < 0:
                 raise ValueError(f"`{name}_weight` is {weight}; expected 0 or more.")
-        for name, network in (("perceptual", perceptual), ("identity", identity)):
-            if network is None and self.weights[name] > 0:
-                raise ValueError(
-                    f"`{name}_weight` is {self.weights[name]} but `{name}` is None; pass the loss, or a weight of 0."
-                )
+            if weight > 0 and networks.get(name, self) is None:
+                raise ValueError(f"`{name}_weight` is {weight} but `{name}` is None; pass the loss, or a weight of 0.")
         self.perceptual = perceptual
         self.identity = identity
         self.gan_start = gan_start
@@ -269,25 +240,22 @@ class VAELoss(nn.Module):
         Args:
             reconstruction (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Receives gradients.
             pixel_values (`torch.FloatTensor` of the same shape): The originals in [-1, 1].
-            regularizer (`torch.FloatTensor`):
-                A scalar: the KL, summed over the latent, mean over images; or the commitment loss.
+            regularizer (`torch.FloatTensor`): A scalar: the KL, mean over images, or the commitment loss.
             step (`int`): Training step, counted from 0.
             discriminator (`nn.Module`):
-                A [`PatchDiscriminator`], not wrapped for distributed training. Its parameters receive no gradient; it
-                is called only if [`~VAELoss.gan_is_on`].
+                Without a wrapper for distributed training. Receives no gradients; called only if `gan_is_on(step)`.
 
         Returns:
             `tuple`: the total to differentiate, and every term by name, unweighted and detached.
         """
         _check_shapes(reconstruction, pixel_values)
         terms = {"l1": F.l1_loss(reconstruction.float(), pixel_values.float()), "regularizer": regularizer.float()}
-        if self.perceptual is not None and self.weights["perceptual"] > 0:
-            terms["perceptual"] = self.perceptual(reconstruction, pixel_values)
-        if self.identity is not None and self.weights["identity"] > 0:
-            terms["identity"] = self.identity(reconstruction, pixel_values)
+        for name in ("perceptual", "identity"):
+            if self.weights[name] > 0:
+                terms[name] = getattr(self, name)(reconstruction, pixel_values)
         if self.gan_is_on(step):
             frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-            terms["gan"] = hinge_generator_loss(functional_call(discriminator, frozen, (reconstruction,)))
+            terms["gan"] = -functional_call(discriminator, frozen, (reconstruction,)).float().mean()
         total = sum((self.weights[name] * term for name, term in terms.items()), start=torch.zeros(()).to(regularizer))
         return total, {name: term.detach() for name, term in terms.items()}
 
@@ -297,11 +265,7 @@ class VAELoss(nn.Module):
         reconstruction: torch.Tensor,
         pixel_values: torch.Tensor,
     ) -> torch.Tensor:
-        r"""
-        The discriminator's hinge loss, a scalar ≥ 0, in one pass over originals and reconstructions. Here
-        `discriminator` keeps its wrapper for distributed training; `reconstruction` receives no gradient.
-        """
-        _check_shapes(reconstruction, pixel_values)
+        """The hinge loss in one pass over both; `discriminator` keeps its wrapper for distributed training."""
         logits = discriminator(torch.cat([pixel_values, reconstruction.detach().to(pixel_values.dtype)]))
         return hinge_discriminator_loss(*logits.chunk(2))
 
@@ -345,11 +309,4 @@ def _load_strictly(network: nn.Module, state: Mapping[str, torch.Tensor], path: 
         raise ValueError(f"The weights of {path} do not fit: {error}") from error
 
 
-__all__ = [
-    "IdentityLoss",
-    "PatchDiscriminator",
-    "PerceptualLoss",
-    "VAELoss",
-    "hinge_discriminator_loss",
-    "hinge_generator_loss",
-]
+__all__ = ["IdentityLoss", "PatchDiscriminator", "PerceptualLoss", "VAELoss", "hinge_discriminator_loss"]
