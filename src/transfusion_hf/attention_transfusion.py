@@ -452,10 +452,6 @@ AttentionMaskInterface.register(VARLEN_ATTENTION, lambda **kwargs: None)
 
 
 __all__ = [
-    "VarlenPass",
-    "VarlenPlan",
-    "make_varlen_plan",
-    "set_varlen_kernel",
-    "transfusion_varlen_attention",
+    "VarlenPass", "VarlenPlan", "make_varlen_plan", "set_varlen_kernel", "transfusion_varlen_attention",
     "varlen_kernels",
-]
+]  # fmt: skip

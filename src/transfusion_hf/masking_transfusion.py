@@ -153,12 +153,7 @@ def create_transfusion_mask(
         # The library wants the ids of prefix and query together; shorter ones give a wrong mask without an error.
         block_ids = torch.nn.functional.pad(block_ids, (cache.get_seq_length(), 0), value=-1)
     return create_masks_for_generate(
-        config=text_config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        cache=cache,
-        position_ids=position_ids,
-        block_sequence_ids=block_ids,
+        text_config, inputs_embeds, attention_mask, cache, position_ids, block_sequence_ids=block_ids
     )
 
 

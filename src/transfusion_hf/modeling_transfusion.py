@@ -529,13 +529,17 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         """
         stacks, blank = self._latents_of(pixel_values, latents), None
         targets: list[torch.Tensor] = []
-        if labels is None:
-            _refuse_without_labels(max_timesteps=max_timesteps, image_loss_mask=image_loss_mask)
-        elif prediction_mask is not None:
+        if labels is None and (max_timesteps is not None or image_loss_mask is not None):
+            name = "max_timesteps" if image_loss_mask is None else "image_loss_mask"
+            raise ValueError(
+                f"`{name}` is for training, but no `labels` came, without which images are clean and no loss is "
+                "computed. (The Trainer takes them away with `label_smoothing_factor`.)"
+            )
+        if labels is not None and prediction_mask is not None:
             raise ValueError("`prediction_mask` is for inference; in training pass `image_loss_mask`.")
-        elif stacks is None:
+        if labels is not None and stacks is None:
             blank = self._encode_blank()
-        else:
+        elif labels is not None and stacks is not None:
             if noise_seeds is None and not self.training:
                 noise_seeds = content_seeds(stacks)
             stacks, timesteps, prediction_mask, targets = noise_images(
@@ -625,22 +629,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         return logits if targets is None else None, loss
 
 
-def _refuse_without_labels(**arguments: Any) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            raise ValueError(
-                f"`{name}` is for training, but no `labels` came, without which images are clean and no loss is "
-                "computed. (The Trainer takes them away with `label_smoothing_factor`.)"
-            )
-
-
 __all__ = [
-    "SUPPORTED_TEXT_MODELS",
-    "TransfusionCausalLMOutputWithPast",
-    "TransfusionForCausalLMAndDiffusion",
-    "TransfusionModel",
-    "TransfusionModelOutputWithPast",
-    "TransfusionPreTrainedModel",
-    "check_text_config",
+    "SUPPORTED_TEXT_MODELS", "TransfusionCausalLMOutputWithPast", "TransfusionForCausalLMAndDiffusion",
+    "TransfusionModel", "TransfusionModelOutputWithPast", "TransfusionPreTrainedModel", "check_text_config",
     "mean_row",
-]
+]  # fmt: skip
