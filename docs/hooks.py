@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PUBLISHED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "conversion/README.md", "benchmarks/results/*")
 LINK = re.compile(r"\[([^]]*)\]\(([^)#:]+)(#[^)]*)?\)")
 LONG_CODE = re.compile(r"<code>([^<\n]{20,})</code>")
-BREAK = re.compile(r"(?<=[._/])(?=\w)")
+BREAK = re.compile(r"(?<=\w[._/])(?=\w)")
 CROSS_REFERENCE = re.compile(r"\[<code>~?(?:\w+\.)*(\w+)</code>\]")  # [`TransfusionConfig`] in docstrings
 
 
