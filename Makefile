@@ -3,8 +3,8 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
-# One thread per test process: two of them share the work.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# One thread per test process: two of them share the work. Tests of one group share what they have saved.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: demo demo-vae test test-slow test-newest browser lint docs clean
 
@@ -20,7 +20,7 @@ test: .venv/installed
 	$(PYTEST)
 
 test-slow: .venv/installed
-	$(PYTEST) -m slow --dist worksteal
+	$(PYTEST) -m slow
 
 # Chromium of Debian, for the tests of the page; without it they are skipped.
 browser:

@@ -166,8 +166,8 @@ def test_compiled_steps_of_text_and_drawing_are_equal_and_compile_no_more_for_fu
     torch.compiler.reset()
     breaks.clear()
     rounds = [
-        [[[BOS, 4, 30]], [[5, 30], [BOS, 6, 30], [3, 30]]],
-        [[[BOS, 6, *IMAGE]], [[4, 30], [BOS, 3, 30]]],
+        [[[BOS, 4, 30]], [[BOS, 3, 30], [4, 30]], [[5, 30], [BOS, 6, 30], [3, 30]]],
+        [[[BOS, 6, *IMAGE]], [[4, 30], [BOS, 3, 30], [3, 30], [6, 30]]],
     ]
     for batches in rounds:
         for rows in batches:

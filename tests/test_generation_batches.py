@@ -125,8 +125,7 @@ def with_filled_cache(model, inputs: dict[str, Any], rng: random.Random) -> dict
 
 @pytest.fixture(autouse=True)
 def _eager():
-    """Flex attention would be compiled for each length."""
-    with torch.compiler.set_stance("force_eager"):
+    with tiny.uncompiled():
         yield
 
 

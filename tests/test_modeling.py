@@ -161,7 +161,7 @@ def test_every_supported_attention_gives_the_same_output(implementation):
     features = {
         key: value for key, value in tiny.batch(3).items() if key in ("input_ids", "attention_mask", "latents")
     }
-    with torch.no_grad():
+    with torch.no_grad(), tiny.uncompiled():
         expected = model(**features).logits
         model.set_attn_implementation(implementation)
         actual = model(**features).logits

@@ -122,3 +122,8 @@ def batch(seed: int, rows: int = 3, dtype=torch.float32, padding_side: str = "ri
         features["max_timesteps"] = torch.tensor([rng.choice([500, 1000]) for _ in images])
         features["noise_seeds"] = [rng.randrange(10**6) for _ in images]
     return features
+
+
+def uncompiled() -> Any:
+    """Flex attention on the CPU without minutes of compilation for each length."""
+    return torch.compiler.set_stance("force_eager")

@@ -12,6 +12,7 @@ token but the last, in the cache. Time runs from t = T − 1, noise, down to t =
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -93,15 +94,13 @@ class TransfusionGenerationMixin(GenerationMixin):
                 `"interleaved"`: text, and an image wherever the model says `<BOI>`. `"text"`: `<BOI>` is suppressed.
                 `"image"`: one image for each prompt, at once. A prompt that ends at `<BOI>` draws at once, too. With
                 `return_dict_in_generate=False`, which asks for ids alone, the default is `"text"`.
-            num_inference_steps (`int`, *optional*, defaults to 250): Denoising steps per image, 1 to T.
-            image_guidance_scale (`float`, *optional*, defaults to 3.0):
+            num_inference_steps (`int`, defaults to 250): Denoising steps per image, 1 to T.
+            image_guidance_scale (`float`, defaults to 3.0):
                 Classifier-free guidance of images; 1 is off and costs nothing. The unconditional context is `<BOI>`,
-                after the beginning-of-sequence token if the prompt begins with it. (`guidance_scale` is the library's
-                guidance of *text*.)
+                after the beginning-of-sequence token if the prompt begins with it. (`guidance_scale` guides *text*.)
             input_image_guidance_scale (`float`, *optional*):
                 A separate scale for the images of the prompt (InstructPix2Pix, arXiv 2211.09800): how closely a
-                drawing keeps to them, while `image_guidance_scale` says how closely it keeps to the text. Adds a third
-                context, the images without the text, to each pass. `None`: one scale for both.
+                drawing keeps to them. Adds a third context, the images without the text, to each pass.
             negative_prompt_ids (`torch.LongTensor` of shape `(batch, seq)` or `(1, seq)`, *optional*):
                 Replaces the unconditional context: what not to draw. With `negative_prompt_attention_mask`.
             guidance_start (`float`, defaults to 0.0), guidance_end (`float`, defaults to 1.0):
@@ -125,26 +124,21 @@ class TransfusionGenerationMixin(GenerationMixin):
                 A diffusers scheduler, or its class name, such as `"DDIMScheduler"`; default the paper's DDPM sampler.
             compile_config (`CompileConfig`, *optional*):
                 Compiles the single steps of text and of denoising, on any device; prompts are read uncompiled. With
-                `dynamic=True` further prompts and images trigger no recompilation, and `mode="default"` records no
-                CUDA graph for each new length.
+                `dynamic=True` nothing is recompiled for further prompts and images.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                One for all, or one per row: then each row comes out as it does alone. Draws noise, and text if
-                `do_sample=True`.
+                For noise, and for text with `do_sample=True`. One per row: then each row comes out as it does alone.
 
-        Every id that a row gains is a new token: text, `<BOI>`, patches and `<EOI>`. `max_new_tokens` and
-        `min_new_tokens` count them row by row, whatever the other rows do. An image is drawn whole or not at all: a
-        row whose remaining budget or positions (`max_position_embeddings`) cannot hold one ends at its `<BOI>`, with a
-        warning. Without a limit, a row may gain the library's 20 tokens and one image, the largest of those asked for;
-        `"image"` mode ignores token limits. Rules that look at the history, such as `no_repeat_ngram_size`, see all
-        ids of a row. Beam search and assisted decoding run in `"text"` mode.
+        `max_new_tokens` and `min_new_tokens` count every id that a row gains (text, `<BOI>`, patches, `<EOI>`), row by
+        row. An image is drawn whole or not at all: a row whose budget or positions (`max_position_embeddings`) cannot
+        hold one ends at its `<BOI>`, with a warning. Without a limit, a row may gain 20 tokens and one image;
+        `"image"` mode ignores token limits. Beam search and assisted decoding run in `"text"` mode.
 
         Returns:
             In `"text"` mode what the library returns; otherwise a [`TransfusionGenerateOutput`].
 
         Raises:
             ValueError: an unknown mode or scheduler, steps or size out of range, a prompt that ends among patches, a
-                budget or a range of positions that cannot hold an image asked for, or an option that has no meaning
-                beside images.
+                budget or positions that cannot hold an image asked for, an option without meaning beside images.
         """
         given = {field.name: kwargs.pop(field.name, None) for field in fields(DrawingArguments)}
         # transformers' image-text-to-text pipeline asks for a bare tensor.
@@ -233,17 +227,8 @@ class TransfusionGenerationMixin(GenerationMixin):
             settings.stop_strings = None
 
         def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
-            decoder = _Decoder(
-                model,
-                input_ids,
-                generation_config,
-                arguments,
-                sizes,
-                keeps_cache,
-                kwargs.get("streamer"),
-                model_kwargs,
-            )
-            return decoder.run(logits_processor, stopping_criteria)
+            own = (arguments, sizes, keeps_cache, kwargs.get("streamer"), model_kwargs)
+            return _Decoder(model, input_ids, generation_config, *own).run(logits_processor, stopping_criteria)
 
         return super().generate(inputs, settings, custom_generate=decode, **kwargs)
 
@@ -407,40 +392,34 @@ class _SampleWithGenerator(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter(1, drawn[:, None], 0.0)
 
 
+@dataclass
 class _Decoder:
     """One call of `generate()` in a mode that draws."""
 
-    def __init__(
-        self,
-        model: TransfusionGenerationMixin,
-        input_ids: torch.LongTensor,
-        generation_config: GenerationConfig,
-        arguments: DrawingArguments,
-        sizes: list[tuple[int, int]],
-        keeps_cache: bool,
-        streamer: Any,
-        model_kwargs: dict[str, Any],
-    ):
-        self.model = model
-        self.config = model.config
-        self.generation_config = generation_config
-        self.arguments = arguments
-        self.keeps_cache = keeps_cache
-        self.streamer = streamer
-        self.device = input_ids.device
-        self.prompts = input_ids
+    model: Any  # of the class that `TransfusionGenerationMixin` becomes part of
+    prompts: torch.LongTensor
+    generation_config: GenerationConfig
+    arguments: DrawingArguments
+    sizes: list[tuple[int, int]]
+    keeps_cache: bool
+    streamer: Any
+    model_kwargs: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        self.config, self.device = self.model.config, self.prompts.device
+        input_ids, model_kwargs = self.prompts, self.model_kwargs
         batch_size, self.prompt_length = input_ids.shape
         if not input_ids.numel():
             raise ValueError(
                 f"`input_ids` must hold at least one row of at least one token; got shape {tuple(input_ids.shape)}. "
                 "(`inputs_embeds` need `generation_mode='text'`.)"
             )
-        if generation_config._pad_token_tensor is None:
+        if self.generation_config._pad_token_tensor is None:
             raise ValueError(
                 "Neither `pad_token_id` nor `eos_token_id` is set: rows that stop have nothing to be filled up with. "
                 "Pass `pad_token_id` or set it in `model.generation_config`."
             )
-        self.pad_token_id = int(generation_config._pad_token_tensor)
+        self.pad_token_id = int(self.generation_config._pad_token_tensor)
 
         mask = model_kwargs.pop("attention_mask", None)
         mask = torch.ones_like(input_ids) if mask is None else mask
@@ -456,7 +435,7 @@ class _Decoder:
         model_kwargs.pop("position_ids", None)
         pixel_values, latents = model_kwargs.pop("pixel_values", None), model_kwargs.pop("latents", None)
         if pixel_values is not None:
-            latents = model.encode_images(pixel_values)
+            latents = self.model.encode_images(pixel_values)
         self.cache: DynamicCache | None = model_kwargs.pop("cache", None)
         layers = [] if self.cache is None else getattr(self.cache, "layers", [None])
         if any(type(layer) is not DynamicLayer for layer in layers):
@@ -467,14 +446,11 @@ class _Decoder:
         # The images of each row that are not in the cache; without one, all of them are read in every pass.
         self.latents: list[list[torch.Tensor]] = [[] for _ in self.ids]
         if latents is not None:
-            self.latents = model._split_by_row(latents, input_ids[:, self.num_cached :])
+            self.latents = self.model._split_by_row(latents, input_ids[:, self.num_cached :])
         self.images: list[list[torch.Tensor]] = [[] for _ in self.ids]
-        self.model_kwargs = model_kwargs
-
-        self.sizes = sizes
         self.image_lengths = [self.config.num_patches(*size) + 1 for size in self.sizes]  # with <EOI>
-        self.known_latents, self.known_mask = self._known(arguments.init_image, arguments.mask_image)
-        self.max_new_tokens = generation_config.max_length - self.prompt_length
+        self.known_latents, self.known_mask = self._known(self.arguments.init_image, self.arguments.mask_image)
+        self.max_new_tokens = self.generation_config.max_length - self.prompt_length
 
     @property
     def num_cached(self) -> int:
@@ -571,16 +547,16 @@ class _Decoder:
         min_new_tokens = (self.generation_config.min_length or 0) - self.prompt_length
         if min_new_tokens > 0 and eos is not None:
             processors.append(_Never(eos.tolist(), lambda: rows.num_new < min_new_tokens))
-        if arguments.max_images is not None:
-            processors.append(_Never([self.config.image_start_token_id], self._have_all_images))
+        if (most := arguments.max_images) is not None:
+            processors.append(_Never([self.config.image_start_token_id], partial(self._have_drawn, most)))
         if arguments.generator is not None and self.generation_config.do_sample:
             processors.append(_SampleWithGenerator(arguments.generator, rows))
         criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, generation.MaxLengthCriteria))
         end = _EndOfText(criteria, rows, self.config.image_start_token_id, self.max_new_tokens)
         return processors, StoppingCriteriaList([end])
 
-    def _have_all_images(self) -> torch.BoolTensor:
-        return torch.tensor([len(row) >= self.arguments.max_images for row in self.images], device=self.device)
+    def _have_drawn(self, count: int) -> torch.BoolTensor:
+        return torch.tensor([len(row) >= count for row in self.images], device=self.device)
 
     def _append(self, row: int, new: torch.LongTensor) -> None:
         self.ids[row] = torch.cat([self.ids[row], new])
