@@ -449,9 +449,3 @@ def transfusion_varlen_attention(
 # Without an entry of its own the library would not let a mask pass; the plan takes its place.
 AttentionInterface.register(VARLEN_ATTENTION, transfusion_varlen_attention)
 AttentionMaskInterface.register(VARLEN_ATTENTION, lambda **kwargs: None)
-
-
-__all__ = [
-    "VarlenPass", "VarlenPlan", "make_varlen_plan", "set_varlen_kernel", "transfusion_varlen_attention",
-    "varlen_kernels",
-]  # fmt: skip

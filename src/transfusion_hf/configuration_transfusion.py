@@ -362,6 +362,3 @@ class TransfusionConfig(PreTrainedConfig):
             "(0.1159), are not centred, and training would fail silently. Set it, to 0.0 if there is none.":
                 vae.get("shift_factor") is None and channels == 16,
         })  # fmt: skip
-
-
-__all__ = ["TransfusionConfig", "paper_vae_config", "vae_arguments"]

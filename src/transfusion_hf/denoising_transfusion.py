@@ -551,18 +551,3 @@ class Drawing:
         assert self.cache is not None
         self._block_pass(self.model.model, x_0, None)
         return [(layer.keys[: len(x_0)], layer.values[: len(x_0)]) for layer in self.cache.layers]
-
-
-__all__ = [
-    "DRAWING_DEFAULTS",
-    "Drawing",
-    "DrawingArguments",
-    "DrawingLayer",
-    "Prefixes",
-    "align",
-    "combine",
-    "guidance_prefixes",
-    "move_columns",
-    "positions_of",
-    "undone_on_error",
-]

@@ -27,7 +27,6 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .denoising_transfusion import (
-    DRAWING_DEFAULTS,
     Drawing,
     DrawingArguments,
     Prefixes,
@@ -691,6 +690,3 @@ class _Decoder:
                 self.cache.layers[number].keys, self.cache.layers[number].values = moved
             else:
                 self.cache.update(*moved, number)
-
-
-__all__ = ["DRAWING_DEFAULTS", "TransfusionGenerateOutput", "TransfusionGenerationMixin"]

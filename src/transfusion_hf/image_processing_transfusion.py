@@ -92,6 +92,3 @@ class TransfusionImageProcessor(TorchvisionBackend):
                 f"{tuple(image.shape)}."
             )
         return F.to_pil_image(((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8))
-
-
-__all__ = ["TransfusionImageProcessor"]

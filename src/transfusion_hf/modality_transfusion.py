@@ -163,6 +163,3 @@ def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.P
         head, found, tail = name.partition(f".{IMAGE}.")
         if found and (twin := parameters.get(f"{head}.{tail}")) is not None:
             yield name, parameter, twin
-
-
-__all__ = ["IMAGE", "ModalityRouter", "image_name", "image_parameters", "untie_modalities"]

@@ -18,6 +18,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_transfusion import VarlenPlan
 from .configuration_transfusion import TransfusionConfig, vae_arguments
+from .denoising_transfusion import DRAWING_DEFAULTS
 from .diffusion_transfusion import (
     at_least_float32,
     check_timesteps,
@@ -31,7 +32,7 @@ from .diffusion_transfusion import (
     sum_cross_entropy_,
     sum_cross_entropy_by_liger,
 )
-from .generation_transfusion import DRAWING_DEFAULTS, TransfusionGenerationMixin
+from .generation_transfusion import TransfusionGenerationMixin
 from .masking_transfusion import (
     check_attn_implementation,
     check_image_blocks,
@@ -627,10 +628,3 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             return None, sum_cross_entropy_(logits, targets) / num_items
         loss = self.loss_function(logits, labels, text_config.vocab_size, num_items, shift_labels=targets)
         return logits if targets is None else None, loss
-
-
-__all__ = [
-    "SUPPORTED_TEXT_MODELS", "TransfusionCausalLMOutputWithPast", "TransfusionForCausalLMAndDiffusion",
-    "TransfusionModel", "TransfusionModelOutputWithPast", "TransfusionPreTrainedModel", "check_text_config",
-    "mean_row",
-]  # fmt: skip

@@ -334,10 +334,3 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
                 "`shift_factor`."
             )
         return images
-
-
-__all__ = [
-    "FrozenLinear", "KeepFloat32", "TransfusionLinearPatchDecoder", "TransfusionLinearPatchEncoder",
-    "TransfusionTimestepEmbedding", "TransfusionUNetPatchDecoder", "TransfusionUNetPatchEncoder", "TransfusionVAE",
-    "apply_by_size", "fit_patch_parts", "patchify", "sincos_positions", "stack_images", "unpatchify",
-]  # fmt: skip

@@ -279,9 +279,3 @@ class TransfusionPipeline:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-__all__ = [
-    "InterleavedGenerationPipeline", "TextToImagePipeline", "TransfusionAnyToAnyPipeline", "TransfusionPipeline",
-    "TransfusionTextGenerationPipeline",
-]  # fmt: skip

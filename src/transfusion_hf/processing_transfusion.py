@@ -333,6 +333,3 @@ class TransfusionProcessor(ProcessorMixin):
             elif string := self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens, **kwargs):
                 decoded.append(string)
         return decoded
-
-
-__all__ = ["TransfusionProcessor", "make_labels"]

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..diffusion_transfusion import is_flow
-from ..generation_transfusion import DRAWING_DEFAULTS
 from ..processing_transfusion import TransfusionProcessor
 from .main import open_picture
 from .streamers import TransfusionStreamer
@@ -225,6 +225,3 @@ def launch_app(
         **kwargs,
     )
     return app
-
-
-__all__ = ["launch_app", "make_app", "respond"]

@@ -183,6 +183,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: an unknown device
         print(f"transfusion: {error}", file=sys.stderr)
         return 1
-
-
-__all__ = ["main", "open_picture"]

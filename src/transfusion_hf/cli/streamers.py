@@ -121,6 +121,3 @@ class TransfusionStreamer(TextIteratorStreamer):
             thread.join()
         if errors:
             raise errors[0]
-
-
-__all__ = ["StreamedImage", "TransfusionStreamer"]

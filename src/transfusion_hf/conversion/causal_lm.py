@@ -267,6 +267,3 @@ def _write_shards(
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-__all__ = ["SafetensorsCheckpoint", "convert_causal_lm", "transfusion_key"]

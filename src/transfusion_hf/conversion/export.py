@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from ..configuration_transfusion import vae_arguments
-from ..generation_transfusion import DRAWING_DEFAULTS
+from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from .causal_lm import transfusion_key
 
@@ -86,6 +86,3 @@ def extract_vae(model: TransfusionForCausalLMAndDiffusion) -> AutoencoderKL:
         vae = AutoencoderKL(**vae_arguments(vae_config))
     vae.load_state_dict(model.vae.state_dict(), assign=True)
     return vae.eval()
-
-
-__all__ = ["extract_causal_lm", "extract_vae"]

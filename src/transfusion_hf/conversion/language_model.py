@@ -117,5 +117,3 @@ def from_causal_lm(
 
 # Users look for it beside `from_pretrained`, but the model's code, which travels with checkpoints, imports no wing.
 TransfusionForCausalLMAndDiffusion.from_causal_lm = staticmethod(from_causal_lm)  # type: ignore[attr-defined]
-
-__all__ = ["causal_lm_config", "from_causal_lm", "generation_values", "unfit_message"]

@@ -205,6 +205,3 @@ def _per_image(feature: dict[str, Any], name: str, num_images: int, default: Any
     if len(values) != num_images:
         raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(values)}.")
     return values
-
-
-__all__ = ["TransfusionDataCollator", "first_fit"]

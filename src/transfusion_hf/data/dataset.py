@@ -354,6 +354,3 @@ class TransfusionDataset(ResumableDataset):
         self._skipped[slot] += 1
         if (count := int(self._skipped[slot])).bit_count() == 1:
             warnings.warn(f"Skipped {count} broken rows so far, the last {what}.", stacklevel=2)
-
-
-__all__ = ["TransfusionDataset"]

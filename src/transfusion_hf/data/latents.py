@@ -158,6 +158,3 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     write_latents(model, processor, dataset, args.output_dir, args.batch_size, args.shard_size)
     print(f"{args.output_dir}: done, {dataset.num_skipped} broken rows skipped")
-
-
-__all__ = ["main", "write_latents"]

@@ -147,6 +147,3 @@ def mix_by_tokens(
     if stopping_strategy not in ("first_exhausted", "never"):
         raise ValueError(f"`stopping_strategy` must be 'first_exhausted' or 'never'; got {stopping_strategy!r}.")
     return _TokenMixture(datasets, ratios, length_fn, is_endless=stopping_strategy == "never")
-
-
-__all__ = ["count_tokens", "mix_by_tokens"]

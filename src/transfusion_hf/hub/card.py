@@ -179,6 +179,3 @@ def make_model_card(
         training=training,
         samples=samples,
     )
-
-
-__all__ = ["make_model_card"]

@@ -78,6 +78,3 @@ def push_to_hub(
             revision=revision,
             create_pr=create_pr,
         )
-
-
-__all__ = ["push_to_hub"]

@@ -481,7 +481,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(finding.severity == "error" for finding in findings))
 
 
-__all__ = ["Finding", "diagnose"]
-
 if __name__ == "__main__":
     sys.exit(main())

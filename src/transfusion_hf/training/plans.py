@@ -48,6 +48,3 @@ def set_trainable(model: TransfusionForCausalLMAndDiffusion, plan: str) -> list[
         parameter.requires_grad_(is_trained)
         trained += [name] * is_trained
     return trained
-
-
-__all__ = ["TRAINING_PLANS", "set_trainable"]

@@ -90,6 +90,3 @@ def measure_latent_scale(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> 
     if not variance > 0:
         raise ValueError(f"`images` gave {count} latent values of variance {variance}; pass some that differ.")
     return variance**-0.5, mean
-
-
-__all__ = ["attach_vae", "measure_latent_scale"]

@@ -307,6 +307,3 @@ def _load_strictly(network: nn.Module, state: Mapping[str, torch.Tensor], path: 
         network.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"The weights of {path} do not fit: {error}") from error
-
-
-__all__ = ["IdentityLoss", "PatchDiscriminator", "PerceptualLoss", "VAELoss", "hinge_discriminator_loss"]
