@@ -1,7 +1,9 @@
 """The training of the VAE, run as its users run it, on digits and tiny networks."""
 
+import io
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +27,27 @@ TINY = (
 ).split()
 
 
-@pytest.fixture
-def few_digits(monkeypatch) -> None:
+def use_few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     """120 digits instead of 1,797."""
     digits = load_digits()
     few = Bunch(images=digits.images[:120], target=digits.target[:120])
     monkeypatch.setattr(common, "load_digits", lambda: few)
+
+
+@pytest.fixture
+def few_digits(monkeypatch) -> None:
+    use_few_digits(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[Path, dict, str]:
+    """Four steps, a checkpoint after each of which the last three stay: folder, results and what was printed."""
+    folder, printed = tmp_path_factory.mktemp("run"), io.StringIO()
+    flags = "--max_train_steps 4 --checkpointing_steps 1 --checkpoints_total_limit 3 --gan_start 3 --eval_steps 1"
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        use_few_digits(patch)
+        results = train(folder, *flags.split(), "--resume_from_checkpoint", "latest")
+    return folder, results, printed.getvalue()
 
 
 def train(folder: Path, *flags) -> dict:
@@ -64,7 +81,7 @@ def test_the_digits_are_split_as_in_the_quickstart():
 def test_a_run_killed_while_it_saves_and_resumed_ends_with_the_weights_of_one_that_was_not(
     tmp_path, monkeypatch, mode
 ):
-    flags = (*mode, "--max_train_steps", 6, "--checkpointing_steps", 2, "--gradient_accumulation_steps", 2)
+    flags = (*mode, "--max_train_steps", 3, "--checkpointing_steps", 1, "--gradient_accumulation_steps", 2)
     flags = (*flags, "--ema_decay", 0.9, "--lr_scheduler", "cosine", "--checkpoints_total_limit", 9)
     train(tmp_path / "whole", *flags)
 
@@ -79,8 +96,8 @@ def test_a_run_killed_while_it_saves_and_resumed_ends_with_the_weights_of_one_th
     with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(Accelerator, "save_state", save_state_and_die)
         train(tmp_path / "killed", *flags)
-    assert [path.name for path in train_vae.list_checkpoints(tmp_path / "killed")] == ["checkpoint-2"]
-    assert any("4" in path.name for path in (tmp_path / "killed").iterdir())  # the unfinished one lies there
+    assert [path.name for path in train_vae.list_checkpoints(tmp_path / "killed")] == ["checkpoint-1"]
+    assert any("2" in path.name for path in (tmp_path / "killed").iterdir())  # the unfinished one lies there
     torch.manual_seed(1234)  # whatever state the new process is in
     train(tmp_path / "killed", *flags, "--resume_from_checkpoint", "latest")
 
@@ -89,53 +106,56 @@ def test_a_run_killed_while_it_saves_and_resumed_ends_with_the_weights_of_one_th
     for name, value in expected.items():
         assert torch.equal(value, resumed[name]), name
     for name in ("model.safetensors", "model_1.safetensors"):  # trained weights and the discriminator's
-        last = [load_file(tmp_path / run / "checkpoint-6" / name) for run in ("whole", "killed")]
+        last = [load_file(tmp_path / run / "checkpoint-3" / name) for run in ("whole", "killed")]
         assert all(torch.equal(value, last[1][key]) for key, value in last[0].items())
     names = {path.name for path in (tmp_path / "killed").glob("checkpoint-*")}
-    assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6"}
+    assert names == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
 
     # That the equality says something: without the checkpoint's state the weights are others.
-    first = load_file(tmp_path / "whole" / "checkpoint-2" / "model.safetensors")
+    first = load_file(tmp_path / "whole" / "checkpoint-1" / "model.safetensors")
     assert not all(torch.equal(value, first["vae." + key]) for key, value in expected.items())
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_a_checkpoint_of_another_run_is_refused_and_a_missing_one_too(tmp_path):
-    train(tmp_path, "--max_train_steps", 1, "--gan_start", 9)
+def test_a_checkpoint_of_another_run_is_refused_and_a_missing_one_too(run):
     with pytest.raises(ValueError, match=r"belongs to another run, .*'train_batch_size': \(4, 8\)"):
-        train(tmp_path, "--resume_from_checkpoint", "latest", "--train_batch_size", 8)
+        train(run[0], "--resume_from_checkpoint", "latest", "--train_batch_size", 8)
     with pytest.raises(ValueError, match="is not a checkpoint of this script"):
-        train(tmp_path, "--resume_from_checkpoint", tmp_path / "checkpoint-9")
+        train(run[0], "--resume_from_checkpoint", run[0] / "checkpoint-9")
 
 
-@pytest.mark.usefixtures("few_digits")
-def test_latest_begins_anew_where_there_is_no_checkpoint(tmp_path, capsys):
-    train(tmp_path, "--max_train_steps", 1, "--resume_from_checkpoint", "latest")
-    assert "from the beginning" in capsys.readouterr().out
-    assert (tmp_path / "checkpoint-1").is_dir()
+def test_latest_begins_where_there_is_no_checkpoint_and_only_the_last_ones_are_kept(run):
+    folder, _, printed = run
+    assert "starts from the beginning" in printed
+    assert [path.name for path in train_vae.list_checkpoints(folder)] == [f"checkpoint-{i}" for i in (2, 3, 4)]
 
 
-@pytest.mark.usefixtures("few_digits")
-def test_the_saved_factors_standardise_the_latents(tmp_path):
-    results = train(tmp_path, "--max_train_steps", 2, "--eval_steps", 1)
-    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+def test_the_discriminator_does_not_learn_before_its_step(run):
+    first, second, third = (load_file(run[0] / f"checkpoint-{i}" / "model_1.safetensors") for i in (2, 3, 4))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert not any(torch.equal(value, third[name]) for name, value in first.items())
+
+
+def test_the_saved_factors_standardise_the_latents(run):
+    folder, results, _ = run
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
     assert vae.config.latent_channels == 4 and vae.config.sample_size == 32
     with torch.no_grad():
         latents = vae.encode(train_images()).latent_dist.mode()
     assert latents.shape == (NUM_TRAIN, 4, 8, 8)
     assert vae.config.scaling_factor == pytest.approx(1 / latents.double().std().item(), rel=1e-3)
     assert vae.config.shift_factor == pytest.approx(latents.double().mean().item(), abs=1e-4)
-    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert json.loads((folder / "results.json").read_text()) == results
     assert results.keys() >= {"psnr", "l1", "digit_accuracy", "train_seconds", "parameters"}
     for file in ("samples/0000001.png", "reconstructions.png"):
-        with Image.open(tmp_path / file) as picture:
+        with Image.open(folder / file) as picture:
             assert picture.size == (8 * 34 + 2, 4 * 34 + 2)
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_psnr_and_l1_are_those_of_the_held_out_images(tmp_path):
-    results = train(tmp_path, "--max_train_steps", 1)
-    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
+def test_psnr_and_l1_are_those_of_the_held_out_images(run):
+    folder, results, _ = run
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
     _, held_out = train_vae.load_images(train_vae.parse_args(TINY))
     assert len(held_out) == 40
     psnr, l1 = [], []
@@ -173,22 +193,6 @@ def test_beta_weighs_the_commitment_and_not_the_codebook():
     for code, latent in zip(nearest, latents.detach().permute(0, 2, 3, 1).reshape(-1, 4), strict=True):
         to_codes[code] += 2 * (codes[code].detach() - latent) / number
     torch.testing.assert_close(codes.grad, to_codes)
-
-
-@pytest.mark.usefixtures("few_digits")
-def test_the_discriminator_does_not_learn_before_its_step(tmp_path):
-    train(
-        tmp_path, "--max_train_steps", 3, "--checkpointing_steps", 1, "--checkpoints_total_limit", 9, "--gan_start", 2
-    )
-    first, second, third = (load_file(tmp_path / f"checkpoint-{i}" / "model_1.safetensors") for i in (1, 2, 3))
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
-    assert not any(torch.equal(value, third[name]) for name, value in first.items())
-
-
-@pytest.mark.usefixtures("few_digits")
-def test_only_the_last_checkpoints_are_kept(tmp_path):
-    train(tmp_path, "--max_train_steps", 3, "--checkpointing_steps", 1, "--checkpoints_total_limit", 2)
-    assert [path.name for path in train_vae.list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-3"]
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
@@ -254,13 +258,3 @@ def test_flags_that_make_no_run_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit):
         train_vae.parse_args(flags.split())
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_digits_are_still_read_after_the_vae(tmp_path):
-    results = train_vae.main(["--digits", "--output_dir", str(tmp_path), "--report_to", "none"])
-    assert results["digit_accuracy"] >= 0.97
-    assert results["psnr"] >= 30
-    vae = AutoencoderKL.from_pretrained(tmp_path / "vae")
-    with torch.no_grad():
-        assert vae.encode(torch.zeros(1, 3, 32, 32)).latent_dist.mean.shape == (1, 4, 8, 8)
