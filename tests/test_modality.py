@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from test_checkpoint_mapping import IMAGES, quickstart
 from test_generation import SCRIPTS, Script, assert_rows_equal, generate, generators, new_ids, prompts
 from test_modeling import FAMILIES
-from test_processes import launch
 from test_quickstart import ROOT, run
 from test_trainer import exact_trainer, uneven_samples
 from tiny import BOI, BOS, EOI, IMG
@@ -290,16 +289,6 @@ def test_a_step_without_images_gives_image_weights_gradients_of_0(is_checkpointe
             assert not parameter.grad.any(), name
         else:
             assert torch.equal(parameter.grad, expected[name]), name
-
-
-def test_fsdp2_has_the_gradients_of_one_process_of_which_the_other_has_no_image(tmp_path):
-    for num_processes, name in ((1, "one.pt"), (2, "two.pt")):
-        launch(tmp_path, num_processes, "one_gradient_fsdp2.py", str(tmp_path / name), "float32", "untied")
-    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
-    assert two["gradients"].keys() == one["gradients"].keys() and any(".image." in name for name in one["gradients"])
-    largest = max(float(gradient.abs().max()) for gradient in one["gradients"].values())
-    for name, gradient in one["gradients"].items():
-        assert (two["gradients"][name] - gradient).abs().max() <= 1e-5 * largest, name
 
 
 def test_lora_finds_both_halves_or_one_and_merges_into_them():

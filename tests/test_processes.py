@@ -1,5 +1,6 @@
 """Several processes, over gloo: the same step as one process makes on the same global batch."""
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -25,6 +26,8 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str], l
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest.py
+    multiprocessing.set_start_method("fork", force=True)  # for workers, which otherwise import all again
     sys.argv = [script, *arguments]
     runpy.run_path(str(SCRIPTS / script), run_name="__main__")
 
@@ -58,24 +61,26 @@ def launch(folder: Path, num_processes: int, script: str, *arguments: str) -> No
             process.kill()
 
 
+KINDS = ("map", "streaming", "tensor_parallel", "fsdp2", "fsdp2_bf16")
+
+
 @pytest.fixture(scope="module")
-def step_of_one_process(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("step")
-    launch(folder, 1, "one_step.py", "map", str(folder))
-    return step(folder)
+def steps(tmp_path_factory) -> dict[str, dict]:
+    folder, found = tmp_path_factory.mktemp("steps"), {}
+    (folder / "one").mkdir()
+    launch(folder, 1, "one_step.py", "map", str(folder / "one"))
+    launch(folder, 2, "one_step.py", ",".join(KINDS), str(folder))
+    for kind in ("one/map", *KINDS):
+        found[kind] = torch.load(folder / kind / "found.pt")
+        for file in ("model.safetensors", "ema.safetensors"):
+            found[kind][file] = load_file(folder / kind / "checkpoint-1" / file)
+    return found
 
 
-def step(folder: Path) -> dict:
-    checkpoint = folder / "checkpoint-1"
-    found = torch.load(folder / "found.pt")
-    return {**found, **{file: load_file(checkpoint / file) for file in ("model.safetensors", "ema.safetensors")}}
-
-
-@pytest.mark.parametrize("data", ["map", "streaming", "tensor_parallel", "fsdp2", "fsdp2_bf16"])
-def test_two_processes_make_the_step_of_one(tmp_path, step_of_one_process, data):
+@pytest.mark.parametrize("data", KINDS)
+def test_two_processes_make_the_step_of_one(steps, data):
     """Unequal numbers of labels and images in each micro-batch of each process, some without images."""
-    launch(tmp_path, 2, "one_step.py", data, str(tmp_path))
-    one, two = step_of_one_process, step(tmp_path)
+    one, two = steps["one/map"], steps[data]
     tolerance, tolerance_of_logs = (1e-2, 1e-3) if "bf16" in data else (1e-5, 1e-5)
     if data in ("map", "streaming"):
         tolerance = 1e-6
@@ -94,10 +99,16 @@ def test_two_processes_make_the_step_of_one(tmp_path, step_of_one_process, data)
         assert "ParallelismConfig is only compatible DistributedType.FSDP" in two["refusal"]
 
 
+@pytest.fixture(scope="module")
+def draws(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("draws")
+    launch(folder, 2, "two_draws.py", str(folder))
+    return folder
+
+
 @pytest.mark.parametrize("data", ["map", "streaming"])
-def test_each_process_has_samples_and_noise_of_its_own(tmp_path, data):
-    launch(tmp_path, 2, "two_draws.py", str(tmp_path), data)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+def test_each_process_has_samples_and_noise_of_its_own(draws, data):
+    first, second = (torch.load(draws / data / f"{rank}.pt") for rank in range(2))
     for start in range(0, 16, 4):
         seen = set(first["seen"][start : start + 4] + second["seen"][start : start + 4])
         assert len(seen) == 8 and seen < set(range(3, 12))
@@ -105,28 +116,33 @@ def test_each_process_has_samples_and_noise_of_its_own(tmp_path, data):
     assert all(a != b for a, b in zip(first["timesteps"], second["timesteps"], strict=True))
 
 
+@pytest.fixture(scope="module")
+def split(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("split")
+    launch(folder, 2, "tensor_parallel.py", str(folder))
+    return folder
+
+
 @pytest.mark.parametrize(("family", "head"), [("llama", "own"), ("qwen3", "tied")])
-def test_a_model_split_by_tensor_parallelism_is_the_whole_one(tmp_path, family, head):
+def test_a_model_split_by_tensor_parallelism_is_the_whole_one(split, family, head):
     """In what it says, in its gradients, in what it writes and draws, and in what it saves."""
-    launch(tmp_path, 2, "tensor_parallel.py", str(tmp_path), family, head)
     for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        whole, split = found["whole"], found["split"]
+        found = torch.load(split / family / f"{rank}.pt")
+        whole, part = found["whole"], found["split"]
         assert found["is_tied"] == (head == "tied")
         tolerance = {"rtol": 0, "atol": 1e-5}
         for name in ("loss", "logits", "image_predictions", "images"):
-            torch.testing.assert_close(split[name], whole[name], **tolerance)
-        assert torch.equal(split["sequences"], whole["sequences"]) and len(whole["images"]) >= 1
-        assert split["gradients"].keys() == whole["gradients"].keys()
+            torch.testing.assert_close(part[name], whole[name], **tolerance)
+        assert torch.equal(part["sequences"], whole["sequences"]) and len(whole["images"]) >= 1
+        assert part["gradients"].keys() == whole["gradients"].keys()
         for name, gradient in whole["gradients"].items():
-            assert (split["gradients"][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+            assert (part["gradients"][name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
         # Half of each matrix of the decoder and of the head; the image parts and the norms are whole.
         sizes = found["sizes"]
         matrices = {name for name in sizes if "norm" not in name and name.startswith(("model.language", "lm_head"))}
         embedding = "model.language_model.embed_tokens.weight"
-        found["local"].setdefault(embedding, sizes[embedding] / 2)  # transformers 5.20 leaves it whole
         assert found["local"] == {name: sizes[name] / 2 for name in matrices | {embedding}}
-    before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "saved"))
+    before, after = (load_file(split / family / name / "model.safetensors") for name in ("model", "saved"))
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
@@ -135,14 +151,19 @@ def test_a_family_without_a_plan_is_not_split_by_halves():
     assert tiny.model().tp_plan["lm_head"] == "colwise_gather_output"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_fsdp2_has_the_gradients_of_one_process(tmp_path, dtype):
-    """Also of the image parts, in a process without any image."""
-    for num_processes, name in ((1, "one.pt"), (2, "two.pt")):
-        launch(tmp_path, num_processes, "one_gradient_fsdp2.py", str(tmp_path / name), dtype)
-    tolerance = 1e-5 if dtype == "float32" else 2e-2
-    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory) -> dict[str, list[dict]]:
+    folder = tmp_path_factory.mktemp("gradients")
+    launch(folder, 2, "one_gradient_fsdp2.py", str(folder))
+    return torch.load(folder / "found.pt")
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "untied"])
+def test_fsdp2_has_the_gradients_of_one_process(gradients, kind):
+    """Also of the image parts, and of weights for images alone, in a process without any image."""
+    tolerance, (one, two) = 2e-2 if kind == "bfloat16" else 1e-5, gradients[kind]
     torch.testing.assert_close(two["loss"], one["loss"], rtol=tolerance, atol=0)
+    assert any(".image." in name for name in one["gradients"]) == (kind == "untied")
     assert two["gradients"].keys() == one["gradients"].keys()
     largest = max(float(gradient.abs().max()) for gradient in one["gradients"].values())
     for name, gradient in one["gradients"].items():

@@ -1,9 +1,8 @@
-"""What a `Trainer` calls at its steps: the average of the weights, samples, noise of each process's own."""
+"""Callbacks for any `Trainer`: an average of the weights, and samples of what the model draws and reads."""
 
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -13,35 +12,20 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import Trainer, TrainerCallback, TrainerState
 
 
-class TransfusionNoiseCallback(TrainerCallback):
-    """
-    Else all processes would draw the same t and ε, for the `Trainer` seeds them alike. Not before the training begins:
-    the order of the samples must be one. Ranks that hold the same batch keep the same noise.
-    """
-
-    def __init__(self, num_replicas: int):
-        self.num_replicas = num_replicas
-
-    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
-        if args.world_size > self.num_replicas:
-            torch.manual_seed(args.seed + args.process_index // self.num_replicas)
-
-
 class TransfusionEMACallback(TrainerCallback):
     r"""
-    Exponential moving average of the weights, for the stock `Trainer`. The averaged weights take the place of the
-    trained ones during each evaluation of the training and for good at its end. Checkpoints hold both, so that a
-    resumed run goes on with its average.
+    Exponential moving average of the weights. The averaged weights replace the trained ones during each evaluation
+    of the training, and for good at its end. Checkpoints hold both, so a resumed run continues its average.
 
     Args:
         decay (`float`, defaults to 0.9999): Largest weight of the past; smaller in the first steps.
         power (`float`, defaults to 2/3): Exponent of that warm-up, 1 − (1 + step)^−power.
         resume_from_checkpoint (`str`, *optional*):
-            The checkpoint that a run resumes from, where it is not in `args.output_dir`: the Trainer does not tell.
+            The checkpoint that a run resumes from, if it is not in `args.output_dir`.
 
     Raises:
         ValueError: with `load_best_model_at_end`, under DeepSpeed ZeRO-3, with several evaluation sets, or when
-            resuming from a checkpoint without average.
+            resuming from a checkpoint without an average.
 
     Example:
 
@@ -72,13 +56,12 @@ class TransfusionEMACallback(TrainerCallback):
         self._is_training, self._saved_step = True, None
         self._ema = EMAModel(self._parameters, decay=self.decay, use_ema_warmup=True, power=self.power)
         if state.global_step > 0:
-            folder = self.resume_from_checkpoint
-            file = self._file(args, state) if folder is None else Path(folder, self.FILE_NAME)
+            file = Path(self.resume_from_checkpoint or self._folder(args, state), self.FILE_NAME)
             if not file.exists():
                 raise ValueError(
                     f"No average to resume with: {file} does not exist. Pass the checkpoint's folder to "
-                    "`TransfusionEMACallback(resume_from_checkpoint=...)`; or its run had no such callback: drop it, "
-                    "or begin anew."
+                    "`TransfusionEMACallback(resume_from_checkpoint=...)`. If its run had no such callback, drop the "
+                    "callback or start a new run."
                 )
             stored = load_file(file)
             self._ema.optimization_step = state.global_step
@@ -88,12 +71,9 @@ class TransfusionEMACallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
         self._ema.step(self._parameters)
-        self._swap_for_evaluation(control)
+        self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs: Any) -> None:
-        self._swap_for_evaluation(control)
-
-    def _swap_for_evaluation(self, control) -> None:
         # The Trainer announces an evaluation here and has no other event before it.
         if control.should_evaluate:
             self._swap()
@@ -107,15 +87,15 @@ class TransfusionEMACallback(TrainerCallback):
             return
         if self._ema.temp_stored_params is None:
             raise ValueError(
-                "An evaluation in the training that the Trainer did not announce was without the averaged weights: of "
-                "the second of several sets in `eval_dataset`, or by another callback. Concatenate the sets, or "
-                "evaluate after the training."
+                "An evaluation during the training ran without the averaged weights, because the Trainer did not "
+                "announce it: the second of several sets in `eval_dataset`, or one by another callback. Concatenate "
+                "the sets, or evaluate after the training."
             )
-        # Now, for a checkpoint may be saved next.
+        # Here, because a checkpoint may be saved next.
         self._ema.restore(self._parameters)
 
     def save(self, folder: Path, state: TrainerState) -> None:
-        """Writes the average into a checkpoint's folder; for every process to call, where parameters are sharded."""
+        """Writes the average into a checkpoint's folder. Every process must call it: parameters may be sharded."""
         self._saved_step = state.global_step
         average = {str(i): _whole(parameter).contiguous() for i, parameter in enumerate(self._ema.shadow_params)}
         if state.is_world_process_zero:
@@ -123,14 +103,14 @@ class TransfusionEMACallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs: Any) -> None:
         if self._saved_step != state.global_step:  # `TransfusionTrainer` writes it with the rest
-            self.save(self._file(args, state).parent, state)
+            self.save(self._folder(args, state), state)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         self._is_training = False
         self._ema.copy_to(self._parameters)
 
-    def _file(self, args, state) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}", self.FILE_NAME)
+    def _folder(self, args, state) -> Path:
+        return Path(args.output_dir, f"checkpoint-{state.global_step}")
 
 
 def _whole(parameter: torch.Tensor) -> torch.Tensor:
@@ -138,7 +118,7 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Sharded as a parameter is, on its device."""
+    """Sharded like a parameter, on its device."""
     whole = whole.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return whole
@@ -147,19 +127,19 @@ def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 class TransfusionSamplesCallback(TrainerCallback):
     r"""
-    Shows every so many steps what the model draws and reads: prompts as pictures, the same noise each time, and images
-    with their captions. Into `samples/step-N.png` of the output folder, and to the trackers of `report_to` that take
-    pictures. The training itself goes on as if nothing had been drawn.
+    Draws the prompts, with the same noise each time, and captions the images every `interval` steps. The results go
+    to `samples/step-N.png` and `.txt` of the output folder and, where `report_to` names them, to TensorBoard and
+    Weights & Biases. The training continues as if nothing had been drawn.
 
     Args:
-        trainer (`Trainer`): The one it is added to.
+        trainer (`Trainer`): The trainer that the callback is added to.
         processor (`TransfusionProcessor`)
-        prompts (`list[str]`): To draw.
-        images (`list[PIL.Image.Image]`, *optional*): To caption.
+        prompts (`list[str]`): What to draw.
+        images (`list[PIL.Image.Image]`, *optional*): What to caption.
         interval (`int`, defaults to 1000): Steps between samples.
-        seed (`int`, defaults to 0): Of the noise.
-        max_new_tokens (`int`, defaults to 32): Of a caption.
-        generate_kwargs: For drawing, as `num_inference_steps`.
+        seed (`int`, defaults to 0): Seed of the noise.
+        max_new_tokens (`int`, defaults to 32): Length limit of a caption.
+        generate_kwargs: Passed to `generate()` when drawing, such as `num_inference_steps`.
 
     Example:
 
@@ -208,8 +188,8 @@ class TransfusionSamplesCallback(TrainerCallback):
             return []
         generators = [torch.Generator(model.device).manual_seed(self.seed + i) for i in range(len(self.prompts))]
         inputs = self.processor(text=self.prompts).to(model.device)
-        # Where parameters are sharded, the library lets processes wait for the longest of them, which drawing does not
-        # take: all draw the same, in as many steps. Captions, whose words decide when they end, do wait.
+        # For sharded parameters the library lets processes wait for the longest text (`synced_gpus`). Drawing needs
+        # no waiting, because all processes draw the same images in the same number of steps. Captions do wait.
         kwargs = {"generator": generators, "synced_gpus": False, **self.generate_kwargs}
         output = model.generate(**inputs, generation_mode="image", **kwargs)
         return self.processor.post_process_multimodal_output(output, generation_mode="image")
@@ -227,50 +207,35 @@ class TransfusionSamplesCallback(TrainerCallback):
     def _report(self, folder: Path, step: int, drawn: list[Image.Image], captions: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if drawn:
-            sides = [max(getattr(image, side) for image in drawn) for side in ("width", "height")]
-            grid = Image.new("RGB", (sides[0] * len(drawn), sides[1]))
+            width, height = (max(getattr(image, side) for image in drawn) for side in ("width", "height"))
+            grid = Image.new("RGB", (width * len(drawn), height))
             for i, image in enumerate(drawn):
-                grid.paste(image, (i * sides[0], 0))
+                grid.paste(image, (i * width, 0))
             grid.save(folder / f"step-{step}.png")
         if captions:
             (folder / f"step-{step}.txt").write_text("\n".join(captions) + "\n")
-        pictures = {prompt: (image, prompt) for prompt, image in zip(self.prompts, drawn, strict=True)}
-        pictures |= {f"read {i}": pair for i, pair in enumerate(zip(self.images, captions, strict=False))}
+        pictures = {f"samples/{prompt}": (image, prompt) for prompt, image in zip(self.prompts, drawn, strict=True)}
+        pairs = zip(self.images, captions, strict=True)
+        self.log_pictures(pictures | {f"samples/read {i}": pair for i, pair in enumerate(pairs)}, step)
+
+    def log_pictures(self, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
+        """
+        Sends pictures to the trainer's TensorBoard and Weights & Biases. Override it for another tracker.
+
+        Args:
+            pictures (`dict[str, tuple[PIL.Image.Image, str]]`): Pictures with their captions, by name.
+            step (`int`)
+        """
         for callback in self.trainer.callback_handler.callbacks:
-            log_pictures(callback, {f"samples/{name}": pair for name, pair in pictures.items()}, step)
+            # The names under which transformers' own callbacks keep their trackers.
+            writer, wandb = getattr(callback, "tb_writer", None), getattr(callback, "_wandb", None)
+            if writer is not None:
+                for name, (image, text) in pictures.items():
+                    writer.add_image(name, pil_to_tensor(image), step)
+                    writer.add_text(f"{name}/text", text, step)
+            if wandb is not None:
+                images = {name: wandb.Image(image, caption=text) for name, (image, text) in pictures.items()}
+                wandb.log({**images, "train/global_step": step})
 
 
-def log_pictures(callback: TrainerCallback, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
-    """
-    To the tracker that a callback of transformers holds: TensorBoard, Weights & Biases, Trackio, SwanLab, MLflow (and
-    DagsHub), Comet, ClearML, DVCLive. Nothing, where it holds none, or one without pictures; Neptune is left out.
-
-    Args:
-        callback (`TrainerCallback`)
-        pictures (`dict[str, tuple[PIL.Image.Image, str]]`): By name, each with a caption.
-        step (`int`)
-    """
-
-    def tracker(name: str) -> Any:
-        return getattr(callback, name, None)
-
-    for name in ("_wandb", "_trackio", "_swanlab"):  # one interface
-        if (module := tracker(name)) is not None and getattr(callback, "_initialized", True):
-            images = {key: module.Image(image, caption=text) for key, (image, text) in pictures.items()}
-            kwargs = {"step": step} if name == "_swanlab" else {}  # which else counts steps of its own
-            module.log({**images, "train/global_step": step}, **kwargs)
-    for key, (image, text) in pictures.items():
-        if (writer := tracker("tb_writer")) is not None:
-            writer.add_image(key, pil_to_tensor(image), step)
-            writer.add_text(f"{key}/text", text, step)
-        if (mlflow := tracker("_ml_flow")) is not None:
-            mlflow.log_image(image, f"{key}/{step}.png")
-        if (experiment := tracker("_experiment")) is not None:
-            experiment.log_image(image, name=f"{key}: {text}", step=step)
-        if (task := tracker("_clearml_task")) is not None:
-            task.get_logger().report_image(key, text, iteration=step, image=np.asarray(image))
-        if (live := tracker("live")) is not None:
-            live.log_image(f"{key}.png", image)
-
-
-__all__ = ["TransfusionEMACallback", "TransfusionNoiseCallback", "TransfusionSamplesCallback"]
+__all__ = ["TransfusionEMACallback", "TransfusionSamplesCallback"]

@@ -1,7 +1,6 @@
-"""
-A `Trainer` whose checkpoints are whole or not there, and are what they are taken for: resumed from, pushed, described.
-"""
+"""A `Trainer` with atomic checkpoints and exact resume: the order of the data, saving, pushing, the model card."""
 
+import inspect
 import json
 import math
 import random
@@ -9,6 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from transformers.utils import CONFIG_NAME, PushInProgress
 from ..hub.card import make_model_card
 from .callbacks import TransfusionEMACallback
 
-# Of a checkpoint, what is no part of the model, or is written for the whole run.
+# Files of a checkpoint that are not part of the model, or that are written for the whole run.
 _OF_THE_RUN = (TRAINER_STATE_NAME, TransfusionEMACallback.FILE_NAME, "README.md")
 
 
@@ -44,32 +44,31 @@ def _seed_of(*entropy: int) -> int:
 
 class _RepeatableCollator:
     """
-    What a collator draws (by torch, numpy, `random`) for a batch follows from seed, process, pass and the batch's
-    number there: be it in the main process or in a worker, and be what comes before it collated or skipped.
+    Seeds what a collator draws for a batch (by torch, numpy, `random`) from seed, process, pass and the batch's number
+    alone. So the draws do not depend on workers, nor on whether earlier batches were collated or skipped.
     """
 
     def __init__(self, collator: Callable[[Sequence[Any]], Any], seed: int, process: int):
         self.collator, self.seed, self.process = collator, seed, process
-        # How many passes were begun, which one this is, and its first batch: shared with workers that outlive a pass.
+        # Number of passes begun, the current pass, its first batch: shared with workers that outlive a pass.
         self._place = torch.zeros(3, dtype=torch.long).share_memory_()
         self._begun, self._count = 0, 0
 
     def begin(self, epoch: int, first_batch: int) -> None:
-        """The next batch is this one of that pass."""
         self._place[:] = torch.tensor([self._place[0] + 1, epoch, first_batch])
 
     def __call__(self, features: Sequence[Any]) -> Any:
         begun, epoch, number = self._place.tolist()
         if begun != self._begun:
             self._begun, self._count = begun, 0
-        worker = get_worker_info()  # which take turns
+        worker = get_worker_info()  # workers take turns
         number += self._count if worker is None else self._count * worker.num_workers + worker.id
         self._count += 1
         seed = _seed_of(self.seed, self.process, epoch, number)
         states = random.getstate(), np.random.get_state()
         try:
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(seed)  # and none of a GPU
+                torch.default_generator.manual_seed(seed)  # and no generator of a GPU
                 random.seed(seed)
                 np.random.seed(seed)
                 return self.collator(features)
@@ -78,177 +77,154 @@ class _RepeatableCollator:
             np.random.set_state(states[1])
 
 
-class _PassCallback(TrainerCallback):
-    """Whether a checkpoint is of after the end of a pass, its evaluation and all."""
-
-    has_ended = False
-
-    def on_epoch_begin(self, args, state, control, **kwargs: Any) -> None:
-        self.has_ended = False
-
-    def on_epoch_end(self, args, state, control, **kwargs: Any) -> None:
-        self.has_ended = True
-
-
-class WholeCheckpointsTrainer(Trainer):
+class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     """
-    The `Trainer` that writes a checkpoint aside, in `incomplete/`, and then renames it: one that bears its name is
-    whole, and a run that was killed at any moment goes on with `resume_from_checkpoint=True`. What others load is not
-    pickled; the states of optimizer and generators, for resuming, are. [`TransfusionTrainer`] is one.
+    A `Trainer` that writes each checkpoint into `incomplete/` and renames it when it is whole, so a run killed at any
+    moment continues with `resume_from_checkpoint=True`, exactly. Only the states of optimizer and generators are
+    pickled. It is a callback of its own. [`TransfusionTrainer`] is one.
 
     Raises:
-        ValueError: FSDP with state dicts in shards; a checkpoint of another model or adapter to resume from.
+        ValueError: FSDP with state dicts in shards; resuming from a checkpoint of another model or adapter.
     """
 
-    data_collator: Any
     push_in_progress: Any
-    _is_saving = False
-    _resumed: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._pass = _PassCallback()
-        self.add_callback(self._pass)
+        self.add_callback(self)
         if self.is_fsdp_enabled:
             kind = self.accelerator.state.fsdp_plugin.state_dict_type.name
-            if kind != "FULL_STATE_DICT":  # the library then saves no model, and says nothing
+            if kind != "FULL_STATE_DICT":  # the library then saves no model, without a warning
                 raise ValueError(
-                    f"`fsdp_state_dict_type` is {kind}, of which no model would be saved that can be loaded; set it "
-                    "to FULL_STATE_DICT in accelerate's configuration, or `state_dict_type` in `fsdp_config`."
+                    f"`fsdp_state_dict_type` is {kind}, with which no loadable model is saved; set it to "
+                    "FULL_STATE_DICT in accelerate's configuration, or `state_dict_type` in `fsdp_config`."
                 )
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         if self.args.data_seed is None:
-            # Else the order comes from each process's global generator, and these differ after a training.
+            # Otherwise the order comes from each process's global generator, and these differ after a training.
             self.accelerator.dataloader_config.data_seed = self.args.seed
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
-        if folder:
-            state = Path(folder, TRAINER_STATE_NAME)
-            self._resumed_max_steps = json.loads(state.read_text())["max_steps"] if state.exists() else 0
-            _check_same_model(self._unwrapped().config, folder)
-            _check_same_adapter(self._unwrapped(), folder)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
 
     @property
     def _num_replicas(self) -> int:
-        """Ranks of tensor, context and sequence parallelism, which hold the same batch."""
+        """Number of ranks that hold the same batch: those of tensor, context and sequence parallelism."""
         return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
 
     def get_train_dataloader(self):
         if hasattr(self.train_dataset, "rows_per_turn"):  # all batches but the last are full, with several workers too
             self.train_dataset.rows_per_turn = self._train_batch_size * self.args.world_size // self._num_replicas
-        return super().get_train_dataloader()
+        return self._repeatable(super().get_train_dataloader())
 
     def get_eval_dataloader(self, eval_dataset=None):
-        loader = super().get_eval_dataloader(eval_dataset)
-        self._begin(loader, epoch=0)  # each time, so that all evaluations are of the same batches
-        return loader
+        return self._repeatable(super().get_eval_dataloader(eval_dataset))
 
-    def _get_dataloader(self, *args: Any, **kwargs: Any):
-        collator, process = self.data_collator, self.args.process_index // self._num_replicas
-        self.data_collator = _RepeatableCollator(collator, self.args.seed, process)
-        try:
-            loader = super()._get_dataloader(*args, **kwargs)
-        finally:
-            self.data_collator = collator
-        if isinstance(loader.dataset, IterableDatasetShard):  # to which the library does not hand it on
+    def get_test_dataloader(self, test_dataset):
+        return self._repeatable(super().get_test_dataloader(test_dataset))
+
+    def _repeatable(self, loader: Any) -> Any:
+        base = getattr(loader, "base_dataloader", loader)
+        if not isinstance(base.collate_fn, _RepeatableCollator):  # else the loader is kept, for its persistent workers
+            process = self.args.process_index // self._num_replicas
+            base.collate_fn = _RepeatableCollator(base.collate_fn, self.args.seed, process)
+        if isinstance(loader.dataset, IterableDatasetShard):  # the library does not set it
             loader.dataset.drop_last = self.args.dataloader_drop_last
-        self._begin(loader, epoch=0)
+        self._seed_pass(loader, epoch=0)  # so all evaluations see the same batches
         return loader
 
-    def _begin(self, loader: Any, epoch: int, first_batch: int = 0) -> None:
-        """What data draw in workers, and what the collator draws, follows from the pass."""
+    def _seed_pass(self, loader: Any, epoch: int, first_batch: int = 0) -> None:
+        """Makes what workers and the collator draw follow from the pass."""
         if hasattr(loader, "set_epoch"):
             loader.set_epoch(epoch)
-        loader = getattr(loader, "base_dataloader", loader)
-        # The library would take the workers' seed from the global generator, where the noise comes from. It is one in
-        # all processes: of a stream each reads all and keeps its share.
-        loader.generator = torch.Generator().manual_seed(_seed_of(self.args.seed, epoch))
-        collator = getattr(loader.collate_fn, "data_collator", loader.collate_fn)  # in what removes columns
-        if isinstance(collator, _RepeatableCollator):  # not that of a user's own loader
-            collator.begin(epoch, first_batch)
+        base = getattr(loader, "base_dataloader", loader)
+        # The library would seed workers from the global generator, which the noise comes from. The seed is the same in
+        # all processes: each reads the whole stream and keeps its share.
+        base.generator = torch.Generator().manual_seed(_seed_of(self.args.seed, epoch))
+        if isinstance(base.collate_fn, _RepeatableCollator):  # not in a user's own loader
+            base.collate_fn.begin(epoch, first_batch)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(self.args.output_dir)
+        if folder:
+            _check_same_model(self._unwrapped(), Path(folder))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def set_initial_training_values(self, args, dataloader):
         num_epochs, *values = super().set_initial_training_values(args, dataloader)
-        self._batches_per_epoch = values[4] if has_length(dataloader) else None
-        # Where broken rows are left out, passes are shorter than the data set says, and it takes more of them.
+        self._batches_per_pass = values[4] if has_length(dataloader) else None
+        # Passes are shorter than the data set says, and there are more of them, where broken rows are left out.
         return sys.maxsize if args.max_steps > 0 else num_epochs, *values
 
+    # The library computes the position in the data from the number of steps, as if all passes had the length it
+    # expects, and streams never ended. The state's `epoch` counts passes.
     def _init_training_state(self, max_steps, updates_per_epoch, num_epochs, resume_from_checkpoint, trial):
-        # The library computes from the number of steps where in the data a run stands, as if all passes had the length
-        # that it is told, and those of a stream no end. The state's `epoch` is counted.
         args = (max_steps, updates_per_epoch, num_epochs, resume_from_checkpoint, trial)
         epoch, num_batches = super()._init_training_state(*args)
-        self._resumed = {}
+        self._since_log: dict[str, Any] = {}
         if self.state.epoch:
-            if len(list(Path(resume_from_checkpoint).glob("since_last_log_*.pt"))) == self.args.world_size:
-                file = Path(resume_from_checkpoint, f"since_last_log_{self.args.process_index}.pt")
-                self._resumed = torch.load(file, map_location="cpu")
-            size = self._batches_per_epoch
-            if size is None:
-                size = self._resumed_max_steps * self.args.gradient_accumulation_steps
+            folder, size = Path(resume_from_checkpoint), self._batches_per_pass
+            if len(list(folder.glob("since_last_log_*.pt"))) == self.args.world_size:
+                self._since_log = torch.load(folder / f"since_last_log_{self.args.process_index}.pt", "cpu")
+            if size is None:  # the library's guess of then
+                saved_max_steps = json.loads((folder / TRAINER_STATE_NAME).read_text())["max_steps"]
+                size = saved_max_steps * self.args.gradient_accumulation_steps
             epoch = math.ceil(self.state.epoch) - 1
             position = round((self.state.epoch - epoch) * size)
-            if self._resumed.get("pass_has_ended", position == self._batches_per_epoch):
+            if self._since_log.get("pass_has_ended", position == self._batches_per_pass):
                 epoch, position = epoch + 1, 0
             if not self.args.ignore_data_skip:
                 num_batches = position
+        if self.state.global_step >= max_steps:
+            epoch = num_epochs  # no pass is left; the library would train a finished run for one more step
+        self._resumed_from, self._num_skipped, self._next_pass = resume_from_checkpoint, num_batches, epoch
         return epoch, num_batches
 
-    def _run_epoch(self, **kwargs: Any):
-        if self.state.global_step >= self.state.max_steps:
-            # The library would take a finished run that is resumed one step further.
-            self.control.should_training_stop = True
-            return
-        epoch, folder, num_skipped = kwargs["epoch"], kwargs["resume_from_checkpoint"], 0
-        is_resumed = folder is not None and epoch == kwargs["epochs_trained"]
-        if is_resumed:
-            if self._resumed:
-                self._load_since_last_log(self._resumed)
-            if not isinstance(kwargs["train_dataloader"].dataset, IterableDataset):
-                num_skipped = kwargs["steps_trained_in_current_epoch"]  # without being collated
-            if kwargs["steps_trained_in_current_epoch"] == self._batches_per_epoch:
-                # The library does so with the first batch, of which there is none.
-                self._load_rng_state(folder)
-        self._begin(kwargs["train_dataloader"], epoch, num_skipped)
-        step = self.state.global_step
-        super()._run_epoch(**kwargs)
-        is_stopped = self.control.should_training_stop or self.control.should_epoch_stop
-        if step == self.state.global_step and not is_resumed and not is_stopped:
-            raise ValueError(
-                f"`train_dataset` gave a whole pass without a step: fewer than `gradient_accumulation_steps` = "
-                f"{self.args.gradient_accumulation_steps} batches. Give it more samples, or lower that number."
-            )
-        # Micro-batches too few for a step, at the end of a pass, are no part of the next one's first.
-        self.model.zero_grad()
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        if self._since_log:  # so that the logged curve continues
+            self._tr_loss += self._since_log["loss"]
+            self._total_loss_scalar -= self._since_log["loss"]  # the final `train_loss` is of this call's steps
+            self._globalstep_last_logged -= self._since_log["steps"]
 
     def _since_last_log(self) -> dict[str, Any]:
-        """What this process has summed up since the last log, so that the logged curve goes on."""
+        """What this process has summed up since the last log."""
         return {
             "loss": self._tr_loss.item(),
             "steps": self.state.global_step - self._globalstep_last_logged,
-            "pass_has_ended": self._pass.has_ended,
+            "pass_has_ended": self._pass_has_ended,
         }
 
-    def _load_since_last_log(self, state: dict[str, Any]) -> None:
-        self._tr_loss += state["loss"]
-        self._total_loss_scalar -= state["loss"]  # the `train_loss` at the end is of this call's steps
-        self._globalstep_last_logged -= state["steps"]
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs: Any) -> None:
+        first_batch = 0
+        if self._resumed_from is not None:
+            if not isinstance(train_dataloader.dataset, IterableDataset):  # a stream collates what it skips
+                first_batch = self._num_skipped
+            if self._num_skipped == self._batches_per_pass:
+                # The library does so with the first batch that it does not skip, and there is none.
+                self._load_rng_state(self._resumed_from)
+        self._seed_pass(train_dataloader, self._next_pass, first_batch)
+        self._pass_has_ended, self._steps_before = False, state.global_step
 
+    def on_epoch_end(self, args, state, control, model=None, **kwargs: Any) -> None:
+        is_stopped = control.should_training_stop or control.should_epoch_stop
+        if state.global_step == self._steps_before and self._resumed_from is None and not is_stopped:
+            raise ValueError(
+                f"`train_dataset` gave a whole pass without a step: fewer than `gradient_accumulation_steps` = "
+                f"{args.gradient_accumulation_steps} batches. Give it more samples, or lower that number."
+            )
+        model.zero_grad()  # leftover micro-batches, too few for a step, must not count in the next pass
+        self._pass_has_ended, self._resumed_from, self._next_pass = True, None, self._next_pass + 1
+
+    # No event tells the norm, and weights that are not finite must not get into a checkpoint.
     def _get_grad_norm(self, model, grad_norm=None):
-        # Weights that are not finite shall not get into a checkpoint.
         norm = super()._get_grad_norm(model, grad_norm)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        is_scaled = self.accelerator.mixed_precision == "fp16"  # where such steps are left out
+        is_scaled = self.accelerator.mixed_precision == "fp16"  # the scaler leaves such steps out
         if norm is not None and not is_scaled and not math.isfinite(norm):
             raise ValueError(
                 f"The norm of the gradient is {float(norm)} after step {self.state.global_step}. Lower the learning "
@@ -256,145 +232,109 @@ class WholeCheckpointsTrainer(Trainer):
             )
         return norm
 
+    # The library has no argument for where a checkpoint is written before it is whole.
     def _get_output_dir(self, trial):
-        folder = super()._get_output_dir(trial)
-        return str(Path(folder, "incomplete")) if self._is_saving else folder
+        return str(Path(super()._get_output_dir(trial), "incomplete"))
 
+    # The library has no event between the last file of a checkpoint and the deletion of old ones.
     def _save_checkpoint(self, model, trial):
-        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
-        aside = folder / "incomplete"
+        aside, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._is_saving = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._is_saving = False
-        best_step = self.state.best_global_step
-        best = folder / f"{PREFIX_CHECKPOINT_DIR}-{best_step}"
-        if best_step and (best_step == self.state.global_step or best.exists()):
-            # The library found it aside, and has written so, where it does not stay.
-            self.state.best_model_checkpoint = str(best)
+        super()._save_checkpoint(model, trial)
+        best = aside.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best.name == name or best.exists():
+            self.state.best_model_checkpoint = str(best)  # the library has found it in `incomplete/`
             if self.args.should_save:
                 self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TransfusionEMACallback):
                 callback.save(aside / name, self.state)
-        if not self.args.save_only_model:  # which cannot be resumed from
+        if not self.args.save_only_model:  # which cannot be resumed
             torch.save(self._since_last_log(), aside / name / f"since_last_log_{self.args.process_index}.pt")
         self.accelerator.wait_for_everyone()
+        folder = aside.parent / name
         if self.args.should_save:
-            if (folder / name).exists():  # of an earlier run
-                (folder / name).rename(aside / "replaced")
-            (aside / name).rename(folder / name)
-            self._delete(folder, self._outdated(folder))
+            if folder.exists():  # of an earlier run
+                folder.rename(aside / "replaced")
+            (aside / name).rename(folder)
+            checkpoints, limit = sort_checkpoints(str(aside.parent), use_mtime=True), self.args.save_total_limit or 0
+            self._delete_oldest(aside, checkpoints[:-1], len(checkpoints) - limit if limit > 0 else 0)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
-            self._push_from_checkpoint(str(folder / name))
+            self._push_from_checkpoint(str(folder))
 
-    def _is_best(self, checkpoint: Path) -> bool:
-        best = self.state.best_model_checkpoint
-        return best is not None and Path(best).exists() and checkpoint.samefile(best)
-
-    def _outdated(self, folder: Path) -> list[Path]:
-        """What the library's `rotate_checkpoints` would delete."""
-        checkpoints = [Path(checkpoint) for checkpoint in sort_checkpoints(str(folder), use_mtime=True)]
-        others = [checkpoint for checkpoint in checkpoints[:-1] if not self._is_best(checkpoint)]
-        limit = self.args.save_total_limit or 0
-        return others[: max(len(checkpoints) - limit, 0)] if limit > 0 else []
-
-    def _delete(self, folder: Path, checkpoints: list[Path]) -> None:
-        """Under other names, for one in part shall not bear its own."""
-        aside = folder / "incomplete"
+    def _delete_oldest(self, aside: Path, checkpoints: list[str], count: int) -> None:
+        """Keeps the best one. Renames the others first, so that no part of a checkpoint has a whole one's name."""
         aside.mkdir(exist_ok=True)
-        for checkpoint in checkpoints:
+        best = self.state.best_model_checkpoint
+        others = [Path(one) for one in checkpoints if not (best and Path(best).exists() and Path(one).samefile(best))]
+        for checkpoint in others[: max(count, 0)]:
             checkpoint.rename(aside / f"outdated-{checkpoint.name}")
         shutil.rmtree(aside)
 
-    def _finalize_training(self, trial, *args: Any, **kwargs: Any):
-        folder = Path(self._get_output_dir(trial))
-        checkpoints = [Path(checkpoint) for checkpoint in sort_checkpoints(str(folder))]
-        if self.args.should_save and self.args.save_total_limit == 1 and any(map(self._is_best, checkpoints)):
-            # As the library does next.
-            self._delete(folder, [checkpoint for checkpoint in checkpoints if not self._is_best(checkpoint)])
-        return super()._finalize_training(trial, *args, **kwargs)
+    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
+        best = state.best_model_checkpoint
+        if args.should_save and args.save_total_limit == 1 and best is not None and Path(best).exists():
+            checkpoints = sort_checkpoints(str(Path(best).parent))  # the best, and the last for resuming
+            self._delete_oldest(Path(best).with_name("incomplete"), checkpoints, len(checkpoints))
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            # As text: a folder that others load shall hold nothing that is pickled.
-            folder = Path(output_dir or self.args.output_dir)
-            (folder / TRAINING_ARGS_NAME).unlink()
-            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n")
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=True)
+        file = Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)
+        if self.args.should_save and file.exists():
+            # As text, because the folder is for others to load.
+            file.unlink()
+            file.with_suffix(".json").write_text(self.args.to_json_string() + "\n")
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    # The library pushes before a checkpoint is whole, pickles the arguments and leaves out files of the model.
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As the library's, without pickled arguments, and not before the checkpoint has its name."""
-        args, output_dir, folder = self.args, Path(self.args.output_dir), Path(checkpoint_folder)
-        if self._is_saving or not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
+        args, folder = self.args, Path(checkpoint_folder)
+        if folder.parent.name == "incomplete" or not self.is_world_process_zero():
             return
         is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if is_pushing and not args.hub_always_push:
+        if args.hub_strategy == HubStrategy.END or (is_pushing and not args.hub_always_push):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        # The checkpoint may be deleted before the upload ends. Without what only a resumed run needs.
-        for file in folder.iterdir():
-            is_model = file.suffix not in (".pt", ".pth", ".bin") and file.name not in _OF_THE_RUN
-            if is_model and file.is_file():
-                shutil.copyfile(file, output_dir / file.name)
-        upload = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
+        # A copy of the model, because the checkpoint may be deleted before the upload ends.
+        ignored = shutil.ignore_patterns("*.pt", "*.pth", "*.bin", *_OF_THE_RUN)
+        shutil.copytree(folder, args.output_dir, ignore=ignored, dirs_exist_ok=True)
         message = f"Training in progress, step {self.state.global_step}"
-        ignored = ["_*", "incomplete/*", f"{PREFIX_CHECKPOINT_DIR}-*"]
-        jobs = [
-            HfApi().upload_folder(
-                folder_path=output_dir, commit_message=message, ignore_patterns=ignored, run_as_future=True, **upload
-            )
-        ]
+        upload = partial(
+            HfApi().upload_folder, repo_id=self.hub_model_id, token=args.hub_token, revision=args.hub_revision,
+            run_as_future=True,
+        )  # fmt: skip
+        not_pushed = ["_*", "incomplete/*", f"{PREFIX_CHECKPOINT_DIR}-*"]
+        jobs = [upload(folder_path=args.output_dir, commit_message=message, ignore_patterns=not_pushed)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
-            message = f"{message}, checkpoint"
-            jobs.append(
-                HfApi().upload_folder(
-                    folder_path=folder, path_in_repo=name, commit_message=message, run_as_future=True, **upload
-                )
-            )
+            jobs.append(upload(folder_path=folder, path_in_repo=name, commit_message=f"{message}, checkpoint"))
         if is_pushing:
             self.push_in_progress.jobs.extend(jobs)
         else:
             self.push_in_progress = PushInProgress(jobs)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
-        Writes `README.md` into the output folder: [`make_model_card`] with what the training's state says, and the
-        last picture of [`TransfusionSamplesCallback`]. `push_to_hub` calls it.
+        Writes `README.md` into the output folder: [`make_model_card`] with the state of the training and the last
+        picture of [`TransfusionSamplesCallback`]. `push_to_hub` calls it.
 
         Args:
-            language, license, tags (*optional*): As for `make_model_card`.
-            finetuned_from (`str`, *optional*):
-                The base model; defaults to the repository that the model is from, or to what the card in its folder
-                names.
-            model_name (`str`, *optional*): Defaults to the repository, or the name of the output folder.
-            dataset_tags (`str` or `list[str]`, *optional*): The repositories of what it was trained on.
-            dataset (`str` or `list[str]`, *optional*): What it was evaluated on, in words.
-            tasks, dataset_args: Have no meaning here; an adapter's card is the library's, where they have.
+            args, kwargs:
+                Those of `Trainer.create_model_card`. `finetuned_from` defaults to the repository that the model was
+                loaded from, or to the base model that the card in its folder names. `dataset_tags` are repositories
+                of training data; `dataset` says in words what the model was evaluated on. `tasks` and `dataset_args`
+                are ignored. An adapter's card is the library's.
         """
         model = self._unwrapped()
         if not isinstance(model, PreTrainedModel):
-            given = (language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args)
-            return super().create_model_card(*given)
+            return super().create_model_card(*args, **kwargs)
         if not self.is_world_process_zero():
             return
+        given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
         state, folder = self.state, Path(self.args.output_dir)
         training = {"steps": state.global_step, "epochs": f"{state.epoch or 0:.4g}"}
         training |= extract_hyperparameters_from_trainer(self)
@@ -403,14 +343,15 @@ class WholeCheckpointsTrainer(Trainer):
             training["seconds"] = round(seconds[-1])
         training |= {name: version(name) for name in ("transformers", "torch", "diffusers")}
         pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda file: int(file.stem.split("-")[1]))
+        base_model, tags, dataset = (given.get(name) for name in ("finetuned_from", "tags", "dataset"))
         make_model_card(
             model.config,
-            self.hub_model_id or model_name or folder.resolve().name,
+            self.hub_model_id or given.get("model_name") or folder.resolve().name,
             num_parameters=model.num_parameters(),
-            license=license,
-            language=language,
-            base_model=_base_model(model.config._name_or_path) if finetuned_from is None else finetuned_from,
-            datasets=dataset_tags,
+            license=given.get("license"),
+            language=given.get("language"),
+            base_model=_base_model(model.config._name_or_path) if base_model is None else base_model,
+            datasets=given.get("dataset_tags"),
             dataset_name=dataset if isinstance(dataset, str) else ", ".join(dataset or []),
             tags=[tags] if isinstance(tags, str) else tags or (),
             training=training,
@@ -420,7 +361,7 @@ class WholeCheckpointsTrainer(Trainer):
 
 
 def _base_model(name: str) -> str | list[str] | None:
-    """Of a model loaded by this name: the repository that it is, or what its folder's card says it was made from."""
+    """The repository that a model was loaded from; if it was a folder, the base model that its card names."""
     if name and Path(name).is_dir():
         card = Path(name, "README.md")
         return ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.exists() else None
@@ -428,19 +369,18 @@ def _base_model(name: str) -> str | list[str] | None:
 
 
 def _last_evaluation(log_history: list[dict[str, Any]]) -> dict[str, float]:
-    """Losses and metrics of the last step at which there was an evaluation, of all its data sets."""
+    """Losses and metrics of the last step with an evaluation, for all its data sets."""
     steps = [log.get("step") for log in log_history if any(name.startswith("eval_") for name in log)]
-    speeds = ("_runtime", "_per_second")
     return {
         name.removeprefix("eval_"): value
         for log in log_history
         if steps and log.get("step") == steps[-1]
         for name, value in log.items()
-        if name.startswith("eval_") and not name.endswith(speeds)
+        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
     }
 
 
-# What a run may change of its model's or adapter's configuration when it goes on, or what says nothing of the weights.
+# Fields of a model's or an adapter's configuration that may change between runs, or that say nothing of the weights.
 _MAY_DIFFER = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "diffusion_loss_weight", "dtype",
     "eos_token_id", "initializer_range", "pad_token_id", "transformers_version", "use_cache",
@@ -459,39 +399,30 @@ def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "
             yield f"`{prefix}{name}` is {there!r} there and {here!r} here"
 
 
-def _check_same_model(config: Any, folder: str | Path) -> None:
-    """The library would load what fits of another model's weights, and pass over the rest with a warning."""
-    if not Path(folder, CONFIG_NAME).exists():  # of an adapter, or no checkpoint, which the library says
-        return
-    differences = list(_differences(AutoConfig.from_pretrained(folder).to_dict(), config.to_dict()))
+def _check_same(kind: str, folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    differences = list(_differences(saved, current))
     if differences:
         raise ValueError(
-            f"`resume_from_checkpoint`: {folder} is of another model: {'; '.join(differences[:5])}. Resume with the "
-            "model that was trained there, or begin a new run in another `output_dir`."
+            f"`resume_from_checkpoint`: {folder} is of another {kind}: {'; '.join(differences[:5])}. Resume with the "
+            f"{kind} that was trained there, or begin a new run in another `output_dir`."
         )
 
 
-def _check_same_adapter(model: Any, folder: str | Path) -> None:
-    """The library would load another adapter's weights where they fit, and scale them by this one's `lora_alpha`."""
-    file = Path(folder, "adapter_config.json")
-    if not file.exists():
+def _check_same_model(model: Any, folder: Path) -> None:
+    """The library would load the weights that fit and only warn about the rest, and ignore another `lora_alpha`."""
+    if (folder / CONFIG_NAME).exists():  # an adapter has none
+        _check_same("model", folder, AutoConfig.from_pretrained(folder).to_dict(), model.config.to_dict())
+    if not (folder / "adapter_config.json").exists():
         return
     if not hasattr(model, "peft_config"):
         raise ValueError(
             f"`resume_from_checkpoint`: {folder} is of an adapter, and the model has none. Resume with the model that "
             "was trained there, made by `peft.get_peft_model`."
         )
-    saved, current = json.loads(file.read_text()), model.peft_config[model.active_adapter].to_dict()
-    for config in (saved, current):
-        for name, value in config.items():
-            if isinstance(value, (list, set)):  # saved in any order
-                config[name] = sorted(value, key=str)
-    differences = list(_differences(saved, {name: current.get(name) for name in saved}))
-    if differences:
-        raise ValueError(
-            f"`resume_from_checkpoint`: {folder} is of another adapter: {'; '.join(differences[:5])}. Resume with the "
-            "adapter that was trained there, or begin a new run in another `output_dir`."
-        )
+    from peft import PeftConfig
+
+    saved, adapter = PeftConfig.from_pretrained(str(folder)).to_dict(), model.peft_config[model.active_adapter]
+    _check_same("adapter", folder, saved, adapter.to_dict())
 
 
 __all__ = ["WholeCheckpointsTrainer"]

@@ -1,4 +1,4 @@
-"""The exact `Trainer`: both losses over the global batch, logged apart."""
+"""The exact `Trainer`: both losses over the global batch, logged separately."""
 
 import time
 from collections.abc import Callable
@@ -14,22 +14,22 @@ from torch.distributed.fsdp import fully_shard
 from ..modality_transfusion import image_parameters
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..patching_transfusion import TransfusionTimestepEmbedding
-from .callbacks import TransfusionNoiseCallback
 from .checkpoints import WholeCheckpointsTrainer
 
 
 def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) -> set[torch.nn.Parameter]:
     """
-    What stays float32 beside FSDP2 in lower precision: gives the timestep embedding a group of its own, for a group
-    has one dtype, before `fully_shard` of what is around it. [`TransfusionTrainer`] does so itself.
+    Keeps the parts of a model that compute in float32 so under FSDP2 in lower precision: shards the timestep embedding
+    as its own group, because a group has one dtype. Call it before `fully_shard` of the modules around it.
+    [`TransfusionTrainer`] calls it itself.
 
     Args:
         model (`TransfusionForCausalLMAndDiffusion`)
-        mesh (`torch.distributed.DeviceMesh`, *optional*): As for `fully_shard`; all processes where `None`.
+        mesh (`torch.distributed.DeviceMesh`, *optional*): As in `fully_shard`; all processes if `None`.
 
     Returns:
-        `set[torch.nn.Parameter]`: Those of the VAE, to pass as `ignored_params` to `fully_shard`: it is whole in each
-        process, for one without images does not run it, and others would wait for its part.
+        `set[torch.nn.Parameter]`: The VAE's parameters, to pass as `ignored_params` to `fully_shard`. Each process
+        keeps the whole VAE: a process without images does not run it, and the others would wait for its shard.
     """
     for module in [module for module in model.modules() if isinstance(module, TransfusionTimestepEmbedding)]:
         fully_shard(module, mesh=mesh)
@@ -37,7 +37,6 @@ def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) 
 
 
 def _prepare_fsdp2(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """What accelerate then splits by itself."""
     plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
     if plugin.mixed_precision_policy is not None:
         # accelerate's own policy rounds the images before they are noised, and the losses.
@@ -50,52 +49,59 @@ def _prepare_fsdp2(accelerator: Accelerator, model: torch.nn.Module) -> None:
     plugin.ignored_modules = r"(.*\.)?vae"
 
 
-class _Sums:
-    """Sums over batches since the last log: of both losses and what they are means over, by band of t too."""
+def _images_of(batch: dict[str, Any]) -> list[torch.Tensor]:
+    images = batch.get("pixel_values")
+    images = batch.get("latents") if images is None else images
+    return [] if images is None else [images] if isinstance(images, torch.Tensor) else list(images)
 
-    NAMES = ("nll", "labels", "tokens", "images")
+
+def _count_images(batch: dict[str, Any]) -> int:
+    return sum(len(stack) if stack.ndim == 4 else 1 for stack in _images_of(batch))
+
+
+def _count_noised(batch: dict[str, Any]) -> int:
+    mask = batch.get("image_loss_mask")
+    return _count_images(batch) if mask is None else int(torch.as_tensor(mask).sum())
+
+
+class _Sums:
+    """Sums since the last log: both losses, the counts they are divided by, and the diffusion loss by band of t."""
 
     def __init__(self, num_bands: int, num_timesteps: int, pad_token_id: int | None, device: torch.device):
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which Apple's GPUs have not
-        self.totals = torch.zeros(len(self.NAMES) + 2 * num_bands, dtype=dtype, device=device)
-        self.by_name = self.totals[: len(self.NAMES)]
-        self.bands = self.totals[len(self.NAMES) :].view(2, num_bands)  # errors, and images
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        self.totals = torch.zeros(4 + 2 * num_bands, dtype=dtype, device=device)
         self.num_timesteps = num_timesteps
         self.pad_token_id = pad_token_id
         self.start_time = time.perf_counter()
 
     def add(self, inputs: dict[str, Any], outputs: Any, num_items: Any) -> None:
-        """Of a micro-batch, whose `lm_loss` is a sum over `num_items`."""
+        """Adds a micro-batch, whose `lm_loss` is a sum divided by `num_items`."""
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         if mask is None:  # packed
             mask = torch.ones_like(ids) if self.pad_token_id is None else ids != self.pad_token_id
-        numbers = (
-            outputs["lm_loss"].detach() * num_items,
-            (inputs["labels"][:, 1:] != -100).sum(),
-            mask.sum(),
-            sum(len(stack) if stack.ndim == 4 else 1 for stack in _images_of(inputs)),
-        )
-        kwargs = {"dtype": self.by_name.dtype, "device": self.by_name.device}
-        self.by_name += torch.stack([torch.as_tensor(number, **kwargs) for number in numbers])
-        errors = outputs.get("image_losses")  # absent where there are none
+        num_labels = (inputs["labels"][:, 1:] != -100).sum()
+        numbers = outputs["lm_loss"].detach() * num_items, num_labels, mask.sum(), _count_images(inputs)
+        self.totals[:4] += torch.stack([torch.as_tensor(number).to(self.totals) for number in numbers])
+        errors = outputs.get("image_losses")  # absent if there are none
         if errors is not None:
-            num_bands = self.bands.shape[1]
-            bands = (outputs["image_timesteps"] * num_bands / self.num_timesteps).long().clamp(max=num_bands - 1)
-            self.bands.index_add_(1, bands, torch.stack([errors, torch.ones_like(errors)]).to(self.bands.dtype))
+            bands = self.totals[4:].view(2, -1)  # errors, images
+            num_bands = bands.shape[1]
+            places = (outputs["image_timesteps"] * num_bands / self.num_timesteps).long().clamp(max=num_bands - 1)
+            bands.index_add_(1, places, torch.stack([errors, torch.ones_like(errors)]).to(bands.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         return {"totals": self.totals, "seconds": time.perf_counter() - self.start_time}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["totals"].shape == self.totals.shape:  # of as many bands
+        if state["totals"].shape == self.totals.shape:  # the run may have had another number of bands
             self.totals.copy_(state["totals"])
             self.start_time = time.perf_counter() - state["seconds"]
 
     def means(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> tuple[dict[str, float], float, float]:
-        """Both losses, over all that `reduce` adds up of the processes, by band of t too; tokens; images."""
+        """Both losses, the latter by band of t too, the number of tokens and that of images, over all processes."""
         totals = reduce(self.totals.clone())
-        nll, labels, tokens, images = totals[: len(self.NAMES)].tolist()
-        errors, counts = totals[len(self.NAMES) :].view(2, -1)
+        nll, labels, tokens, images = totals[:4].tolist()
+        errors, counts = totals[4:].view(2, -1)
         means = {}
         if labels:
             means["lm_loss"] = nll / labels
@@ -110,8 +116,8 @@ class _Sums:
 
 def _flops_per_token(model: torch.nn.Module) -> int:
     """
-    6·N over the transformer and its image parts, without the VAE; 4·N where frozen, which has no gradient. Of untied
-    weights a token meets the text's or the image's: they count half each.
+    6·N over the transformer and its image parts, without the VAE; 4·N for frozen parameters, which have no gradient.
+    A token uses either the text's or the image's untied weights, so they count half.
     """
     halves = {id(one) for _, *both in image_parameters(model) for one in both}
     return sum(
@@ -126,29 +132,30 @@ def _flops_per_token(model: torch.nn.Module) -> int:
 
 class TransfusionTrainer(WholeCheckpointsTrainer):
     r"""
-    The `Trainer` with both losses exact (Eq. 4, arXiv 2408.11039): `lm_loss` is the mean over all labels and
+    A `Trainer` with both losses exact (Eq. 4, arXiv 2408.11039): `lm_loss` is the mean over all labels and
     `diffusion_loss` the mean over all noised images of the whole batch, however it is cut into micro-batches and
-    processes. Beside `loss` it logs, in training and evaluation, `lm_loss`, `diffusion_loss`, and the latter by band
-    of t (`diffusion_loss/t_0_250` …); and of the training `tokens_per_second`, `images_per_second` and, as 6·N·D
-    counts it, 4·N·D what is frozen, `model_tflops_per_second` of all processes.
+    processes. In training and evaluation it logs `loss`, `lm_loss`, `diffusion_loss`, and the latter by band of t
+    (`diffusion_loss/t_0_250` …). In training it also logs, over all processes, `tokens_per_second`,
+    `images_per_second` and `model_tflops_per_second` (6·N·D; 4·N·D for frozen parameters).
 
-    A checkpoint is written aside, in `incomplete/`, and then renamed: one that bears its name is whole, and a run that
-    was killed at any moment goes on with `resume_from_checkpoint=True`. The collator's draws follow from seed,
-    process, pass and batch number: a resumed run repeats them, and every evaluation draws the same.
+    Checkpoints are atomic: each is written into `incomplete/` and then renamed, so a run killed at any moment
+    continues with `resume_from_checkpoint=True`. The collator's draws follow from seed, process, pass and batch
+    number: a resumed run repeats them, and every evaluation draws the same.
 
     Args:
         args, kwargs: As for `Trainer`, with `remove_unused_columns=False`.
-        num_timestep_bands (`int`, defaults to 4): Bands of t.
+        num_timestep_bands (`int`, defaults to 4): Number of bands of t.
         peak_flops_per_second (`float`, *optional*):
-            Of one device in the precision of the training, as 989e12 of an H100 in bfloat16: logs the model FLOP
-            utilisation `mfu`.
+            Peak of one device in the precision of the training, such as 989e12 for an H100 in bfloat16. Logs the model
+            FLOP utilisation `mfu`.
 
     Raises:
-        ValueError: `average_tokens_across_devices=False` with several processes, `label_smoothing_factor`; several
-            GPUs of one process or `dispatch_batches`, which would part images from their texts; `use_liger_kernel`
-            with a split LM head; `model_init` with Liger or FSDP2; FSDP with state dicts in shards; a checkpoint of
-            another model or adapter to resume from; in training, a gradient, a loss or images that are not finite (the
-            batch of the latter two is then in the output folder), and a pass too short for a step.
+        ValueError: settings that weigh processes unequally, take labels away or part images from their texts
+            (`average_tokens_across_devices=False`, `label_smoothing_factor`, `dispatch_batches`, several GPUs in one
+            process); `use_liger_kernel` with a split LM head; `model_init` with Liger or FSDP2; FSDP with state dicts
+            in shards; resuming from a checkpoint of another model or adapter; during the training, a gradient, a loss
+            or images that are not finite (the batch of the latter two is then saved in the output folder), and a pass
+            too short for a step.
     """
 
     def __init__(
@@ -179,11 +186,10 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
                     module.use_liger_loss = True
         if self.accelerator.is_fsdp2:
             _prepare_fsdp2(self.accelerator, self.model)
-        self.add_callback(TransfusionNoiseCallback(self._num_replicas))
         self.num_timestep_bands = num_timestep_bands
         self.peak_flops_per_second = peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
-        self._num_images: Any = None
+        self._num_images: torch.Tensor | None = None
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -192,33 +198,41 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
                 "`dispatch_batches=True` cuts batches along their first dimension, which parts images from their "
                 "texts; leave it out of `accelerator_config`."
             )
-        self.accelerator.dataloader_config.dispatch_batches = False  # what accelerate would choose for streams
+        self.accelerator.dataloader_config.dispatch_batches = False  # accelerate would choose True for streams
 
     def _new_sums(self) -> _Sums:
         config = self._unwrapped().config
         pad_token_id = config.text_config.pad_token_id
         return _Sums(self.num_timestep_bands, config.num_train_timesteps, pad_token_id, self.args.device)
 
-    def _inner_training_loop(self, *args: Any, **kwargs: Any):
-        self._train_sums = self._new_sums()  # speeds count from now on
-        return super()._inner_training_loop(*args, **kwargs)
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._train_sums = self._new_sums()
+        if self._since_log:
+            self._train_sums.load_state_dict(self._since_log)
+        # `Trainer` seeds all ranks alike; each needs its own t and ε, except those that hold the same batch. Not
+        # before the training, because the order of the samples must be the same in all.
+        if args.world_size > self._num_replicas:
+            torch.manual_seed(args.seed + args.process_index // self._num_replicas)
 
     def _since_last_log(self) -> dict[str, Any]:
         return super()._since_last_log() | self._train_sums.state_dict()
 
-    def _load_since_last_log(self, state: dict[str, Any]) -> None:
-        super()._load_since_last_log(state)
-        self._train_sums.load_state_dict(state)
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._num_images = self._count_noised(batches)
+        return batches, num_items
 
-    def _get_num_items_in_batch(self, batch_samples, device):
-        num_images = torch.tensor(sum(_count_noised(batch) for batch in batch_samples), device=device)
+    def _count_noised(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """Number of noised images in the batches of all processes."""
+        num_images = torch.tensor(sum(map(_count_noised, batches)), device=self.args.device)
         if self.args.world_size > 1:
             num_images = self.accelerator.gather(num_images).sum()
-        self._num_images = (num_images / self._num_replicas).clamp(min=1)
-        return super()._get_num_items_in_batch(batch_samples, device)
+        return (num_images / self._num_replicas).clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {**inputs, "num_images_in_batch": self._num_images}
+        num_images = self._num_images if model.training else self._count_noised([inputs])
+        inputs = {**inputs, "num_images_in_batch": num_images}
         try:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         except ValueError as error:
@@ -226,16 +240,14 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
                 raise ValueError(f"{error} The batch is saved in {self._save_not_finite(inputs)}.") from error
             raise
         if model.training and not torch.isfinite(loss):
-            file = self._save_not_finite(inputs)
-            lm_loss, diffusion_loss = outputs["lm_loss"].item(), outputs["diffusion_loss"].item()
             raise ValueError(
-                f"The loss is {loss.item()} after step {self.state.global_step} (`lm_loss` {lm_loss}, "
-                f"`diffusion_loss` {diffusion_loss}). The batch is saved in {file}; look at it, lower the learning "
-                "rate, and go on from the last checkpoint."
+                f"The loss is {loss.item()} after step {self.state.global_step} (`lm_loss` "
+                f"{outputs['lm_loss'].item()}, `diffusion_loss` {outputs['diffusion_loss'].item()}). The batch is "
+                f"saved in {self._save_not_finite(inputs)}; look at it, lower the learning rate, and go on from the "
+                "last checkpoint."
             )
-        num_items = 0 if num_items_in_batch is None else num_items_in_batch
         sums = self._train_sums if model.training else self._eval_sums
-        sums.add(inputs, outputs, num_items)
+        sums.add(inputs, outputs, 0 if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _save_not_finite(self, inputs: dict[str, Any]) -> Path:
@@ -272,21 +284,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         weight = self._unwrapped().config.diffusion_loss_weight
         means["loss"] = means.get("lm_loss", 0.0) + weight * means.get("diffusion_loss", 0.0)
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
-        self._train_sums.start_time += time.perf_counter() - start  # what an evaluation takes is no time of training
+        self._train_sums.start_time += time.perf_counter() - start  # the speed is that of the training alone
         return output
-
-
-def _images_of(batch: dict[str, Any]) -> list[torch.Tensor]:
-    images = batch.get("pixel_values")
-    images = batch.get("latents") if images is None else images
-    return [] if images is None else [images] if isinstance(images, torch.Tensor) else list(images)
-
-
-def _count_noised(batch: dict[str, Any]) -> int:
-    mask = batch.get("image_loss_mask")
-    if mask is not None:
-        return int(torch.as_tensor(mask).sum())
-    return sum(len(stack) if stack.ndim == 4 else 1 for stack in _images_of(batch))
 
 
 __all__ = ["TransfusionTrainer", "shard_float32_parts"]
