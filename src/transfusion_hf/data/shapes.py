@@ -96,9 +96,8 @@ def _check_size(height: int, width: int) -> None:
 @dataclass(frozen=True)
 class Scene:
     """
-    The content of a picture of at least 32 × 32 pixels: one group of shapes, or two that differ in color or kind, with
-    the only one of `RELATIONS` that holds between them; and for each group the boxes of its shapes, which must lie
-    inside and not touch. Raises a `ValueError` for anything else.
+    A picture's content: one group of shapes, or two that differ in color or kind, with the only one of `RELATIONS`
+    between them, and each group's boxes, which lie inside and do not touch. Raises a `ValueError` for other values.
     """
 
     height: int
@@ -109,11 +108,9 @@ class Scene:
 
     def __post_init__(self) -> None:
         _check_size(self.height, self.width)
-        if not 1 <= len(self.groups) == len({group.look for group in self.groups}) <= 2:
-            raise ValueError(
-                f"`groups` must be one, or two that differ in color or kind; got {[*map(str, self.groups)]}."
-            )
-        numbers = [group.count for group in self.groups]
+        groups, numbers = [*map(str, self.groups)], [group.count for group in self.groups]
+        if not 1 <= len(groups) == len({group.look for group in self.groups}) <= 2:
+            raise ValueError(f"`groups` must be one, or two that differ in color or kind; got {groups}.")
         if [len(boxes) for boxes in self.boxes] != numbers:
             raise ValueError(f"`boxes` must hold {numbers} boxes, one per shape; got {[*map(len, self.boxes)]}.")
         boxes = [box for group in self.boxes for box in group]
@@ -139,8 +136,7 @@ class Scene:
         return _sorted(Shape(*group.look, box) for group, boxes in pairs for box in boxes)
 
 
-@dataclass(frozen=True)
-class Edit:
+class Edit(NamedTuple):
     """A scene, an instruction, and the scene that results."""
 
     source: Scene
@@ -153,14 +149,12 @@ _GROUPS = {str(group): group for group in (ShapeGroup(n, c, k) for n in NUMBERS 
 
 def parse_caption(text: str) -> tuple[tuple[ShapeGroup, ...], str | None]:
     """The groups of a caption and the relation of the first to the second, `None` if there is only one."""
-    parts = re.split(f" ({'|'.join(RELATIONS)}) ", text)
-    groups = tuple(_GROUPS[part] for part in parts[::2] if part in _GROUPS)
-    if not len(parts[::2]) == len({group.look for group in groups}) <= 2:
-        raise ValueError(
-            "`text` must be a caption as `Scene.caption` gives it, like 'a red circle' or 'a red circle left of two "
-            f"blue squares'; got {text!r}."
-        )
-    return groups, parts[1] if len(groups) == 2 else None
+    names, relations = (parts := re.split(f" ({'|'.join(RELATIONS)}) ", text))[::2], parts[1::2]
+    groups = tuple(_GROUPS[name] for name in names if name in _GROUPS)
+    if not len(names) == len({group.look for group in groups}) <= 2:
+        example = "a red circle left of two blue squares"
+        raise ValueError(f"`text` must be a caption as `Scene.caption` gives it, like '{example}'; got {text!r}.")
+    return groups, relations[0] if relations else None
 
 
 def _sorted(shapes: Iterable[Shape]) -> list[Shape]:
@@ -187,10 +181,7 @@ def draw_scene(scene: Scene) -> Image.Image:
 
 
 def _scale(height: int, width: int) -> tuple[int, int]:
-    """
-    Side of the smallest cell that holds a shape, and the margin within. Three cells fit side by side into any picture.
-    In 32 pixels the smallest shape has 7, enough for the kinds to differ by many.
-    """
+    """Side of the smallest cell that holds a shape, and the margin within. Three cells fit side by side."""
     return 9 * min(height, width) // 32, min(height, width) // 32
 
 
@@ -224,10 +215,7 @@ def _place(rng: np.random.Generator, cell: Box, largest: int, side: int, margin:
 
 
 def sample_scene(rng: np.random.Generator, height: int, width: int, num_groups: int | None = None) -> Scene:
-    """
-    A random scene of one or two groups; by default of two in two cases out of three. Sizes and gaps are proportional
-    to the shorter side.
-    """
+    """A random scene, by default of two groups in two cases out of three; sizes are relative to the shorter side."""
     _check_size(height, width)
     if num_groups not in (None, 1, 2):
         raise ValueError(f"`num_groups` must be 1 or 2; got {num_groups}.")
@@ -235,7 +223,7 @@ def sample_scene(rng: np.random.Generator, height: int, width: int, num_groups: 
     looks = [divmod(int(look), len(KINDS)) for look in rng.permutation(len(COLORS) * len(KINDS))[:num_groups]]
     groups = tuple(ShapeGroup(_pick(rng, [*NUMBERS]), [*COLORS][color], KINDS[kind]) for color, kind in looks)
     relation = _pick(rng, [*RELATIONS]) if num_groups == 2 else None
-    side, margin = _scale(height, width)
+    (side, margin), largest = _scale(height, width), min(height, width) // 2
     while True:
         regions = [Box(0, 0, width, height)]
         if relation is not None:
@@ -244,10 +232,7 @@ def sample_scene(rng: np.random.Generator, height: int, width: int, num_groups: 
             cut = _between(rng, side, length - side)
             regions = regions[0].split(axis, cut) if first_is_low else regions[0].split(axis, length - cut)[::-1]
         boxes = tuple(
-            tuple(
-                _place(rng, cell, min(height, width) // 2, side, margin)
-                for cell in _cells(rng, region, group.count, side)
-            )
+            tuple(_place(rng, cell, largest, side, margin) for cell in _cells(rng, region, group.count, side))
             for group, region in zip(groups, regions, strict=True)
         )
         # Left of and above at once would have two true captions: draw again.
@@ -257,8 +242,8 @@ def sample_scene(rng: np.random.Generator, height: int, width: int, num_groups: 
 
 def sample_edit(rng: np.random.Generator, height: int, width: int) -> Edit:
     """
-    A random scene and one of `EDITS`, equally often: "make the circle blue", "remove the squares". The instruction
-    names a group by its kind, and also by its color if both groups have the same kind. All other pixels stay the same.
+    A random scene and one of `EDITS`, equally often: "make the circle blue", "remove the squares". A group's color
+    is named only if both groups have the same kind. All other pixels stay the same.
     """
     edit = _pick(rng, EDITS)
     scene = sample_scene(rng, height, width, 2 if edit == "remove" else None)
@@ -277,10 +262,9 @@ def sample_edit(rng: np.random.Generator, height: int, width: int) -> Edit:
 
 def read_shapes(image: Image.Image) -> list[Shape]:
     """
-    The shapes of a picture, from top to bottom: connected pixels of one of `COLORS`, mixed with at most as much white
-    and at a distance of at most 100 times the share of the color, with channels from 0 to 255. The kind is the one
-    whose drawing in the bounding box overlaps them most, with an intersection over union of at least 0.75. Specks with
-    less than half of the pixels of the smallest triangle are ignored. Needs scipy.
+    The shapes of a picture, from top to bottom: connected pixels of one of `COLORS`, at least half unmixed with white
+    and within 100 (of 255) times that share. The kind is the one whose drawing overlaps them most, with an
+    intersection over union of at least 0.75. Specks, below half of the smallest triangle, are ignored. Needs scipy.
     """
     try:
         from scipy import ndimage  # type: ignore[import-untyped]  # scipy has no annotations
@@ -313,9 +297,8 @@ def read_shapes(image: Image.Image) -> list[Shape]:
 @dataclass(frozen=True)
 class ShapesCheck:
     """
-    Which aspects of a picture are right. Its groups are matched with the expected ones so that most agrees. If their
-    numbers differ, `color` and `kind` compare the sets of all colors and kinds, `count` the number of all shapes, and
-    `position` is `False`.
+    Which aspects of a picture are right, with its groups matched to the expected ones so that most agrees. If their
+    numbers differ, `color`, `kind` and `count` compare the pictures as a whole, and `position` is `False`.
     """
 
     color: bool
@@ -357,19 +340,17 @@ def check_caption(image: Image.Image, caption: str) -> ShapesCheck:
 
 def check_scene(image: Image.Image, scene: Scene) -> ShapesCheck:
     """
-    Whether a picture shows a scene, for example the target of an edit: its caption must be true, and for `position`
-    each shape's center must lie within an eighth of the shorter side of its place. The sizes must agree.
+    Whether a picture of the same size shows a scene: its caption must be true, and for `position` each shape's center
+    must lie within an eighth of the shorter side of its place (random scenes keep centers twice as far apart).
     """
     if image.size != (scene.width, scene.height):
-        raise ValueError(
-            f"`image` must have the scene's size, {scene.height} × {scene.width}; got {image.height} × {image.width}. "
-            "Resize it."
-        )
+        sizes = f"{scene.height} × {scene.width}; got {image.height} × {image.width}"
+        raise ValueError(f"`image` must have the scene's size, {sizes}. Resize it.")
     shapes = read_shapes(image)
     check = _check(shapes, scene.groups, scene.relation)
-    # Random scenes have more than twice this distance between two centers.
+    near = min(image.size) / 8
     in_place = all(
-        any(np.hypot(*np.subtract(shape.box.center, expected.box.center)) <= min(image.size) / 8 for shape in shapes)
+        any(np.hypot(*np.subtract(shape.box.center, expected.box.center)) <= near for shape in shapes)
         for expected in scene.shapes
     )
     return replace(check, position=check.position and in_place)
@@ -379,20 +360,16 @@ def check_scene(image: Image.Image, scene: Scene) -> ShapesCheck:
 class ShapesDataset(Dataset):
     """
     Samples for `TransfusionDataCollator`, drawn on access. Sample i depends only on `seed` and i. Another seed gives a
-    held-out split, with the same captions but other placements.
+    held-out split, with the same captions but other placements. Raises a `ValueError` for values other than these.
 
     Args:
         num_samples (`int`, *optional*): Length; `None` for no end.
-        sizes (`Sequence[tuple[int, int]]`, defaults to `((32, 32),)`):
-            Heights and widths to choose from, at least 32. The image processor needs `do_resize=False` and
-            `do_center_crop=False`.
+        sizes (`Sequence[tuple[int, int]]`): Heights and widths of at least 32 to choose from. If they are not those of
+            the image processor, it needs `do_resize=False` and `do_center_crop=False`.
         task (`str`, defaults to `"caption"`): For `{"text", "image"}`, or `"edit"` for
             `{"text": "<image>…<image>", "images": [source, target], "image_loss_mask": [False, True]}`.
-        seed (`int`, defaults to 0): Not negative.
+        seed (`int`, defaults to 0)
         image_token (`str`, defaults to `"<image>"`): The processor's.
-
-    Raises:
-        ValueError: a value outside of these, or a negative index.
     """
 
     num_samples: int | None = None
@@ -450,7 +427,6 @@ class ShapesDataset(Dataset):
 
 class ShapesIterableDataset(ShapesDataset, IterableDataset):
     """
-    `ShapesDataset` as a stream without end, which the workers of a `DataLoader` share. The `Trainer` needs `max_steps`
-    and `accelerator_config={"dispatch_batches": False}`: otherwise accelerate would cut `pixel_values` to as many
-    images as there are rows of text.
+    `ShapesDataset` as a stream that the workers of a `DataLoader` share. The `Trainer` needs `max_steps` and
+    `accelerator_config={"dispatch_batches": False}`, or accelerate would cut `pixel_values` to the number of rows.
     """
