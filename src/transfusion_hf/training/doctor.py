@@ -57,9 +57,9 @@ def diagnose(
     learning_rate: float | None = None,
     batch_size: int = 4,
 ) -> list[Finding]:
-    r"""
+    """
     Checks special tokens, attention mask, noise schedule, pixels, VAE, labels, and whether one batch can be learned by
-    heart, mostly by running the model. The model stays unchanged: a float32 copy is trained.
+    heart, mostly by running the model, which stays unchanged: a float32 copy is trained.
 
     Args:
         model (`TransfusionForCausalLMAndDiffusion`, or a `PeftModel` around one)
@@ -77,12 +77,7 @@ def diagnose(
 
     Raises:
         ValueError: `model` is not a Transfusion model; both `batch` and `dataset`; `steps` below 1.
-
-    Example:
-
-    ```python
-    >>> print(*diagnose(model, processor, dataset=captions), sep="\n")
-    ```"""
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, TransfusionForCausalLMAndDiffusion):
         raise ValueError(f"`model` must be a TransfusionForCausalLMAndDiffusion; got {type(base).__name__}.")
@@ -108,9 +103,8 @@ def diagnose(
         if batch is None:
             samples = _random_samples(base, processor, batch_size) if dataset is None else dataset
             limit = base.config.num_train_timesteps
-            collate = collator or TransfusionDataCollator(
-                processor, caption_dropout=0.0, num_train_timesteps=limit, image_first_max_timesteps=-(-limit // 2)
-            )
+            limits: dict[str, Any] = {"num_train_timesteps": limit, "image_first_max_timesteps": -(-limit // 2)}
+            collate = collator or TransfusionDataCollator(processor, caption_dropout=0.0, **limits)
             batch = collate(list(islice(samples, batch_size)))
         batch = send_to_device(dict(batch), base.device)
         yield from ()
@@ -127,9 +121,9 @@ def diagnose(
                 run("pixels", check_pixels, base, processor, batch)
                 run("VAE", check_vae, base, batch, is_data)
                 run("labels", check_labels, base, batch)
-                if overfit:
-                    errors = [finding.check for finding in findings if finding.severity == "error"]
-                    run("overfit", check_overfit, base, batch, steps, learning_rate, errors)
+            if batch is not None and overfit:
+                errors = [finding.check for finding in findings if finding.severity == "error"]
+                run("overfit", check_overfit, base, batch, steps, learning_rate, errors)
     finally:
         base.train(was_training)
     return findings
@@ -195,10 +189,7 @@ def _layout(base: Any, num_images: int, num_words: int) -> tuple[torch.Tensor, t
 
 @torch.no_grad()
 def _visibility(base: Any, ids: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """
-    Which position depends on which, `(seq, seq)`, found by changing one embedding after the other: a backend may
-    ignore the mask it is given. Runs one row at a time, because equal shapes give equal digits.
-    """
+    """Which position depends on which, `(seq, seq)`, found by changing embeddings: a backend may ignore its mask."""
     position = -1
 
     def change(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -212,7 +203,7 @@ def _visibility(base: Any, ids: torch.Tensor, latents: torch.Tensor) -> torch.Te
 
     handle = base.model.language_model.register_forward_pre_hook(change, with_kwargs=True)
     try:
-        unchanged = states()
+        unchanged = states()  # one row at a time, because equal shapes give equal digits
         noise, columns = (states() - unchanged).abs().max(), []
         for position in range(ids.shape[1]):  # noqa: B007 - `change` reads it
             columns.append((states() - unchanged).abs().amax(-1) > noise)
@@ -237,12 +228,12 @@ def check_attention_mask(base: Any) -> Iterator[Finding]:
     if not is_windowed and not sees[causal].all():
         yield _error(f"tokens do not see all earlier ones under {backend}", remedy)
     forward_pairs = sees[in_image & ~causal]
-    if config.bidirectional_image_attention:
-        if not forward_pairs.all():
-            yield _error(f"the mask is causal inside images: {backend} drops the image blocks", remedy)
-    elif forward_pairs.any():
+    is_bidirectional = config.bidirectional_image_attention
+    if is_bidirectional and not forward_pairs.all():
+        yield _error(f"the mask is causal inside images: {backend} drops the image blocks", remedy)
+    elif not is_bidirectional and forward_pairs.any():
         yield _error(f"`bidirectional_image_attention` is False, but under {backend} patches see later ones", remedy)
-    elif config.num_patches(*config.latent_size) > 1:
+    elif not is_bidirectional and config.num_patches(*config.latent_size) > 1:
         message = "the mask is causal inside images, because `bidirectional_image_attention` is False (Table 5)"
         yield _warning(message, "set it to True unless you want this ablation")
     yield _ok(f"causal, and both ways inside images ({backend})")
@@ -337,11 +328,11 @@ def check_labels(base: Any, batch: dict[str, Any]) -> Iterator[Finding]:
         yield _error("every label is −100: no text is learned", remedy)
     elif (wrong := has_loss & (labels != ids)).any():
         early, late = ((has_loss & (labels == ids.roll(places, 1))).sum() for places in (-1, 1))
-        message = f"{int(wrong.sum())} of {int(has_loss.sum())} labels are not the token at their place"
-        if 2 * max(early, late) > has_loss.sum():
-            message = "labels are shifted by one to the right"
-            if early > late:
-                message = "labels are shifted by one already, and the model shifts them again"
+        message = "labels are shifted by one to the right"
+        if 2 * max(early, late) <= has_loss.sum():
+            message = f"{int(wrong.sum())} of {int(has_loss.sum())} labels are not the token at their place"
+        elif early > late:
+            message = "labels are shifted by one already, and the model shifts them again"
         yield _error(message, remedy)
     else:
         for name in ("image_token_id", "image_end_token_id"):
@@ -362,9 +353,8 @@ def _memorize(
     twin: Any, inputs: dict[str, Any], floors: dict[str, float], steps: int, learning_rate: float
 ) -> tuple[dict[str, float], dict[str, float], int, set[torch.Tensor]]:
     """Trains until the losses are learned; returns them before and after, the steps, and the parameters reached."""
-    optimizer = torch.optim.AdamW(
-        [p for p in twin.parameters() if p.requires_grad], lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-    )
+    trained = [p for p in twin.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
     first: dict[str, float] = {}
     with torch.enable_grad(), logging.tqdm(total=steps, desc="overfit", unit=" steps") as progress:
@@ -387,10 +377,7 @@ def _memorize(
 def check_overfit(
     base: Any, batch: dict[str, Any], steps: int, learning_rate: float | None, errors: Sequence[str] = ()
 ) -> Iterator[Finding]:
-    """
-    Trains a copy on one batch, with t in the middle of the schedule and the same noise in each step: both losses must
-    come close to the lowest possible, and gradients must reach every part.
-    """
+    """Trained on one batch, t and noise fixed, both losses nearly vanish, and gradients reach every part."""
     config, twin = base.config, copy.deepcopy(base, {id(base.vae): None}).float().eval()  # without dropout
     if "labels" not in batch or not any(p.requires_grad for p in twin.parameters()):
         yield _error("not tried: every parameter is frozen" if "labels" in batch else "not tried: no `labels`")
@@ -419,11 +406,10 @@ def check_overfit(
         elif not config.diffusion_loss_weight:
             why = "`diffusion_loss_weight` is 0"
         stuck.append(f"no gradient reaches: {', '.join(dead)} ({why})")
+    message = f"one batch cannot be learned by heart in {step} steps: {'; '.join(stuck)}"
     if not stuck:
         yield _ok(f"{', '.join(falls.values())} in {step} steps")
-        return
-    message = f"one batch cannot be learned by heart in {step} steps: {'; '.join(stuck)}"
-    if errors:
+    elif errors:
         yield _error(message, f"first fix: {', '.join(dict.fromkeys(errors))}")
     elif step == steps and not dead and not all(p.requires_grad for p in twin.parameters()):
         yield _warning(f"{message}; frozen parameters may allow no more", "more `steps`, or an adapter of higher rank")
@@ -442,19 +428,16 @@ def _load_model(args: argparse.Namespace) -> tuple[Any, Any]:
 def _load_data(args: argparse.Namespace, image_token: str) -> Any:
     from ..data.dataset import TransfusionDataset, hf_datasets  # needs datasets, which the other checks do not
 
-    if any(Path(file).is_file() for file in glob.glob(args.data)):
-        rows = hf_datasets.load_dataset("parquet", data_files=args.data, split="train", streaming=True)
-    else:
-        rows = hf_datasets.load_dataset(args.data, split=args.split, streaming=True)
-    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    return TransfusionDataset.from_captions(rows, **columns, image_token=image_token)
+    are_files = any(Path(file).is_file() for file in glob.glob(args.data))
+    source = {"path": "parquet", "data_files": args.data} if are_files else {"path": args.data}
+    rows = hf_datasets.load_dataset(**source, split="train" if are_files else args.split, streaming=True)
+    return TransfusionDataset.from_captions(rows, args.image_column, args.caption_column, image_token=image_token)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints one line per finding; returns the exit status, 1 if one is an error."""
-    parser = argparse.ArgumentParser(
-        "transfusion doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("transfusion doctor", description=__doc__, formatter_class=raw)
     parser.add_argument("model", help="a folder (an adapter's, too) or a repository of the Hub")
     parser.add_argument("data", nargs="?", help="parquet files (a pattern), a folder or a repository of the Hub")
     parser.add_argument("--split", default="train")
