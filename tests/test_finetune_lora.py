@@ -196,8 +196,8 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant, with_images):
     ],
 )
 def test_an_adapter_goes_off_comes_back_and_is_merged(tmp_path, kind, parts):
-    # Convolutions may differ in the last bit from one place in memory to another.
-    exact = 0.0 if kind in ("linear", "tied") else 1e-6
+    # Convolutions run on other kernels in other places in memory.
+    exact = 0.0 if kind in ("linear", "tied") else tiny.ROUNDING
     base = MODELS[kind]()
     plain = outputs(base)
     base.save_pretrained(tmp_path / "base")
@@ -213,7 +213,7 @@ def test_an_adapter_goes_off_comes_back_and_is_merged(tmp_path, kind, parts):
     assert sum(tensor.numel() for tensor in saved.values()) == model.num_parameters(only_trainable=True)
     fresh = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "base")
     reloaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
-    assert_equal(outputs(reloaded), expected, max(exact, 1e-6))
+    assert_equal(outputs(reloaded), expected, tiny.ROUNDING)
 
     merged = reloaded.merge_and_unload()
     assert type(merged) is TransfusionForCausalLMAndDiffusion
@@ -232,7 +232,7 @@ def test_an_adapter_loads_by_its_folder_alone(tmp_path):
     expected = outputs(model)
     model.save_pretrained(tmp_path / "adapter")
     for auto_class in (AutoModelForMultimodalLM, AutoPeftModelForCausalLM):
-        assert_equal(outputs(auto_class.from_pretrained(tmp_path / "adapter").eval()), expected, 1e-6)
+        assert_equal(outputs(auto_class.from_pretrained(tmp_path / "adapter").eval()), expected, tiny.ROUNDING)
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("linear", "projections"), ("unet", "all")])

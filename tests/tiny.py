@@ -9,6 +9,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, make_labels
 
 PAD, BOS, EOS, BOI, IMG, EOI = 0, 1, 2, 61, 62, 63
+# How far float32 results of these models (up to about 1 in size, some 64 roundings in a row) may differ where the same
+# is computed in another order of sums or in another place in memory: which kernel runs depends on both.
+ROUNDING = 64 * torch.finfo(torch.float32).eps
 FIRST_WORD = 3
 UNET = {"patch_encoder": "unet", "unet_block_out_channels": [4, 8], "unet_norm_num_groups": 2}
 # f = 2, of 2 channels
