@@ -26,28 +26,21 @@ def attach_vae(
     Args:
         model (`TransfusionForCausalLMAndDiffusion`): Must have the autoencoder's `latent_channels`.
         vae (`str`, `os.PathLike` or `AutoencoderKL`): A folder, a repository of the Hub, or the autoencoder itself.
-        scaling_factor, shift_factor (`float`, *optional*):
-            Of (z − shift) · scale; default to the autoencoder's. If its configuration has no scale, latents of 4
-            channels get that of Stable Diffusion 1 and 2, 0.18215.
+        scaling_factor, shift_factor (`float`, *optional*): Of (z − shift) · scale; default to the autoencoder's. If
+            it has no scale, latents of 4 channels get that of Stable Diffusion 1 and 2, 0.18215.
         kwargs: For `AutoencoderKL.from_pretrained`: `subfolder`, `revision`, `token` …
 
     Raises:
         ValueError: another architecture, other channels, a missing scale or shift. The model then stays as it was.
-
-    Example:
-
-    ```python
-    >>> attach_vae(model, "black-forest-labs/FLUX.1-dev", subfolder="vae")  # 16 channels, 0.3611, 0.1159
-    ```"""
+    """
     if isinstance(vae, (str, os.PathLike)):
         name = AutoencoderKL.load_config(vae, **kwargs).get("_class_name", "AutoencoderKL")
         if name not in ("AutoencoderKL", "TransfusionVAE"):
             raise ValueError(f"`vae` must be an `AutoencoderKL` of diffusers; {vae} holds a `{name}`.")
         vae = AutoencoderKL.from_pretrained(vae, **{"torch_dtype": torch.float32, **kwargs})
     if not isinstance(vae, AutoencoderKL):
-        raise ValueError(
-            f"`vae` must be an `AutoencoderKL` of diffusers, or where one lies; got {type(vae).__name__}."
-        )
+        got = type(vae).__name__
+        raise ValueError(f"`vae` must be an `AutoencoderKL` of diffusers, or where one lies; got {got}.")
     # Without the defaults of diffusers: its scale is that of one model, and no autoencoder would seem to lack a scale.
     defaults = set(vae.config.get("_use_default_values", [])) - {"block_out_channels", "latent_channels"}
     names = set(inspect.signature(AutoencoderKL).parameters) - defaults
@@ -74,10 +67,7 @@ def attach_vae(
 def measure_latent_scale(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> tuple[float, float]:
     """
     The `(scaling_factor, shift_factor)` = (1 / std, mean) that give latents a mean of 0 and a standard deviation of 1,
-    from batches of images of shape `(num_images, channels, height, width)` in [−1, 1].
-
-    Raises:
-        ValueError: no images, or latents that are all equal.
+    from batches of images of shape `(num_images, channels, height, width)` in [−1, 1]; they must differ.
     """
     count, total, squares = 0, 0.0, 0.0
     for batch in images:

@@ -22,12 +22,11 @@ from torchvision.transforms.functional import normalize, resize
 
 
 class PatchDiscriminator(nn.Module):
-    r"""
+    """
     PatchGAN (Isola et al., arXiv 1611.07004): 4×4 convolutions that give a logit for every patch, of 70×70 pixels with
     the default `num_layers=3` of stride 2; each layer doubles `hidden_channels`, up to 8×.
 
-    NOTE: differs from the original: it normalises groups instead of the batch, so that an image's logits depend
-    neither on the other images nor on the number of processes.
+    NOTE: differs from the original: normalises groups, so that logits depend on no other image or process.
     """
 
     def __init__(self, in_channels: int = 3, hidden_channels: int = 64, num_layers: int = 3):
@@ -37,20 +36,15 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(in_channels, widths[0], 4, 2, 1), nn.LeakyReLU(0.2)]
         for i, width in enumerate(widths[1:], start=1):
             stride = 2 if i < num_layers else 1
-            layers += [
-                nn.Conv2d(widths[i - 1], width, 4, stride, 1, bias=False),
-                nn.GroupNorm(gcd(32, width), width),
-                nn.LeakyReLU(0.2),
-            ]
+            layers += [nn.Conv2d(widths[i - 1], width, 4, stride, 1, bias=False)]
+            layers += [nn.GroupNorm(gcd(32, width), width), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Logits `(batch, 1, rows, columns)`, high for real patches; `ValueError` for images that are too small."""
-        if min(pixel_values.shape[-2:]) < self.min_size:
-            raise ValueError(
-                f"`pixel_values` is {tuple(pixel_values.shape[-2:])} pixels large but this discriminator needs at "
-                f"least {self.min_size} each way; build it with fewer `num_layers`."
-            )
+        if min(size := tuple(pixel_values.shape[-2:])) < self.min_size:
+            needed = f"needs at least {self.min_size} each way; build it with fewer `num_layers`"
+            raise ValueError(f"`pixel_values` is {size} pixels large but this discriminator {needed}.")
         return self.layers(pixel_values)
 
 
@@ -60,7 +54,7 @@ def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tenso
 
 
 class _FrozenLoss(nn.Module):
-    """Compares the outputs of a network that it freezes, in evaluation mode, in place."""
+    """Compares the outputs of a network, which it freezes in evaluation mode."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -79,13 +73,10 @@ class _FrozenLoss(nn.Module):
 
 
 class PerceptualLoss(_FrozenLoss):
-    r"""
+    """
     Distance of deep features (Zhang et al., Eq. 1, arXiv 1801.03924): in every layer, the weighted squared difference
-    of the channel vectors, each scaled to unit length, averaged over positions; summed over layers.
-
-    Args:
-        network (`nn.Module`): Returns feature maps `(batch, channels, height, width)` for images in [-1, 1].
-        channel_weights (`Sequence[torch.FloatTensor]`, *optional*): Per map a weight per channel; all 1 by default.
+    of the channel vectors, each scaled to unit length, averaged over positions; summed over layers. `network` returns
+    feature maps `(batch, channels, height, width)`; `channel_weights` a weight per channel of each map, 1 if empty.
     """
 
     def __init__(self, network: nn.Module, channel_weights: Sequence[torch.Tensor] = ()):
@@ -94,17 +85,10 @@ class PerceptualLoss(_FrozenLoss):
 
     @classmethod
     def from_lpips(cls, backbone_weights: str | Path, net: str = "vgg") -> "PerceptualLoss":
-        r"""
-        LPIPS 0.1 with the calibrated weights of the `lpips` package. Downloads nothing.
-
-        Args:
-            backbone_weights (`str` or `Path`):
-                The ImageNet weights that torchvision publishes (`vgg16-397923af.pth`), `.pth` or `.safetensors`.
-            net (`str`, defaults to `"vgg"`): `"vgg"`, the choice for training, `"alex"` or `"squeeze"`.
-
-        Raises:
-            ImportError: without the `lpips` package.
-            ValueError: another `net`; a missing file, or weights of another network.
+        """
+        LPIPS 0.1, calibrated by the `lpips` package (else an `ImportError`), without downloads. `backbone_weights` are
+        torchvision's ImageNet weights (`vgg16-397923af.pth`), `.pth` or `.safetensors`, of `net`: `"vgg"`, the choice
+        for training, `"alex"` or `"squeeze"`. A `ValueError` says that a file is missing or does not fit.
         """
         try:
             import lpips
@@ -128,10 +112,8 @@ class PerceptualLoss(_FrozenLoss):
         outputs, targets = self._outputs(reconstruction, pixel_values)
         weights = list(self.channel_weights) or [outputs[0].new_ones(())] * len(outputs)
         if len(weights) != len(outputs):
-            raise ValueError(
-                f"`channel_weights` has {len(weights)} entries but the network returns {len(outputs)} feature maps; "
-                "pass one for each."
-            )
+            counts = f"{len(weights)} entries but the network returns {len(outputs)} feature maps"
+            raise ValueError(f"`channel_weights` has {counts}; pass one for each.")
         loss = reconstruction.new_zeros((), dtype=torch.float32)
         for output, target, weight in zip(outputs, targets, weights, strict=True):
             difference = (_unit(output.float()) - _unit(target.float())).square()  # (batch, channels, height, width)
@@ -140,30 +122,20 @@ class PerceptualLoss(_FrozenLoss):
 
 
 class IdentityLoss(_FrozenLoss):
-    r"""
-    1 − cosine similarity of the embeddings of reconstruction and original. The paper uses the features of MoCo v2 and
-    says no more. `network` returns embeddings `(batch, features)` for images in [-1, 1].
-    """
+    """1 − cosine similarity of the embeddings `(batch, features)` that `network` makes of the images."""
 
     @classmethod
     def from_moco(cls, checkpoint: str | Path) -> "IdentityLoss":
-        r"""
-        The features of MoCo v2 (Chen et al., arXiv 2003.04297): 2,048 numbers per image, from torchvision's ResNet-50
-        up to its pooling, on images of 224×224 with ImageNet's normalisation.
-
-        Args:
-            checkpoint (`str` or `Path`): The authors' `moco_v2_800ep_pretrain.pth.tar`.
-
-        Raises:
-            ValueError: a file that is missing or is no such checkpoint.
+        """
+        The 2,048 features of MoCo v2 (Chen et al., arXiv 2003.04297), which the paper names without details: from
+        ResNet-50 up to its pooling, on 224×224 pixels, normalised as for ImageNet. `checkpoint` is the authors'
+        `moco_v2_800ep_pretrain.pth.tar`; a `ValueError` says that it is missing or another file.
         """
         state, prefix = _read_weights(checkpoint, "checkpoint"), "module.encoder_q."
         encoder = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         if not encoder:
-            raise ValueError(
-                f"`checkpoint` ({checkpoint}) is not from MoCo: expected keys like '{prefix}conv1.weight', got "
-                f"{sorted(state)[:3]}."
-            )
+            keys = f"expected keys like '{prefix}conv1.weight', got {sorted(state)[:3]}"
+            raise ValueError(f"`checkpoint` ({checkpoint}) is not from MoCo: {keys}.")
         network = resnet50(weights=None)
         network.fc = nn.Identity()  # MoCo's `fc` is the projection head
         encoder = {name: value for name, value in encoder.items() if not name.startswith("fc.")}
@@ -177,13 +149,12 @@ class IdentityLoss(_FrozenLoss):
 
 
 class VAELoss(nn.Module):
-    r"""
+    """
     Both sides of the training of an autoencoder: its own loss and the discriminator's (§4.1, arXiv 2408.11039). For
     the discrete twin the commitment loss takes the place of the KL, with a weight of 1 and the paper's β inside.
 
-    NOTE: the paper does not say what is summed and what averaged. Here L1 is the mean over pixels and channels, so
-    that it is as large as the other terms; the KL is summed over the latent and averaged over images, because a mean
-    over the latent, times 1e-6, would have no effect.
+    NOTE: the paper does not say what is averaged. Here L1 is the mean over pixels and channels, as large as the other
+    terms; the KL is summed over the latent and averaged over images: its mean, times 1e-6, would have no effect.
 
     Args:
         perceptual, identity (`nn.Module`, *optional*): May be `None` if their weight is 0.
@@ -207,22 +178,15 @@ class VAELoss(nn.Module):
         gan_start: int = 50_000,
     ):
         super().__init__()
-        self.weights = {
-            "l1": l1_weight,
-            "perceptual": perceptual_weight,
-            "gan": gan_weight,
-            "identity": identity_weight,
-            "regularizer": regularizer_weight,
-        }
+        self.weights = {"l1": l1_weight, "perceptual": perceptual_weight, "gan": gan_weight}
+        self.weights |= {"identity": identity_weight, "regularizer": regularizer_weight}
         networks = {"perceptual": perceptual, "identity": identity}
         for name, weight in self.weights.items():
             if weight < 0:
                 raise ValueError(f"`{name}_weight` is {weight}; expected 0 or more.")
             if weight > 0 and networks.get(name, self) is None:
                 raise ValueError(f"`{name}_weight` is {weight} but `{name}` is None; pass the loss, or a weight of 0.")
-        self.perceptual = perceptual
-        self.identity = identity
-        self.gan_start = gan_start
+        self.perceptual, self.identity, self.gan_start = perceptual, identity, gan_start
 
     def gan_is_on(self, step: int) -> bool:
         """Whether step `step`, counted from 0, has the adversarial term; the discriminator learns only then."""
@@ -236,17 +200,10 @@ class VAELoss(nn.Module):
         step: int,
         discriminator: nn.Module,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        r"""
-        Args:
-            reconstruction (`torch.FloatTensor` of shape `(batch, channels, height, width)`): Receives gradients.
-            pixel_values (`torch.FloatTensor` of the same shape): The originals in [-1, 1].
-            regularizer (`torch.FloatTensor`): A scalar: the KL, mean over images, or the commitment loss.
-            step (`int`): Training step, counted from 0.
-            discriminator (`nn.Module`):
-                Without a wrapper for distributed training. Receives no gradients; called only if `gan_is_on(step)`.
-
-        Returns:
-            `tuple`: the total to differentiate, and every term by name, unweighted and detached.
+        """
+        The total to differentiate, and every term by name, unweighted and detached. Gradients reach `reconstruction`,
+        of the shape of `pixel_values`, and `regularizer`, a scalar: the KL, mean over images, or the commitment loss.
+        `discriminator` comes without a wrapper for distributed training, and is called only if `gan_is_on(step)`.
         """
         _check_shapes(reconstruction, pixel_values)
         terms = {"l1": F.l1_loss(reconstruction.float(), pixel_values.float()), "regularizer": regularizer.float()}
@@ -270,14 +227,11 @@ class VAELoss(nn.Module):
         return hinge_discriminator_loss(*logits.chunk(2))
 
 
-class _MoCoEmbedding(nn.Module):
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
+class _MoCoEmbedding(nn.Sequential):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         images = resize(pixel_values, [224, 224], antialias=True) / 2 + 0.5
-        return self.network(normalize(images, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]))  # (batch, 2048)
+        images = normalize(images, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+        return super().forward(images)  # (batch, 2048)
 
 
 def _unit(features: torch.Tensor) -> torch.Tensor:
@@ -287,10 +241,8 @@ def _unit(features: torch.Tensor) -> torch.Tensor:
 
 def _check_shapes(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> None:
     if reconstruction.shape != pixel_values.shape:
-        raise ValueError(
-            f"`reconstruction` has shape {tuple(reconstruction.shape)} but `pixel_values` "
-            f"{tuple(pixel_values.shape)}; pass the reconstruction of these images."
-        )
+        shapes = f"{tuple(reconstruction.shape)} but `pixel_values` {tuple(pixel_values.shape)}"
+        raise ValueError(f"`reconstruction` has shape {shapes}; pass the reconstruction of these images.")
 
 
 def _read_weights(path: str | Path, argument: str) -> dict[str, torch.Tensor]:
