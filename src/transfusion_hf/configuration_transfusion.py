@@ -3,6 +3,7 @@
 import copy
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,14 @@ _PAPER_UNETS: dict[int, tuple[list[int], int]] = {
 }
 _PAPER_HIDDEN_SIZE = 768  # of the paper's smallest model
 
+_CHOICES: dict[str, list] = {
+    "patch_encoder": ["linear", "unet"],
+    "pos_embed_type": [None, "sincos"],
+    "prediction_type": ["epsilon", "v_prediction", "sample", "flow_prediction"],
+    "untied_modalities": [None, [], ["image"]],
+}
+IMAGE_TOKEN_IDS = ("image_start_token_id", "image_token_id", "image_end_token_id")
+
 # Where a saved folder's classes are: `register_for_auto_class` would record one Auto class only.
 AUTO_MAP = {
     "AutoConfig": "configuration_transfusion.TransfusionConfig",
@@ -42,26 +51,22 @@ AUTO_MAP = {
 }
 CUSTOM_PIPELINES = {
     task: {"impl": f"pipelines_transfusion.{name}", "pt": ["AutoModelForMultimodalLM"], "type": "multimodal"}
-    for task, name in (
-        ("text-to-image", "TextToImagePipeline"),
-        ("interleaved-generation", "InterleavedGenerationPipeline"),
-        ("any-to-any", "TransfusionAnyToAnyPipeline"),
-        ("text-generation", "TransfusionTextGenerationPipeline"),
-    )
+    for task, name in {
+        "text-to-image": "TextToImagePipeline",
+        "interleaved-generation": "InterleavedGenerationPipeline",
+        "any-to-any": "TransfusionAnyToAnyPipeline",
+        "text-generation": "TransfusionTextGenerationPipeline",
+    }.items()
 }
 _IS_REMOTE_CODE = __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
 def paper_vae_config(scaling_factor: float, shift_factor: float | None = None) -> dict[str, Any]:
     """
-    The `vae_config` of the paper's autoencoder (§4.1): sides 8 times smaller, 8 channels.
+    The `vae_config` of the paper's autoencoder (§4.1): sides 8 times smaller, 8 channels, latents (z − shift) · scale;
+    measure both on the trained autoencoder with `transfusion_hf.measure_latent_scale`.
 
     NOTE: the paper says only that it has 86M parameters; Stable Diffusion's layout with 8 channels has 83.7M.
-
-    Args:
-        scaling_factor (`float`), shift_factor (`float`, *optional*):
-            Scale and shift of the latents, as diffusers defines them: (z − shift) · scale. Measure them on the trained
-            autoencoder with `transfusion_hf.measure_latent_scale`.
     """
     channels = [128, 256, 512, 512]
     return {
@@ -99,44 +104,35 @@ class TransfusionConfig(PreTrainedConfig):
         text_config (`PreTrainedConfig` or `dict`, *optional*):
             The decoder, of any supported family. Defaults to a `LlamaConfig` of the paper's smallest size.
         vae_config (`dict`, *optional*):
-            The configuration of a diffusers `AutoencoderKL`, with `scaling_factor` and, for latents of 16 channels,
-            `shift_factor`; [`paper_vae_config`] makes the paper's. A model built from it has an untrained autoencoder
-            until `attach_vae` puts in a trained one. `None`: the image itself is the latent.
+            The configuration of a diffusers `AutoencoderKL`, such as [`paper_vae_config`], with `scaling_factor` and,
+            for 16 channels, `shift_factor`; untrained until `attach_vae`. `None`: the image itself is the latent.
         latent_channels (`int`, defaults to 8): Channels of a latent, or of the image without a VAE.
-        sample_size (`int` or pair of `int`, defaults to 32):
-            Default height and width, in latent pixels, of the images that `generate()` draws.
-        patch_size (`int`, defaults to 2):
-            Side, in latent pixels, of the window that becomes one transformer vector (§3).
+        sample_size (`int` or pair of `int`, defaults to 32): Height and width, in latent pixels, of drawn images.
+        patch_size (`int`, defaults to 2): Side, in latent pixels, of the window that becomes one vector (§3).
         patch_encoder (`str`, defaults to `"linear"`):
-            How patches become vectors and back. `"linear"`: one linear layer on patch plus timestep embedding (with
-            `patch_size=1` the paper's "none"). `"unet"`: U-Net down and up blocks (§3, Table 7).
+            `"linear"`: one linear layer on patch plus timestep embedding (with `patch_size=1` the paper's "none").
+            `"unet"`: U-Net down and up blocks (§3, Table 7).
         unet_block_out_channels (`list[int]`, *optional*):
-            Channels at each of the U-Net's log2(`patch_size`) + 1 resolutions. For decoders of the paper's sizes
-            (hidden size of 768 or more) and patches of 1, 2, 4 or 8 defaults to a U-Net of 0.27B parameters (0.262 to
-            0.271), otherwise to a quarter of the hidden size, and half of it at the last.
-        unet_layers_per_block (`int`, *optional*):
-            The U-Net's ResNet blocks at each resolution on the way down; one more on the way up.
+            Channels at each of the U-Net's log2(`patch_size`) + 1 resolutions. For a hidden size of 768 or more and
+            patches of 1, 2, 4 or 8 defaults to a U-Net of 0.27B parameters, otherwise to a quarter of the hidden size,
+            and half of it at the last.
+        unet_layers_per_block (`int`, *optional*): ResNet blocks at each resolution down; one more on the way up.
         unet_norm_num_groups (`int`, defaults to 32, or at most 8 for a small U-Net):
             Groups of the U-Net's group norms, of at least two channels; divides all its channels.
         pos_embed_type (`str`, *optional*):
             `"sincos"`: adds a two-dimensional sine-cosine embedding of row and column to each patch's vector.
-            `None`: patches have only their position in the sequence, as in the paper.
-        timestep_embedding_dim (`int`, defaults to 256):
-            Number of sinusoids of t, and width of the MLP that follows; even.
+        timestep_embedding_dim (`int`, defaults to 256): Number of sinusoids of t and width of their MLP; even.
         num_train_timesteps (`int`, defaults to 1000): T, the number of steps of the noise schedule.
-        beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`):
-            The noise schedule, by diffusers' name; the default is the cosine schedule (Eq. 3).
+        beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`): By diffusers' name; the default is cosine (Eq. 3).
         prediction_type (`str`, defaults to `"epsilon"`):
-            What the model predicts, by diffusers' name: `"epsilon"` (Eq. 3), `"v_prediction"`, `"sample"`, or
-            `"flow_prediction"` (flow matching, which does not use `beta_schedule`).
+            `"epsilon"` (Eq. 3), `"v_prediction"`, `"sample"`, or `"flow_prediction"` (flow matching, without
+            `beta_schedule`).
         diffusion_loss_weight (`float`, defaults to 5.0): λ in L = L_LM + λ·L_DDPM (Eq. 4).
         bidirectional_image_attention (`bool`, defaults to `True`):
-            Whether the patches of one image attend to each other in both directions (Fig. 4). `False`: the causal
-            ablation of Table 5.
+            Whether the patches of one image attend to each other (Fig. 4). `False`: the causal ablation of Table 5.
         untied_modalities (`list[str]`, *optional*):
-            `["image"]`: in each decoder layer patches have separate projections, MLPs and norms, initialised as copies
-            of the text's; attention is shared. `<BOI>` and `<EOI>` count as text. `None` or `[]`: all positions share
-            all weights, as in the paper.
+            `["image"]`: patches have separate projections, MLPs and norms in each layer, initialised as copies of the
+            text's; attention is shared. `<BOI>` and `<EOI>` count as text. `None` or `[]`: all share all weights.
         image_start_token_id (`int`, defaults to 32000): Id of `<BOI>`.
         image_token_id (`int`, defaults to 32001): Id of the placeholder for one patch.
         image_end_token_id (`int`, defaults to 32002): Id of `<EOI>`.
@@ -144,14 +140,7 @@ class TransfusionConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a field is out of range, or special tokens coincide or lie outside the vocabulary.
-
-    Example:
-
-    ```python
-    >>> config = TransfusionConfig.from_preset("0.37B", patch_size=4)
-    >>> config.text_config.num_hidden_layers, config.num_patches(32, 32)
-    (24, 64)
-    ```"""
+    """
 
     model_type = "transfusion"
     sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
@@ -191,22 +180,19 @@ class TransfusionConfig(PreTrainedConfig):
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         # Mirrored because transformers reads the outer flag: a tied family would lose its head on reload.
-        tied = self.text_config.tie_word_embeddings
-        _refuse({
-            f"`tie_word_embeddings` is {self.tie_word_embeddings} but that of `text_config` is {tied}; set it in "
-            "`text_config` only.": self.tie_word_embeddings not in (None, tied),
-        })  # fmt: skip
+        given, tied = self.tie_word_embeddings, self.text_config.tie_word_embeddings
+        message = (
+            f"`tie_word_embeddings` is {given} but that of `text_config` is {tied}; set it in `text_config` only."
+        )
+        _refuse({message: given not in (None, tied)})
         self.tie_word_embeddings = tied
         self.validate_transfusion()
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> "TransfusionConfig":
         """
-        The configuration of one of the paper's five sizes (Table 2).
-
-        Args:
-            name (`str`): `"0.16B"`, `"0.37B"`, `"0.76B"`, `"1.4B"` or `"7B"`.
-            kwargs: Further fields, as for the constructor.
+        The configuration of one of the paper's five sizes (Table 2): `"0.16B"`, `"0.37B"`, `"0.76B"`, `"1.4B"` or
+        `"7B"`; `kwargs` are further fields. `ValueError` for another `name`.
         """
         if name not in _PRESETS:
             raise ValueError(f"`name` must be one of the presets {', '.join(_PRESETS)}; got {name!r}.")
@@ -215,11 +201,7 @@ class TransfusionConfig(PreTrainedConfig):
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """
         Writes `config.json` and the code that loads the folder with `trust_remote_code=True` where this package is not
-        installed. A model's `save_pretrained` calls it.
-
-        Args:
-            save_directory (`str` or `os.PathLike`)
-            push_to_hub (`bool`, defaults to `False`): Whether to upload it as well; `kwargs` go to `push_to_hub`.
+        installed. A model's `save_pretrained` calls it. `push_to_hub` uploads it with `kwargs` as well.
         """
         saved = copy.copy(self)
         saved.auto_map, saved.custom_pipelines = dict(AUTO_MAP), CUSTOM_PIPELINES
@@ -232,12 +214,10 @@ class TransfusionConfig(PreTrainedConfig):
         folder = Path(__file__).parent
         if _IS_REMOTE_CODE:
             # transformers copied only what this file imports, and no file imports the pipelines. A repository's code
-            # lies in a folder named after its commit.
-            try:
+            # lies in a folder named after its commit. If it is gone, transformers copies model and processor.
+            with suppress(OSError):
                 file = cached_file(self.name_or_path, "pipelines_transfusion.py", revision=folder.name)
                 folder = Path(file).parent
-            except OSError:  # the folder or repository is gone; transformers copies model and processor
-                pass
         for file in folder.glob("*_transfusion.py"):
             target = Path(save_directory, file.name)
             if not (target.exists() and target.samefile(file)):
@@ -246,10 +226,8 @@ class TransfusionConfig(PreTrainedConfig):
     @property
     def latent_size(self) -> tuple[int, int]:
         """Height and width of a drawn image in latent pixels."""
-        if isinstance(self.sample_size, int):
-            return self.sample_size, self.sample_size
-        height, width = self.sample_size
-        return height, width
+        size = self.sample_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     @property
     def vae_scale_factor(self) -> int:
@@ -277,53 +255,42 @@ class TransfusionConfig(PreTrainedConfig):
 
     def validate_transfusion(self) -> None:
         """Checks all fields, after completing the U-Net's. A model calls it again, for fields that were set later."""
-        for name in ("latent_channels", "patch_size", "num_train_timesteps"):
-            _refuse({f"`{name}` must be at least 1; got {getattr(self, name)}.": getattr(self, name) < 1})
-        for name, allowed in (
-            ("patch_encoder", ["linear", "unet"]),
-            ("pos_embed_type", [None, "sincos"]),
-            ("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"]),
-            ("untied_modalities", [None, [], ["image"]]),
-        ):
-            *others, last = map(repr, allowed)
-            value = getattr(self, name)
-            _refuse({f"`{name}` must be {', '.join(others)} or {last}; got {value!r}.": value not in allowed})
         dim, size, weight = self.timestep_embedding_dim, self.sample_size, self.diffusion_loss_weight
-        width = self.text_config.hidden_size
+        width, vocab_size = self.text_config.hidden_size, self.text_config.vocab_size
+        counts = {name: getattr(self, name) for name in ("latent_channels", "patch_size", "num_train_timesteps")}
+        choices = [(name, getattr(self, name), allowed) for name, allowed in _CHOICES.items()]
+        ids = {name: getattr(self, name) for name in IMAGE_TOKEN_IDS}
         _refuse({
+            **{f"`{name}` must be at least 1; got {value}.": value < 1 for name, value in counts.items()},
+            **{f"`{name}` must be {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}; got {value!r}.":
+                value not in allowed for name, value, allowed in choices},
             f"`timestep_embedding_dim` must be even and at least 2; got {dim}.": dim < 2 or dim % 2,
             f"`pos_embed_type='sincos'` needs a hidden size that is a multiple of 4; got {width}.":
                 self.pos_embed_type == "sincos" and width % 4,
             f"`diffusion_loss_weight` must not be negative; got {weight}.": weight < 0,
             f"`sample_size` must be one integer or (height, width); got {size}.":
                 not isinstance(size, int) and len(size) != 2,
+            **{f"`{name}` must lie inside the vocabulary, 0 to {vocab_size - 1}; got {value}. Enlarge "
+                "`text_config.vocab_size` or let `TransfusionProcessor.for_model` add the tokens.":
+                not 0 <= value < vocab_size for name, value in ids.items()},
+            f"The three image tokens must differ; got {', '.join(f'{name}={value}' for name, value in ids.items())}.":
+                len(set(ids.values())) < len(ids),
         })  # fmt: skip
         if self.patch_encoder == "unet":
             self._complete_and_validate_unet()
         if self.vae_config is not None:
             self._validate_vae(self.vae_config)
         self.num_patches(*self.latent_size)
-        vocab_size = self.text_config.vocab_size
-        ids = {name: getattr(self, name) for name in ("image_start_token_id", "image_token_id", "image_end_token_id")}
-        for name, value in ids.items():
-            if not 0 <= value < vocab_size:
-                raise ValueError(
-                    f"`{name}` must lie inside the vocabulary, 0 to {vocab_size - 1}; got {value}. Enlarge "
-                    "`text_config.vocab_size` or let `TransfusionProcessor.for_model` add the tokens."
-                )
-        if len(set(ids.values())) != len(ids):
-            given = ", ".join(f"{name}={value}" for name, value in ids.items())
-            raise ValueError(f"The three image tokens must differ; got {given}.")
 
     def _complete_and_validate_unet(self) -> None:
-        hidden_size, patch_size, given = self.text_config.hidden_size, self.patch_size, self.unet_block_out_channels
-        num_levels = patch_size.bit_length()
-        channels: list | tuple
-        if given is None and hidden_size >= _PAPER_HIDDEN_SIZE and patch_size in _PAPER_UNETS:
-            channels, layers, groups = *_PAPER_UNETS[patch_size], 32
-        else:
-            small = [-(-hidden_size // 4 // 8) * 8] * (num_levels - 1) + [-(-hidden_size // 2 // 8) * 8]
-            channels, layers, groups = given or small, 1, min(8, small[0] // 2) if given is None else 32
+        hidden_size, patch_size, channels = self.text_config.hidden_size, self.patch_size, self.unet_block_out_channels
+        num_levels, layers, groups = patch_size.bit_length(), 1, 32
+        if channels is None and hidden_size >= _PAPER_HIDDEN_SIZE and patch_size in _PAPER_UNETS:
+            channels, layers = _PAPER_UNETS[patch_size]
+        elif channels is None:
+            quarter, half = (-(-hidden_size // part // 8) * 8 for part in (4, 2))
+            channels = [quarter] * (num_levels - 1) + [half]
+            groups = min(8, channels[0] // 2)
         layers = layers if self.unet_layers_per_block is None else self.unet_layers_per_block
         groups = groups if self.unet_norm_num_groups is None else self.unet_norm_num_groups
         _refuse({

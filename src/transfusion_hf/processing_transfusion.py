@@ -23,11 +23,7 @@ def make_labels(
     """
     Labels for `forward`: the ids, with −100 where there is no LM loss (§3, footnote 8). That is at patches, which are
     denoised; at `<EOI>`, which `generate()` appends; at the token after `<BOI>`; at padding; and at a row's first
-    token, which nothing predicts. `<BOI>` is a target like any token.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, seq)`)
-        attention_mask (`torch.Tensor` of shape `(batch, seq)`): 0 at padding, on either side.
+    token, which nothing predicts. `<BOI>` is a target like any token. Ids and mask have the shape `(batch, seq)`.
     """
     is_real = attention_mask.bool()
     has_loss = is_real & (input_ids != image_token_id) & (input_ids != image_end_token_id)
@@ -36,6 +32,7 @@ def make_labels(
     return input_ids.masked_fill(~has_loss, -100)
 
 
+IMAGE_TOKENS = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
 _PLAIN_CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ message['role'] }}: {{ message['content'] }}\n{% endfor -%}"
     "{%- if add_generation_prompt -%}assistant: {%- endif -%}"
@@ -74,12 +71,7 @@ class TransfusionProcessor(ProcessorMixin):
         chat_template (`str`, *optional*):
             Defaults to the tokenizer's, extended by images in the messages of both roles, or to plain `role: content`
             lines if it has none.
-
-    Example:
-
-    ```python
-    >>> processor(text=["a cat <image>", "a dog <BOI>"], images=[cat])
-    ```"""
+    """
 
     _auto_class = "AutoProcessor"  # the library saves its code
 
@@ -96,19 +88,16 @@ class TransfusionProcessor(ProcessorMixin):
     ):
         self.pixels_per_patch = pixels_per_patch
         self.patch_size = pixels_per_patch if patch_size is None else patch_size
-        self.image_token = image_token
-        self.image_start_token = image_start_token
-        self.image_end_token = image_end_token
+        self.image_token, self.image_start_token, self.image_end_token = tokens = (
+            image_token, image_start_token, image_end_token,
+        )  # fmt: skip
         vocabulary = tokenizer.get_vocab()
-        missing = [token for token in (image_token, image_start_token, image_end_token) if token not in vocabulary]
-        if missing:
+        if missing := [token for token in tokens if token not in vocabulary]:
             raise ValueError(
                 f"`tokenizer` lacks {', '.join(missing)}; `TransfusionProcessor.for_model(model, tokenizer)` adds "
                 "them and resizes the model's embeddings."
             )
-        self.image_token_id = vocabulary[image_token]
-        self.image_start_token_id = vocabulary[image_start_token]
-        self.image_end_token_id = vocabulary[image_end_token]
+        self.image_token_id, self.image_start_token_id, self.image_end_token_id = (vocabulary[t] for t in tokens)
         if chat_template is None:
             own = getattr(tokenizer, "chat_template", None)
             chat_template = _chat_template(own if isinstance(own, str) else _PLAIN_CHAT_TEMPLATE, image_token)
@@ -131,18 +120,14 @@ class TransfusionProcessor(ProcessorMixin):
         `model.generation_config`.
 
         Args:
-            model (`TransfusionForCausalLMAndDiffusion`)
-            tokenizer (`PreTrainedTokenizerBase`)
-            image_processor (`TransfusionImageProcessor`, *optional*):
-                Defaults to one for the model's image size and channels.
+            model (`TransfusionForCausalLMAndDiffusion`), tokenizer (`PreTrainedTokenizerBase`)
+            image_processor (`TransfusionImageProcessor`, *optional*): Defaults to one for the model's images.
             pad_to_multiple_of (`int`, *optional*): Pad a resized vocabulary to a multiple of this.
             kwargs: Further arguments of the constructor, such as `image_token`.
         """
-        defaults = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
-        tokens = {name: kwargs.pop(name, default) for name, default in defaults.items()}
+        tokens = {name: kwargs.pop(name, default) for name, default in IMAGE_TOKENS.items()}
         vocabulary = tokenizer.get_vocab()
-        missing = [token for token in tokens.values() if token not in vocabulary]
-        new = [AddedToken(token, special=True, normalized=False) for token in missing]
+        new = [AddedToken(t, special=True, normalized=False) for t in tokens.values() if t not in vocabulary]
         tokenizer.add_tokens(new, special_tokens=True)
         if tokenizer.pad_token is None:
             # Not the end of sequence: logits processors that read the history would see it in every padded row.
@@ -163,12 +148,12 @@ class TransfusionProcessor(ProcessorMixin):
 
         if image_processor is None:
             height, width = (side * config.vae_scale_factor for side in config.latent_size)
-            channels = config.latent_channels
-            if config.vae_config is not None:
-                channels = config.vae_config.get("in_channels", 3)
+            crop_size = {"height": height, "width": width}
+            vae_config = config.vae_config
+            channels = config.latent_channels if vae_config is None else vae_config.get("in_channels", 3)
             image_processor = TransfusionImageProcessor(
-                size={"shortest_edge": min(height, width)} if height == width else {"height": height, "width": width},
-                crop_size={"height": height, "width": width},
+                size={"shortest_edge": height} if height == width else dict(crop_size),
+                crop_size=crop_size,
                 do_convert_rgb=channels == 3,
                 image_mean=[0.5] * channels,
                 image_std=[0.5] * channels,
@@ -206,55 +191,44 @@ class TransfusionProcessor(ProcessorMixin):
         latents = None if latents is not None and not len(latents) else latents
         if images is not None and latents is not None:
             raise ValueError("Pass `images` or `latents`, not both.")
-        name = "images" if latents is None else "latents"
-        num_markers = "".join([text] if isinstance(text, str) else text or []).count(self.image_token)
-        flat = make_flat_list_of_images(images) if images is not None else latents
-        num_images = 0 if flat is None else len(flat)
-        if num_markers != num_images:
+        texts = [text] if isinstance(text, str) else list(text or [])
+        name, given = "latents", latents
+        if given is None:
+            name, given = "images", [] if images is None else make_flat_list_of_images(images)
+        num_markers = "".join(texts).count(self.image_token)
+        if num_markers != len(given):
             raise ValueError(
-                f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {num_images} images; pass "
+                f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {len(given)} images; pass "
                 "one image per marker."
             )
         if latents is None:
             features = super().__call__(images=images, text=text, **kwargs)
         else:
-            features = BatchFeature(dict(self.tokenizer(self._with_latents(text, latents), **kwargs)))
+            blocks = [self.replace_image_token({"latents": latents}, i) for i in range(len(latents))]
+            texts, _ = self.get_text_with_replacements(texts, blocks)
+            features = BatchFeature(dict(self.tokenizer(texts[0] if isinstance(text, str) else texts, **kwargs)))
             features["latents"] = torch.stack(list(latents)) if len({x.shape for x in latents}) == 1 else list(latents)
         if return_labels:
-            features["labels"] = make_labels(
-                torch.as_tensor(features["input_ids"]),
-                torch.as_tensor(features["attention_mask"]),
-                self.image_start_token_id,
-                self.image_token_id,
-                self.image_end_token_id,
-            )
+            ids, mask = (torch.as_tensor(features[name]) for name in ("input_ids", "attention_mask"))
+            tokens = (self.image_start_token_id, self.image_token_id, self.image_end_token_id)
+            features["labels"] = make_labels(ids, mask, *tokens)
         return features
 
     # The library would stack images of several sizes and fail.
     skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "pixel_values"]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-        return self._block(height, width, self.pixels_per_patch, f"`images`: image {image_idx}", "after preprocessing")
-
-    def _with_latents(self, text: str | Sequence[str], latents: Sequence[torch.Tensor]) -> str | list[str]:
-        if isinstance(text, str):
-            return self._with_latents([text], latents)[0]
-        sizes, expanded = iter(enumerate(x.shape[-2:] for x in latents)), []
-        for one in text:
-            first, *others = one.split(self.image_token)
-            for part in others:
-                i, (height, width) = next(sizes)
-                first += self._block(height, width, self.patch_size, f"`latents`: image {i}", "in the latent") + part
-            expanded.append(first)
-        return expanded
-
-    def _block(self, height: int, width: int, side: int, which: str, where: str) -> str:
-        """`<BOI>`, a placeholder for each patch, `<EOI>`."""
+        """`<BOI>`, a placeholder for each patch, `<EOI>`; `image_inputs` holds `pixel_values` or `latents`."""
+        if "latents" in image_inputs:
+            name, side, where, images = "latents", self.patch_size, "in the latent", image_inputs["latents"]
+        else:
+            name, side, where = "images", self.pixels_per_patch, "after preprocessing"
+            images = image_inputs["pixel_values"]
+        height, width = images[image_idx].shape[-2:]
         if height % side or width % side:
             raise ValueError(
-                f"{which} is {height} × {width} pixels {where}; its sides must be multiples of {side}, one patch. "
-                "Resize or crop it."
+                f"`{name}`: image {image_idx} is {height} × {width} pixels {where}; its sides must be multiples of "
+                f"{side}, one patch. Resize or crop it."
             )
         num_patches = (height // side) * (width // side)
         return self.image_start_token + self.image_token * num_patches + self.image_end_token
@@ -263,15 +237,9 @@ class TransfusionProcessor(ProcessorMixin):
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs: Any
     ) -> list[str] | list[Image.Image] | list[list[str | Image.Image]]:
         """
-        Decodes the output of `generate()`.
-
-        Args:
-            generated_outputs (`TransfusionGenerateOutput` or `torch.LongTensor`):
-                In mode `"image"` also one image per row.
-            skip_special_tokens (`bool`, defaults to `True`)
-            generation_mode (`str`, *optional*):
-                `"text"` or `None`: one string per row. `"image"`: the one image of each row. `"interleaved"`: see
-                [`decode_interleaved`].
+        Decodes the output of `generate()`, a `TransfusionGenerateOutput` or ids (or one image per row), by
+        `generation_mode`: `"text"` or `None`: one string per row; `"image"`: the one image of each row;
+        `"interleaved"`: see [`decode_interleaved`].
         """
         sequences = getattr(generated_outputs, "sequences", generated_outputs)
         if generation_mode in (None, "text"):
@@ -308,28 +276,17 @@ class TransfusionProcessor(ProcessorMixin):
         """
         if images is None or len(images) != len(sequences):
             raise ValueError(f"`images` must hold one list for each of {len(sequences)} rows; got {images!r}.")
-        return [
-            self._decode_row(row.tolist(), list(pictures), skip_special_tokens, **kwargs)
-            for row, pictures in zip(sequences, images, strict=True)
-        ]
+        kwargs["skip_special_tokens"] = skip_special_tokens
+        return [self._decode_row(ids.tolist(), row, **kwargs) for ids, row in zip(sequences, images, strict=True)]
 
-    def _decode_row(self, ids: list[int], images: list, skip_special_tokens: bool, **kwargs: Any) -> list:
-        runs = [
-            (is_image, list(run)) for is_image, run in groupby(ids, key=lambda token: token == self.image_token_id)
-        ]
+    def _decode_row(self, ids: list[int], images: Sequence[Any], **kwargs: Any) -> list[str | Image.Image]:
+        runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=lambda i: i == self.image_token_id)]
         num_blocks = sum(is_image for is_image, _ in runs)
         if num_blocks != len(images):
             raise ValueError(
                 f"A row has {num_blocks} image blocks but `images` holds {len(images)}; pass the prompt's images "
                 "before the generated ones, or cut the prompt off: `sequences[:, prompt_length:]`."
             )
-        pictures = iter(images)
-        decoded: list[str | Image.Image] = []
-        for is_image, run in runs:
-            if is_image:
-                picture = next(pictures)
-                is_tensor = isinstance(picture, torch.Tensor)
-                decoded += self.image_processor.postprocess([picture]) if is_tensor else [picture]
-            elif string := self.tokenizer.decode(run, skip_special_tokens=skip_special_tokens, **kwargs):
-                decoded.append(string)
-        return decoded
+        pictures = (self.image_processor.postprocess([x])[0] if isinstance(x, torch.Tensor) else x for x in images)
+        parts = [next(pictures) if is_image else self.tokenizer.decode(run, **kwargs) for is_image, run in runs]
+        return [part for part in parts if part != ""]
