@@ -6,12 +6,8 @@ from typing import Any
 from .collator import TransfusionDataCollator
 
 # Loaded when asked for: they need `datasets`, which the collator does not.
-_LAZY = {
-    "ShapesDataset": "shapes",
-    "TransfusionDataset": "dataset",
-    "mix_by_tokens": "mixing",
-    "write_latents": "latents",
-}
+_LAZY = {"ShapesDataset": "shapes", "TransfusionDataset": "dataset"}
+_LAZY |= {"mix_by_tokens": "mixing", "write_latents": "latents"}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,14 +19,12 @@ def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     that has room. Returns the indices of the items in each row.
     """
     rows: list[list[int]] = []
-    room: list[int] = []
     for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        row = next((r for r, free in enumerate(room) if lengths[item] <= free), len(rows))
-        if row == len(rows):
-            rows.append([])
-            room.append(max_length)
-        rows[row].append(item)
-        room[row] -= lengths[item]
+        free = max_length - lengths[item]
+        row = next((row for row in rows if sum(lengths[i] for i in row) <= free), None)
+        if row is None:
+            rows.append(row := [])
+        row.append(item)
     return rows
 
 
@@ -47,7 +45,7 @@ def latents_of(sample: dict[str, Any]) -> list[torch.Tensor]:
 
 @dataclass
 class TransfusionDataCollator:
-    r"""
+    """
     Batches samples for the `Trainer` (with `remove_unused_columns=False`). Each sample gets its own row, padded at the
     right. With `max_length`, samples are packed into rows of that length instead, by first-fit. Documents in a row do
     not see each other: their positions restart at 0, which transformers and `"transfusion_varlen"` understand.
@@ -68,20 +66,17 @@ class TransfusionDataCollator:
         image_first_max_timesteps (`int`, defaults to 500)
         num_train_timesteps (`int`, defaults to 1000): T of the model, the noise limit of all other images.
         max_length (`int`, *optional*): Pack samples into rows of this length.
-        truncation (`bool`, defaults to `False`):
-            Cut samples longer than `max_length`, before an image rather than within, instead of raising.
-        return_varlen_plan (`bool`, defaults to `False`):
-            Make the plan of packed rows for `attn_implementation="transfusion_varlen"` here, in the data loader's
-            workers, rather than in `forward`.
+        truncation (`bool`, defaults to `False`): Cut longer samples, before an image rather than within.
+        return_varlen_plan (`bool`, defaults to `False`): Make the plan of packed rows for
+            `attn_implementation="transfusion_varlen"` in the data loader's workers rather than in `forward`.
 
     Returns, when called, a dict of `input_ids` and `labels` of shape `(batch, seq)`; `attention_mask` of that shape
-    or, when packed, `position_ids` (and `varlen_plan`); and, if there are images, `pixel_values` of shape
-    `(num_images, channels, height, width)` or `latents`, `max_timesteps` and `image_loss_mask` of shape
-    `(num_images,)`.
+    or, when packed, `position_ids` (and `varlen_plan`); if there are images, `max_timesteps` and `image_loss_mask` of
+    shape `(num_images,)`, and `pixel_values` of shape `(num_images, channels, height, width)` or `latents`.
 
     Raises:
-        ValueError: no samples, images and latents in one batch, a probability outside of 0 to 1, unmarked images that
-            are not one per caption, a sample or an image longer than `max_length`.
+        ValueError: no samples, images and latents in one batch, a probability outside of 0 to 1, several unmarked
+            images, a sample or an image longer than `max_length`.
     """
 
     processor: TransfusionProcessor
@@ -139,9 +134,8 @@ class TransfusionDataCollator:
         if num_images == 0 or marker in text:
             return text, self.num_train_timesteps
         if num_images != 1:
-            raise ValueError(
-                f"`text` marks no image but {num_images} images belong to it; put one {marker} where each stands."
-            )
+            what = f"`text` marks no image but {num_images} images belong to it"
+            raise ValueError(f"{what}; put one {marker} where each stands.")
         order, dropout = torch.rand(2).tolist()
         if order >= self.caption_first_probability:
             return marker + text, self.image_first_max_timesteps
@@ -150,9 +144,8 @@ class TransfusionDataCollator:
     def _pack(self, batch: dict[str, Any], num_images: list[int], max_length: int) -> dict[str, Any]:
         """Packs whole samples into rows; the images follow the order of their samples."""
         is_real = batch["attention_mask"].bool()
-        ids, labels = (
-            [row[mask] for row, mask in zip(batch[name], is_real, strict=True)] for name in ("input_ids", "labels")
-        )
+        pairs = (zip(batch[name], is_real, strict=True) for name in ("input_ids", "labels"))
+        ids, labels = ([row[mask] for row, mask in pair] for pair in pairs)
         images = list(torch.arange(sum(num_images)).split(num_images))  # the indices of each sample's images
         for i, sample in enumerate(ids):
             if len(sample) > max_length:
@@ -181,19 +174,15 @@ class TransfusionDataCollator:
 
     def _find_cut(self, index: int, ids: torch.Tensor, max_length: int) -> tuple[int, int]:
         """Where to cut a sample that is too long, before an image rather than within; and how many images remain."""
-        is_patch = (ids == self.processor.image_token_id).int()
-        edges = pad(is_patch, (1, 1)).diff()
+        edges = pad((ids == self.processor.image_token_id).int(), (1, 1)).diff()
         starts = ((edges == 1).nonzero()[:, 0] - 1).tolist()  # `<BOI>` and
         ends = (edges == -1).nonzero()[:, 0].tolist()  # `<EOI>`, which a text may also hold without an image
         longest = max((end - start + 1 for start, end in zip(starts, ends, strict=True)), default=0)
         if longest > max_length or not self.truncation:
             what = f"an image of {longest}" if longest > max_length else f"{len(ids)}"
-            raise ValueError(
-                f"`max_length` is {max_length}, but sample {index} has {what} tokens; raise it, shrink the image, or "
-                "for text pass `truncation=True`."
-            )
-        within = (start for start, end in zip(starts, ends, strict=True) if start < max_length <= end)
-        cut = next(within, max_length)
+            remedy = "raise it, shrink the image, or for text pass `truncation=True`"
+            raise ValueError(f"`max_length` is {max_length}, but sample {index} has {what} tokens; {remedy}.")
+        cut = next((s for s, end in zip(starts, ends, strict=True) if s < max_length <= end), max_length)
         return cut, sum(end < cut for end in ends)
 
 

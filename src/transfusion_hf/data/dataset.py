@@ -1,6 +1,4 @@
-"""
-Training samples from `datasets`: read lazily, shared among workers, resumable, with broken rows skipped and counted.
-"""
+"""Samples from `datasets`: read lazily, shared among workers, resumable, with broken rows skipped and counted."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -49,7 +47,7 @@ def _read_image(value: Any, column: str) -> Image.Image:
     if value is None:
         raise _BrokenRowError(f"`{column}` is empty")
     if isinstance(value, (bytes, str)):
-        value = {"bytes": value, "path": None} if isinstance(value, bytes) else {"bytes": None, "path": value}
+        value = {"bytes": None, "path": None, "bytes" if isinstance(value, bytes) else "path": value}
     try:
         if isinstance(value, Image.Image):
             value.load()
@@ -66,8 +64,8 @@ def _text_sample(row: dict[str, Any], text_column: str, image_token: str) -> dic
 
 
 def _caption_sample(row: dict[str, Any], image_column: str, caption_column: str, image_token: str) -> dict[str, Any]:
-    caption = _read_text(row, caption_column, image_token)
-    return {"text": caption, "image": _read_image(row[image_column], image_column)}
+    text = _read_text(row, caption_column, image_token)
+    return {"text": text, "image": _read_image(row[image_column], image_column)}
 
 
 def _interleaved_sample(
@@ -79,29 +77,24 @@ def _interleaved_sample(
         raise _BrokenRowError(f"{columns} must have the same length, and exactly one of them a value at each place")
     if any(image_token in (text or "") for text in texts):
         raise _BrokenRowError(f"`{texts_column}` holds {image_token}, which stands for an image")
-    sample: dict[str, Any] = {"text": "".join(image_token if text is None else text for text in texts)}
-    if not sample["text"].strip():
+    text = "".join(image_token if text is None else text for text in texts)
+    if not text.strip():
         raise _BrokenRowError(f"{columns} are empty")
-    if pictures := [_read_image(image, images_column) for image in images if image is not None]:
-        sample["images"] = pictures
-    return sample
+    pictures = [_read_image(image, images_column) for image in images if image is not None]
+    return {"text": text, "images": pictures} if pictures else {"text": text}
 
 
 def _edit_sample(
     row: dict[str, Any], source_column: str, instruction_column: str, target_column: str, image_token: str
 ) -> dict[str, Any]:
-    instruction = _read_text(row, instruction_column, image_token)
-    return {
-        "text": f"{image_token}{instruction}{image_token}",
-        "images": [_read_image(row[column], column) for column in (source_column, target_column)],
-        "image_loss_mask": [False, True],
-    }
+    text = f"{image_token}{_read_text(row, instruction_column, image_token)}{image_token}"
+    images = [_read_image(row[column], column) for column in (source_column, target_column)]
+    return {"text": text, "images": images, "image_loss_mask": [False, True]}
 
 
 def _latents_sample(row: dict[str, Any], text_column: str, latents_column: str, image_token: str) -> dict[str, Any]:
     latents = [torch.as_tensor(latent, dtype=torch.float32) for latent in row[latents_column] or []]
-    optional = {name: row.get(name) for name in ("image_loss_mask", "max_timesteps")}
-    given = {name: value for name, value in optional.items() if value is not None}
+    given = {name: row[name] for name in ("image_loss_mask", "max_timesteps") if row.get(name) is not None}
     return {"text": row[text_column], "latents": latents, **given}
 
 
@@ -127,18 +120,20 @@ def _read_rows(stream: Any) -> Iterator[dict[str, Any]]:
             raise
         raise ValueError(
             "`dataset` holds an image that cannot be read, and a `map`, `filter` or `rename_column` decoded it before "
-            f"it could be left out ({type(error).__name__}: {error}). Pass the stream without these steps (the "
-            "columns' names are arguments, and `to_sample` makes samples of rows), or let `stream.decode(False)` come "
-            "first."
+            f"it could be left out ({type(error).__name__}: {error}). Pass the stream without these steps (column "
+            "names and `to_sample` are arguments), or let `stream.decode(False)` come first."
         ) from error
 
 
 class ResumableDataset(IterableDataset):
-    """A pass through samples that can be interrupted and resumed at exactly the next one."""
+    """
+    A pass through samples that can be interrupted and resumed at exactly the next one. Subclasses define
+    `_first_state()`, and `_samples()`, which continues behind `_state` and keeps it up to date.
+    """
 
     def __init__(self) -> None:
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # reaches workers that outlive an epoch
-        self._state: dict[str, Any] | None = None
+        self._state: dict[str, Any] = {}  # empty before the first pass
         self._is_loaded = False
 
     def set_epoch(self, epoch: int) -> None:
@@ -155,17 +150,9 @@ class ResumableDataset(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         # Not a generator, which would set the state only with the first sample.
-        if not self._is_loaded:
-            self._state = self._first_state()
+        self._state = self._state if self._is_loaded else self._first_state()
         self._is_loaded = False
         return self._samples()
-
-    def _first_state(self) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def _samples(self) -> Iterator[dict[str, Any]]:
-        """Continues behind `_state` and keeps it up to date."""
-        raise NotImplementedError
 
 
 @dataclass(eq=False)
@@ -178,17 +165,15 @@ class TransfusionDataset(ResumableDataset):
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`)
         to_sample (`Callable`): From a row to a sample, see `TransfusionDataCollator`.
-        shuffle (`bool`, defaults to `False`): In another order for each epoch (`set_epoch`).
-        seed (`int`, defaults to 0): Seed of the order.
+        shuffle (`bool`, defaults to `False`), seed (`int`, defaults to 0): In another order for each `set_epoch`.
         buffer_size (`int`, defaults to 1000):
             A stream is shuffled by shards, then within blocks of so many rows, which each worker keeps undecoded.
         on_error (`str`, defaults to `"skip"`):
             What to do with a broken row: an image that cannot be read, or a text that is empty or contains the image
             token. `"skip"` it, with a warning at a worker's first, second, fourth, eighth …, or `"raise"`.
         rows_per_turn (`int`, defaults to 1):
-            Rows of a map-style dataset that a worker takes before the next one's turn. `TransfusionTrainer` sets it
-            to the batch size times the processes, so that only the last batch is partial. Workers of a stream take
-            whole shards.
+            Rows of a map-style dataset that a worker takes before the next one's turn; workers of a stream take whole
+            shards. `TransfusionTrainer` sets it to batch size times processes: only the last batch is partial.
 
     Raises:
         ValueError: an unknown column or option, at once; with `on_error="raise"`, a broken row when it is read.
@@ -205,10 +190,8 @@ class TransfusionDataset(ResumableDataset):
     def __post_init__(self) -> None:
         super().__init__()
         if not isinstance(self.dataset, (hf_datasets.Dataset, hf_datasets.IterableDataset)):
-            raise ValueError(
-                f"`dataset` must be a `Dataset` or `IterableDataset`; got {type(self.dataset).__name__}. If it is a "
-                "dictionary of splits, pass one of them."
-            )
+            got = f"{type(self.dataset).__name__}. If it is a dictionary of splits, pass one of them"
+            raise ValueError(f"`dataset` must be a `Dataset` or `IterableDataset`; got {got}.")
         if self.on_error not in ("skip", "raise"):
             raise ValueError(f"`on_error` must be 'skip' or 'raise'; got {self.on_error!r}.")
         for name in ("buffer_size", "rows_per_turn"):
@@ -220,7 +203,7 @@ class TransfusionDataset(ResumableDataset):
     @classmethod
     def from_text(cls, dataset: Any, text_column: str = "text", **kwargs: Any) -> Self:
         """A text corpus: `{"text": …}`."""
-        return cls._from_columns(dataset, _text_sample, {"text_column": text_column}, **kwargs)
+        return cls._from_columns(dataset, _text_sample, kwargs, text_column=text_column)
 
     @classmethod
     def from_captions(
@@ -228,7 +211,7 @@ class TransfusionDataset(ResumableDataset):
     ) -> Self:
         """Images with captions: `{"text": …, "image": PIL.Image}`. The collator decides which comes first (§3)."""
         columns = {"image_column": image_column, "caption_column": caption_column}
-        return cls._from_columns(dataset, _caption_sample, columns, **kwargs)
+        return cls._from_columns(dataset, _caption_sample, kwargs, **columns)
 
     @classmethod
     def from_interleaved(
@@ -239,7 +222,7 @@ class TransfusionDataset(ResumableDataset):
         place: `texts=["A cat:", None, "asleep."]`, `images=[None, image, None]`. Texts are joined without separator.
         """
         columns = {"texts_column": texts_column, "images_column": images_column}
-        return cls._from_columns(dataset, _interleaved_sample, columns, **kwargs)
+        return cls._from_columns(dataset, _interleaved_sample, kwargs, **columns)
 
     @classmethod
     def from_edits(
@@ -255,28 +238,21 @@ class TransfusionDataset(ResumableDataset):
         "images": [source, target], "image_loss_mask": [False, True]}`. The source is clean context.
         """
         columns = {"source_column": source_column, "instruction_column": instruction_column}
-        return cls._from_columns(dataset, _edit_sample, {**columns, "target_column": target_column}, **kwargs)
+        return cls._from_columns(dataset, _edit_sample, kwargs, **columns, target_column=target_column)
 
     @classmethod
     def from_latents(
         cls, dataset: Any, text_column: str = "text", latents_column: str = "latents", **kwargs: Any
     ) -> Self:
-        """
-        What [`write_latents`] wrote: `{"text": …, "latents": [tensor, …]}`, each a `torch.FloatTensor` of shape
-        `(latent_channels, height, width)`.
-        """
+        """Of [`write_latents`]: `{"text": …, "latents": [tensor, …]}`, float32 `(latent_channels, height, width)`."""
         columns = {"text_column": text_column, "latents_column": latents_column}
-        return cls._from_columns(dataset, _latents_sample, columns, **kwargs)
+        return cls._from_columns(dataset, _latents_sample, kwargs, **columns)
 
     @classmethod
     def _from_columns(
-        cls,
-        dataset: Any,
-        to_sample: Callable[..., dict[str, Any]],
-        columns: dict[str, str],
-        image_token: str = "<image>",
-        **kwargs: Any,
+        cls, dataset: Any, to_sample: Callable[..., dict[str, Any]], kwargs: dict[str, Any], **columns: str
     ) -> Self:
+        image_token = kwargs.pop("image_token", "<image>")
         made = cls(dataset, partial(to_sample, **columns, image_token=image_token), **kwargs)
         names = made.dataset.column_names
         if names is None:  # a stream without declared columns: look at its first row
@@ -309,7 +285,6 @@ class TransfusionDataset(ResumableDataset):
                 yield sample
 
     def _indexed_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        assert self._state is not None
         epoch, length = self._state["epoch"], len(self.dataset)
         order = np.random.default_rng([self.seed, epoch]).permutation(length) if self.shuffle else np.arange(length)
         if (worker := get_worker_info()) is not None:
@@ -320,11 +295,7 @@ class TransfusionDataset(ResumableDataset):
             yield int(order[position]), self.dataset[int(order[position])]
 
     def _streamed_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """
-        Reads blocks of rows and shuffles each. The state is the stream's at the start of the block, and the number of
-        rows taken since the start of the pass. `datasets` gives each worker its shards.
-        """
-        assert self._state is not None
+        """Shuffles block by block; the state holds the stream's at the start of a block. Workers share the shards."""
         epoch, position, state = (self._state[name] for name in ("epoch", "position", "block"))
         size = self.buffer_size if self.shuffle else 1
         stream = split_dataset_by_node(self.dataset, rank=0, world_size=1)  # a copy with its own state and epoch

@@ -20,6 +20,13 @@ from .collator import images_of
 from .dataset import TransfusionDataset, hf_datasets
 
 MANIFEST = ".manifest.json"  # hidden, so that `datasets` does not take it for data
+_list = hf_datasets.List
+_FEATURES = {
+    "text": hf_datasets.Value("string"),
+    "latents": _list(_list(_list(_list(hf_datasets.Value("float32"))))),  # image, channel, row, column
+    "image_loss_mask": _list(hf_datasets.Value("bool")),
+    "max_timesteps": _list(hf_datasets.Value("int64")),
+}
 
 
 def write_latents(
@@ -30,12 +37,10 @@ def write_latents(
     batch_size: int = 32,
     shard_size: int = 1000,
 ) -> None:
-    r"""
-    Writes samples with latents in place of images (§4.1), in files `shard-00000.parquet` and so on. Training on them
-    equals training on the images after the processor's cropping and resizing, since the mode of the VAE's posterior is
-    used in both cases. Latents are float32. Texts are not changed; the collator arranges them.
-
-    A run that was interrupted continues after its last complete shard, and writes the same bytes.
+    """
+    Writes samples with float32 latents in place of images (§4.1), in files `shard-00000.parquet` and so on. Training
+    on them equals training on the images, cropped and resized, since both use the mode of the VAE's posterior. A run
+    that was interrupted continues after its last complete shard, and writes the same bytes.
 
     Args:
         model (`TransfusionForCausalLMAndDiffusion`): Its VAE encodes; without one, pixels are latents.
@@ -54,41 +59,32 @@ def write_latents(
         raise ValueError(f"`batch_size` and `shard_size` must be at least 1; got {batch_size} and {shard_size}.")
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = {
-        "vae": _digest(model),
-        "image_processor": json.loads(processor.image_processor.to_json_string()),
-        "batch_size": batch_size,  # changes the last digits
-        "shard_size": shard_size,
-    }
+    made_with = {"vae": _digest(model), "image_processor": json.loads(processor.image_processor.to_json_string())}
+    made_with |= {"batch_size": batch_size, "shard_size": shard_size}  # a batch's size changes the last digits
     manifest: dict[str, Any] = {"made_with": made_with, "num_shards": 0, "num_samples": 0, "dataset": None}
     if (folder / MANIFEST).exists():
         manifest = json.loads((folder / MANIFEST).read_text())
         if others := [name for name, value in made_with.items() if manifest["made_with"][name] != value]:
-            raise ValueError(
-                f"`output_dir` {folder} holds latents made with another {', '.join(others)}. Continue with the same, "
-                "or choose another folder."
-            )
-    if not isinstance(dataset, TransfusionDataset):
-        samples = islice(dataset, manifest["num_samples"], None)
-    else:
-        if manifest["dataset"] is not None:
-            dataset.load_state_dict(manifest["dataset"])
-        samples = iter(dataset)
-    with logging.tqdm(
-        desc="latents", unit=" samples", initial=manifest["num_samples"], total=length_hint(dataset) or None
-    ) as progress:
+            what = f"`output_dir` {folder} holds latents made with another {', '.join(others)}"
+            raise ValueError(f"{what}. Continue with the same, or choose another folder.")
+    num_done, resumable = manifest["num_samples"], dataset if isinstance(dataset, TransfusionDataset) else None
+    if resumable is not None and manifest["dataset"] is not None:
+        resumable.load_state_dict(manifest["dataset"])
+    samples = islice(dataset, num_done, None) if resumable is None else iter(resumable)
+    total = length_hint(dataset) or None
+    with logging.tqdm(desc="latents", unit=" samples", initial=num_done, total=total) as progress:
         while shard := list(islice(samples, shard_size)):
             rows: list[dict[str, Any]] = []
             for start in range(0, len(shard), batch_size):
                 rows += _encode(model, processor, shard[start : start + batch_size])
                 progress.update(len(rows) - start)
             file = folder / f"shard-{manifest['num_shards']:05}.parquet"
-            table = hf_datasets.Dataset.from_list(rows, features=_features()).data.table
+            table = hf_datasets.Dataset.from_list(rows, features=hf_datasets.Features(_FEATURES)).data.table
             pyarrow.parquet.write_table(table, f"{file}.tmp")  # `to_parquet` shows a progress bar for each file
             os.replace(f"{file}.tmp", file)
             manifest["num_shards"] += 1
             manifest["num_samples"] += len(rows)
-            manifest["dataset"] = dataset.state_dict() if isinstance(dataset, TransfusionDataset) else None
+            manifest["dataset"] = None if resumable is None else resumable.state_dict()
             (folder / f"{MANIFEST}.tmp").write_text(json.dumps(manifest, indent=2))
             os.replace(folder / f"{MANIFEST}.tmp", folder / MANIFEST)
 
@@ -103,27 +99,11 @@ def _encode(
         stacks = model.encode_images([pixels.to(model.device) for pixels in pixel_values])
         latents = (latent for stack in stacks for latent in stack.float().cpu())
     remaining = iter(latents)
+    own = [[next(remaining).numpy() for _ in some] for some in images]
     return [
-        {
-            "text": sample["text"],
-            "latents": [next(remaining).numpy() for _ in some],
-            "image_loss_mask": sample.get("image_loss_mask"),
-            "max_timesteps": sample.get("max_timesteps"),
-        }
-        for sample, some in zip(samples, images, strict=True)
+        {name: sample.get(name) for name in _FEATURES} | {"text": sample["text"], "latents": latents}
+        for sample, latents in zip(samples, own, strict=True)
     ]
-
-
-def _features() -> "hf_datasets.Features":
-    value, several = hf_datasets.Value, hf_datasets.List
-    return hf_datasets.Features(
-        {
-            "text": value("string"),
-            "latents": several(several(several(several(value("float32"))))),  # image, channel, row, column
-            "image_loss_mask": several(value("bool")),
-            "max_timesteps": several(value("int64")),
-        }
-    )
 
 
 def _digest(model: TransfusionForCausalLMAndDiffusion) -> str | None:
@@ -153,8 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = AutoModelForMultimodalLM.from_pretrained(args.model).to(args.device)
     processor = AutoProcessor.from_pretrained(args.model)
     rows = hf_datasets.load_dataset(args.dataset, split=args.split, streaming=args.streaming)
-    dataset = TransfusionDataset.from_captions(
-        rows, args.image_column, args.caption_column, image_token=processor.image_token
-    )
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    dataset = TransfusionDataset.from_captions(rows, **columns, image_token=processor.image_token)
     write_latents(model, processor, dataset, args.output_dir, args.batch_size, args.shard_size)
     print(f"{args.output_dir}: done, {dataset.num_skipped} broken rows skipped")

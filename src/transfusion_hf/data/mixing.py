@@ -15,8 +15,8 @@ from .dataset import NUM_SLOTS, ResumableDataset, TransfusionDataset, worker_slo
 
 def count_tokens(sample: dict[str, Any], processor: TransfusionProcessor) -> int:
     """
-    The number of tokens of a sample, as `TransfusionDataCollator` takes it, in a batch: the text with its first and
-    last token, and for each image its patches, `<BOI>` and `<EOI>`. A caption that the collator may drop counts.
+    The number of tokens that a sample of `TransfusionDataCollator` has in a batch: the text with its first and last
+    token, and for each image its patches, `<BOI>` and `<EOI>`. A caption that may be dropped counts.
     """
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     ids = tokenizer(sample["text"], verbose=False)["input_ids"]
@@ -72,7 +72,6 @@ class _TokenMixture(ResumableDataset):
         return iter(self.datasets[i])
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        assert self._state is not None
         epoch, tokens, rounds = self._state["epoch"], [*self._state["tokens"]], [*self._state["rounds"]]
         # The sources begin before the generator runs, so that their states are right from now on.
         return self._mix(epoch, tokens, rounds, [self._begin(i, epoch, round) for i, round in enumerate(rounds)])
@@ -89,8 +88,7 @@ class _TokenMixture(ResumableDataset):
                 if is_empty[behind]:
                     raise ValueError(
                         f"`datasets[{behind}]` gives no sample: it is empty, all its rows are broken, it can be read "
-                        "only once, or it is a stream with fewer shards than there are workers; in that case use "
-                        "fewer workers, or split it into more files."
+                        "only once, or it is a stream with fewer shards than there are workers; use fewer workers."
                     )
                 if not self.is_endless:
                     return
@@ -117,8 +115,8 @@ def mix_by_tokens(
 ) -> IterableDataset:
     r"""
     Mixes sources so that their *tokens*, not their rows, are in proportion (§4.1: text and image tokens 1 : 1). Each
-    sample comes from the source that is furthest behind; all its tokens count for that source. No random numbers are
-    drawn. Each worker and process mixes its part of the sources. The mixture can be resumed like its sources.
+    sample comes from the source that is furthest behind, without random numbers. Each worker and process mixes its
+    part of the sources. The mixture can be resumed like its sources.
 
     Args:
         datasets (`list[TransfusionDataset]`): The sources, all different objects.
@@ -129,8 +127,7 @@ def mix_by_tokens(
             End the pass with the first source that ends; or `"never"`: repeat each source, in new orders.
 
     Raises:
-        ValueError: other sources, ratios that are not one positive number per source, not exactly one of `processor`
-            and `length_fn`, an unknown strategy; when read, a source that gives a worker nothing.
+        ValueError: wrong arguments, or both or none of `processor` and `length_fn`; when read, an empty source.
     """
     if not datasets or not all(isinstance(dataset, TransfusionDataset) for dataset in datasets):
         names = [type(dataset).__name__ for dataset in datasets]
