@@ -116,9 +116,9 @@ def test_a_new_model_begins_with_copies_that_are_its_own():
     tied.load_state_dict(untied.state_dict(), strict=False)
     features = {**interleaved(), "timesteps": torch.tensor([3, 500, 999])}
     actual, expected = untied(**features), tied(**features)
-    torch.testing.assert_close(actual.logits, expected.logits, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(actual.logits, expected.logits, atol=tiny.ROUNDING, rtol=tiny.ROUNDING)
     for image, other in zip(actual.image_predictions, expected.image_predictions, strict=True):
-        torch.testing.assert_close(image, other, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(image, other, atol=tiny.ROUNDING, rtol=tiny.ROUNDING)
 
 
 def test_saved_and_loaded_it_is_the_same_and_a_tied_checkpoint_is_copied(tmp_path):

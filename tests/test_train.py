@@ -164,7 +164,7 @@ def test_a_language_model_goes_on_by_a_plan(tmp_path, data, plan):
 
 def test_a_model_is_new_or_one_to_go_on_from(tmp_path, data):
     for options in (["--model_name_or_path", TINY], []):
-        with pytest.raises(ValueError, match="Pass either `tokenizer_name` .* or `model_name_or_path`"):
+        with pytest.raises(ValueError, match=r"Pass either `tokenizer_name` .* or `model_name_or_path`"):
             train.main([*arguments(tmp_path, data)[0 if options else 2 :], *options])
 
 
