@@ -12,20 +12,13 @@ from transformers.image_utils import PILImageResampling
 
 
 class TransfusionImageProcessor(TorchvisionBackend):
-    r"""
+    """
     Resizes, crops to the centre and maps to [−1, 1] (§4.1: 256×256). With `do_resize=False, do_center_crop=False`
     images keep their sizes, and `pixel_values` is a list if they differ.
 
     Accepts PIL images of any mode: reduces 16 bits to 8, lays transparency over white, and converts to gray or colour,
     depending on whether `image_mean` has one number or three.
-
-    Example:
-
-    ```python
-    >>> digits = TransfusionImageProcessor(
-    ...     do_resize=False, do_center_crop=False, do_convert_rgb=False, image_mean=[0.5], image_std=[0.5]
-    ... )
-    ```"""
+    """
 
     _auto_class = "AutoImageProcessor"  # the library saves its code
     model_input_names = ["pixel_values"]
@@ -74,18 +67,14 @@ class TransfusionImageProcessor(TorchvisionBackend):
 
     def postprocess(self, images: Iterable[torch.Tensor]) -> list[Image.Image]:
         """
-        Converts model output to PIL images: undoes the mapping to [−1, 1], clips, and rounds to 8 bits.
-
-        Args:
-            images (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, or a list of images)
+        PIL images of tensors `(channels, height, width)`, a list or stacked: undoes the mapping to [−1, 1], clips, and
+        rounds to 8 bits.
         """
         return [self._to_pil(image) for image in images]
 
     def _to_pil(self, image: torch.Tensor) -> Image.Image:
         image = image.detach().float().cpu()
-        mean, std = (
-            torch.tensor(np.asarray(x), dtype=torch.float32).view(-1, 1, 1) for x in (self.image_mean, self.image_std)
-        )
+        mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (self.image_mean, self.image_std))
         if image.ndim != 3 or len(image) not in (1, 3) or not torch.isfinite(image).all():
             raise ValueError(
                 "`images` must hold finite tensors of shape (channels, height, width) with 1 or 3 channels; got shape "

@@ -17,6 +17,8 @@ from torch import nn
 
 from .configuration_transfusion import TransfusionConfig
 
+Stacks = Sequence[torch.Tensor]
+
 
 def stack_images(images: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
     """
@@ -67,10 +69,8 @@ def unpatchify(patches: torch.Tensor, patch_size: int, size: tuple[int, int]) ->
 
 def sincos_positions(height: int, width: int, hidden_size: int) -> torch.Tensor:
     """
-    Sines and cosines of each patch's column (first half) and row (second half); `height` and `width` in patches.
-
-    Returns:
-        `torch.FloatTensor` of shape `(height · width, hidden_size)`.
+    Sines and cosines of each patch's column (first half) and row (second half), `height` and `width` in patches:
+    `torch.FloatTensor` of shape `(height · width, hidden_size)`.
     """
     columns, rows = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
     return get_2d_sincos_pos_embed_from_grid(hidden_size, torch.stack([columns, rows]).float(), output_type="pt")
@@ -89,9 +89,7 @@ class KeepFloat32(nn.Module):
 
 
 class TransfusionTimestepEmbedding(KeepFloat32):
-    """
-    Sinusoids of t and a small MLP. In the linear encoder it is as wide as a patch and added to each one (footnote 6).
-    """
+    """Sinusoids of t and a small MLP. In the linear encoder as wide as a patch and added to each one (footnote 6)."""
 
     def __init__(self, num_channels: int, out_dim: int):
         super().__init__()
@@ -114,15 +112,10 @@ class TransfusionLinearPatchEncoder(nn.Module):
         self.timestep_embedding = TransfusionTimestepEmbedding(config.timestep_embedding_dim, patch_dim)
         self.proj = nn.Linear(patch_dim, config.text_config.hidden_size)
 
-    def forward(self, stacks: Sequence[torch.Tensor], timesteps: torch.Tensor) -> tuple[list[torch.Tensor], None]:
+    def forward(self, stacks: Stacks, timesteps: torch.Tensor) -> tuple[list[torch.Tensor], None]:
         """
-        Args:
-            stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`): Latents x_t.
-            timesteps (`torch.Tensor` of shape `(num_images,)`): t of each image, over all stacks.
-
-        Returns:
-            `list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`, one per stack, and `None`: the decoder
-            needs nothing else.
+        Latents x_t, stacks `(num_images, channels, height, width)`, and t of each image, over all stacks, → stacks
+        `(num_images, num_patches, hidden)`, and `None`: the decoder needs nothing else.
         """
         patches = [patchify(stack, self.patch_size) for stack in stacks]  # (images, patches, channels · p²)
         embeddings = self.timestep_embedding(timesteps).split([len(stack) for stack in stacks])
@@ -139,21 +132,17 @@ class TransfusionLinearPatchDecoder(nn.Module):
         self.proj = nn.Linear(config.text_config.hidden_size, config.latent_channels * config.patch_size**2)
 
     def forward(
-        self, hidden_states: Sequence[torch.Tensor], sizes: Sequence[tuple[int, int]], skips: None = None
+        self, hidden_states: Stacks, sizes: Sequence[tuple[int, int]], skips: None = None
     ) -> list[torch.Tensor]:
         """
-        Args:
-            hidden_states (`list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`): One per stack.
-            sizes (`list[tuple[int, int]]`): Height and width of the images of each stack.
-
-        Returns:
-            `list[torch.Tensor]` of shapes `(num_images, channels, height, width)`.
+        Stacks `(num_images, num_patches, hidden)`, and the height and width of the images of each, →
+        `(num_images, channels, height, width)`.
         """
         patches = _per_stack(self.proj, hidden_states)
         return [unpatchify(p, self.patch_size, size) for p, size in zip(patches, sizes, strict=True)]
 
 
-def _per_stack(linear: nn.Linear, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _per_stack(linear: nn.Linear, inputs: Stacks) -> list[torch.Tensor]:
     """One call for all stacks."""
     outputs = linear(torch.cat([x.flatten(0, 1) for x in inputs])).split([x.shape[0] * x.shape[1] for x in inputs])
     return [y.unflatten(0, x.shape[:2]) for x, y in zip(inputs, outputs, strict=True)]
@@ -171,24 +160,20 @@ class TransfusionUNetPatchEncoder(nn.Module):
     def __init__(self, config: TransfusionConfig):
         super().__init__()
         channels: Any = config.unet_block_out_channels  # a list once the configuration is complete
-        num_layers: Any = config.unet_layers_per_block
-        self.timestep_embedding = TransfusionTimestepEmbedding(config.timestep_embedding_dim, 4 * channels[0])
+        num_layers, num_groups, width = config.unet_layers_per_block, config.unet_norm_num_groups, 4 * channels[0]
+        self.timestep_embedding = TransfusionTimestepEmbedding(config.timestep_embedding_dim, width)
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock2D(
-                in_channels=channels[max(level - 1, 0)],
-                out_channels=channels[level],
-                temb_channels=4 * channels[0],
-                num_layers=num_layers,
-                resnet_groups=config.unet_norm_num_groups,
+                channels[max(level - 1, 0)], channels[level], width, num_layers=num_layers, resnet_groups=num_groups,
                 add_downsample=level < len(channels) - 1,
             )
             for level in range(len(channels))
-        )
+        )  # fmt: skip
         self.proj = nn.Linear(channels[-1], config.text_config.hidden_size)
 
     def forward(
-        self, stacks: Sequence[torch.Tensor], timesteps: torch.Tensor
+        self, stacks: Stacks, timesteps: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, ...]]]:
         """
         As in [`TransfusionLinearPatchEncoder`], but the second value holds per stack what the decoder needs from this
@@ -219,26 +204,19 @@ class TransfusionUNetPatchDecoder(nn.Module):
         num_groups: Any = config.unet_norm_num_groups
         self.patch_size = config.patch_size
         self.proj = nn.Linear(config.text_config.hidden_size, channels[-1])
+        padded = [channels[0], *channels, channels[-1]]
         self.up_blocks = nn.ModuleList(
             UpBlock2D(
-                in_channels=channels[max(level - 1, 0)],
-                prev_output_channel=channels[min(level + 1, len(channels) - 1)],
-                out_channels=channels[level],
-                temb_channels=4 * channels[0],
-                num_layers=num_layers + 1,
-                resnet_groups=num_groups,
-                add_upsample=level > 0,
+                padded[level], padded[level + 2], channels[level], 4 * channels[0], num_layers=num_layers + 1,
+                resnet_groups=num_groups, add_upsample=level > 0,
             )
             for level in reversed(range(len(channels)))
-        )
+        )  # fmt: skip
         self.norm_out = nn.GroupNorm(num_groups, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], config.latent_channels, kernel_size=3, padding=1)
 
     def forward(
-        self,
-        hidden_states: Sequence[torch.Tensor],
-        sizes: Sequence[tuple[int, int]],
-        skips: Sequence[tuple[torch.Tensor, ...]],
+        self, hidden_states: Stacks, sizes: Sequence[tuple[int, int]], skips: Sequence[tuple[torch.Tensor, ...]]
     ) -> list[torch.Tensor]:
         """As in [`TransfusionLinearPatchDecoder`]; `skips` come from the encoder's pass over the same images."""
         inputs = []
@@ -294,10 +272,9 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        linears = [(name, module) for name, module in self.named_modules() if isinstance(module, nn.Linear)]
-        for name, linear in linears:
-            parent, _, child = name.rpartition(".")
-            setattr(self.get_submodule(parent), child, FrozenLinear(linear))
+        for name, module in list(self.named_modules()):
+            if isinstance(module, nn.Linear):
+                self.set_submodule(name, FrozenLinear(module))
         self.train(False)
 
     def train(self, mode: bool = True) -> "TransfusionVAE":
@@ -308,14 +285,9 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
     @torch.no_grad()
     def to_latents(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Encodes images. NOTE: takes the mode of the posterior, which the paper leaves open, so that precomputed latents
-        equal those computed on the fly.
-
-        Args:
-            images (`torch.FloatTensor` of shape `(num_images, channels, height, width)` in [−1, 1])
-
-        Returns:
-            `torch.FloatTensor` of shape `(num_images, latent_channels, height / f, width / f)`, (z − shift) · scale.
+        Images `(num_images, channels, height, width)` in [−1, 1] → `(num_images, latent_channels, height / f,
+        width / f)`, (z − shift) · scale. NOTE: takes the mode of the posterior, which the paper leaves open, so that
+        precomputed latents equal those computed on the fly.
         """
         with torch.autocast(images.device.type, enabled=False):
             latents = self.encode(images.to(self.dtype)).latent_dist.mode()

@@ -5,6 +5,7 @@ what a Transfusion needs of the library's `"any-to-any"` and `"text-generation"`
 
 import os
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -46,8 +47,7 @@ class TransfusionAnyToAnyPipeline(AnyToAnyPipeline):
         outputs = super().forward(model_inputs, generate_kwargs=_writing(generate_kwargs or {}))
         images = getattr(outputs["generated_sequence"], "images", None)
         if images is not None:
-            num_prompts = len(outputs["input_ids"])
-            if len(images) != num_prompts:
+            if len(images) != (num_prompts := len(outputs["input_ids"])):
                 raise ValueError(
                     f"`num_return_sequences` made {len(images)} images for {num_prompts} prompts, but this task "
                     "returns one per prompt; use the task 'text-to-image'."
@@ -69,13 +69,8 @@ class _GeneratingPipeline(Pipeline):
 
     def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> Any:
         """
-        Args:
-            text (`str` or `list[str]`): Prompts, processed as one batch.
-            images (*optional*): The images that the prompts mark, in order.
-            kwargs: Arguments of `generate()`.
-
-        Returns:
-            The result of one prompt, or a list of results for a list of prompts.
+        Processes prompts and the `images` that they mark, in order, as one batch; `kwargs` go to `generate()`. Returns
+        one result for one prompt, a list for a list of prompts.
         """
         prompts = [text] if isinstance(text, str) else list(text)
         results = super().__call__({"text": prompts, "images": images}, **kwargs)
@@ -94,16 +89,7 @@ class _GeneratingPipeline(Pipeline):
 
 
 class TextToImagePipeline(_GeneratingPipeline):
-    r"""
-    The task `"text-to-image"`: one `PIL.Image.Image` per prompt.
-
-    Example:
-
-    ```python
-    >>> draw = pipeline("text-to-image", model="outputs/quickstart/model")
-    >>> draw("a handwritten seven", num_inference_steps=50)
-    <PIL.Image.Image>
-    ```"""
+    """The task `"text-to-image"`: one `PIL.Image.Image` per prompt."""
 
     generation_mode = "image"
 
@@ -112,17 +98,7 @@ class TextToImagePipeline(_GeneratingPipeline):
 
 
 class InterleavedGenerationPipeline(_GeneratingPipeline):
-    r"""
-    The task `"interleaved-generation"`: per prompt a list of what the model writes (`str`) and draws
-    (`PIL.Image.Image`), in order.
-
-    Example:
-
-    ```python
-    >>> tell = pipeline("interleaved-generation", model="outputs/quickstart/model")
-    >>> tell("a handwritten")
-    [' seven', <PIL.Image.Image>]
-    ```"""
+    """The task `"interleaved-generation"`: per prompt a list of texts and `PIL.Image.Image`, in order."""
 
     generation_mode = "interleaved"
 
@@ -132,19 +108,7 @@ class InterleavedGenerationPipeline(_GeneratingPipeline):
 
 
 class TransfusionPipeline:
-    r"""
-    Draws images with a diffusers-style API.
-
-    Args:
-        model (`TransfusionForCausalLMAndDiffusion`)
-        processor (`TransfusionProcessor`)
-
-    Example:
-
-    ```python
-    >>> pipe = TransfusionPipeline.from_pretrained("outputs/quickstart/model").to("cuda")
-    >>> pipe("a handwritten seven", num_inference_steps=50, guidance_scale=3.0).images[0]
-    ```"""
+    """Draws images with a diffusers-style API, from a `TransfusionForCausalLMAndDiffusion` and its processor."""
 
     def __init__(self, model: PreTrainedModel, processor: TransfusionProcessor):
         self.model = model
@@ -212,19 +176,20 @@ class TransfusionPipeline:
             raise ValueError(f"`num_images_per_prompt` must be at least 1; got {num_images_per_prompt}.")
         if mask_image is not None and init_image is None:
             raise ValueError("`mask_image` needs an `init_image`, the image that it marks.")
-        prompts = _as_list(prompt)
+        prompts, repeats = _as_list(prompt), num_images_per_prompt
         if image is not None:
-            marked = self._by_prompt(prompts, _as_list(image))
-            image = [picture for row in marked for _ in range(num_images_per_prompt) for picture in row]
+            image = self._repeat_marked(prompts, _as_list(image), repeats)
         if negative_prompt is not None:
-            kwargs |= self._negative_prompt(_as_list(negative_prompt), num_images_per_prompt)
+            texts = _as_list(negative_prompt)
+            inputs = self.processor(text=_repeat(texts, repeats) if len(texts) > 1 else texts).to(self.model.device)
+            kwargs["negative_prompt_ids"] = inputs["input_ids"]
+            kwargs["negative_prompt_attention_mask"] = inputs["attention_mask"]
         if init_image is not None:
-            kwargs |= self._init_image(init_image, mask_image, height, width, num_images_per_prompt)
+            kwargs |= self._init_image(init_image, mask_image, height, width, repeats)
         if callback_on_step_end is not None:
             kwargs["callback_on_step_end"] = lambda _, *args: callback_on_step_end(self, *args)
-        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         output = self.model.generate(
-            **self.processor(text=prompts, images=image).to(self.model.device),
+            **self.processor(text=_repeat(prompts, repeats), images=image).to(self.model.device),
             generation_mode="image",
             height=height,
             width=width,
@@ -241,7 +206,8 @@ class TransfusionPipeline:
             images = torch.stack(images).add(1).div(2).clamp(0, 1)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _by_prompt(self, prompts: list[str], pictures: list[Any]) -> list[list[Any]]:
+    def _repeat_marked(self, prompts: list[str], pictures: list[Any], repeats: int) -> list[Any]:
+        """The images in the order of the repeated prompts, which mark them."""
         token = self.processor.image_token
         counts = [text.count(token) for text in prompts]
         if len(pictures) != sum(counts):
@@ -250,20 +216,11 @@ class TransfusionPipeline:
                 "per marker."
             )
         remaining = iter(pictures)
-        return [[next(remaining) for _ in range(count)] for count in counts]
-
-    def _negative_prompt(self, texts: list[str], repeats: int) -> dict[str, torch.Tensor]:
-        if len(texts) > 1:
-            texts = [text for text in texts for _ in range(repeats)]
-        inputs = self.processor(text=texts).to(self.model.device)
-        return {
-            "negative_prompt_ids": inputs["input_ids"],
-            "negative_prompt_attention_mask": inputs["attention_mask"],
-        }
+        return [picture for count in counts for picture in list(islice(remaining, count)) * repeats]
 
     def _init_image(
         self, image: Any, mask: Any, height: int | None, width: int | None, repeats: int
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, Any]:
         config = self.model.config
         rows, columns = (side * config.vae_scale_factor for side in config.latent_size)
         size = (width or columns, height or rows)  # as PIL counts
@@ -279,3 +236,7 @@ class TransfusionPipeline:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _repeat(values: list[Any], repeats: int) -> list[Any]:
+    return [value for value in values for _ in range(repeats)]
