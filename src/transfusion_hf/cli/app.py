@@ -1,8 +1,4 @@
-"""
-`transfusion app MODEL`: a page to chat with a model in text and pictures, with previews of drawings. Needs Gradio.
-
-Users share only the model, which runs for one of them at a time.
-"""
+"""`transfusion app MODEL`: a page to chat in text and pictures. Users share a model that runs for one at a time."""
 
 import html
 import traceback
@@ -18,7 +14,7 @@ import torch
 from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..diffusion_transfusion import is_flow
 from ..processing_transfusion import TransfusionProcessor
-from .main import open_picture
+from .main import chat_inputs, open_picture
 from .streamers import TransfusionStreamer
 
 try:
@@ -26,8 +22,7 @@ try:
 except ImportError as error:
     raise ImportError('The app needs Gradio; run `pip install "transfusion-hf[demo]"`.') from error
 
-# The page's names of the modes of `generate()`.
-MODES = {"chat": "interleaved", "draw": "image", "caption": "text"}
+MODES = {"chat": "interleaved", "draw": "image", "caption": "text"}  # the page's names, and those of `generate()`
 _MULTISTEP = ("DPMSolverMultistepScheduler", "UniPCMultistepScheduler")
 _SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", *_MULTISTEP, "EulerDiscreteScheduler")
 _FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", *_MULTISTEP)
@@ -36,18 +31,14 @@ _HELP = (
     "**draw**: one picture from the prompt; if you add a picture, an edit of it.\n\n"
     "**caption**: describes your picture, or answers a question about it."
 )
-# The button sends pictures to the Hub, and no option removes it.
+# The button sends pictures to the Hub, and no option removes it; small pictures are enlarged without smoothing.
 _CSS = '.message-buttons button[title="Share"] {display: none}'
-# Shows pictures of a few pixels enlarged, without smoothing.
 _SMALL_CSS = ".message img {width: 16rem; object-fit: contain; image-rendering: pixelated}"
 _PREVIEW = {"id": "preview"}
 
 
 def _messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """
-    Gradio's messages in the format of chat templates, without previews of stopped drawings and without unanswered
-    messages, which the model may be unable to take.
-    """
+    """For chat templates, without previews of stopped drawings and without unanswered messages, which may not fit."""
     kept: list[dict[str, Any]] = []
     for message in history:
         if (message.get("metadata") or {}).get("id") == _PREVIEW["id"]:
@@ -58,28 +49,20 @@ def _messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if kept and kept[-1]["role"] == "user":
         kept.pop()
 
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {"type": "text", "text": part["text"]}
-                if part["type"] == "text"
-                else {"type": "image", "image": open_picture(part["file"]["path"])}
-                for part in message["content"]
-            ],
-        }
-        for message in kept
-    ]
+    def read(part: dict[str, Any]) -> dict[str, Any]:
+        if part["type"] == "text":
+            return {"type": "text", "text": part["text"]}
+        return {"type": "image", "image": open_picture(part["file"]["path"])}
+
+    return [{"role": message["role"], "content": [*map(read, message["content"])]} for message in kept]
 
 
 def _inputs(processor: TransfusionProcessor, mode: str, message: dict[str, Any], history: list[dict[str, Any]]) -> Any:
     text, pictures = message["text"], [open_picture(file) for file in message["files"]]
     if mode == "chat":
         shown = [{"type": "image", "image": picture} for picture in pictures]
-        messages = [*_messages(history), {"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
-        return processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        question = {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+        return chat_inputs(processor, [*_messages(history), question])
     if mode == "caption" and not pictures:
         raise ValueError("There is no picture to caption; add one to the message.")
     return processor(text=[processor.image_token * len(pictures) + text], images=pictures)
@@ -107,13 +90,10 @@ def respond(
     preview_interval: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """
-    Yields the answer so far to a message: text and PNG files in their order, then the preview of the current drawing.
-    Closing the iterator stops the model at the next token or preview. Errors of `generate()`, the processor or a file
-    are shown as a warning of the page, and end the answer.
-
-    `message` is `{"text": str, "files": list[str]}`, `history` Gradio's messages so far (for `"chat"`), `mode`
-    one of `MODES`, `seed` a whole number or empty. The other settings are those of `generate()` and
-    [`TransfusionStreamer`].
+    Yields the answer so far to a message `{"text": str, "files": list[str]}`, after Gradio's `history`: text and PNG
+    files in their order, then the preview of the current drawing. Closing the iterator stops the model at the next
+    token or preview. An error ends the answer, with a warning on the page. `mode` is one of `MODES`, `seed` a whole
+    number or empty; the other settings are those of `generate()` and [`TransfusionStreamer`].
     """
     content: list[Any] = []
     try:
@@ -132,18 +112,18 @@ def respond(
         with closing(pieces), TemporaryDirectory() as folder:  # type: ignore[type-var]
             for piece in pieces:
                 preview = []
-                if isinstance(piece, str):
-                    if not content or not isinstance(content[-1], str):
-                        content.append("")
-                    content[-1] += piece
-                else:
+                if not isinstance(piece, str):
                     file = Path(folder) / f"{len(content)}-{piece.step}.png"
                     piece.image.save(file)
-                    step = f"step {piece.step} of {piece.num_inference_steps}"
+                    shown = [{"path": str(file)}, f"step {piece.step} of {piece.num_inference_steps}"]
                     if piece.is_final:
-                        content.append({"path": str(file)})
+                        content.append(shown[0])
                     else:
-                        preview = [{"path": str(file)}, step]
+                        preview = shown
+                elif content and isinstance(content[-1], str):
+                    content[-1] += piece
+                else:
+                    content.append(piece)
                 answer = [{"role": "assistant", "content": list(content)}] if content else []
                 yield answer + ([{"role": "assistant", "content": preview, "metadata": _PREVIEW}] if preview else [])
     # After an exception Gradio would not reopen the prompt.
@@ -156,37 +136,30 @@ def respond(
 def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
     """The page for a `TransfusionForCausalLMAndDiffusion` and its processor. `launch_app` starts it."""
     stored = model.generation_config
-
-    def default(name: str) -> Any:
-        value = getattr(stored, name, None)
-        return DRAWING_DEFAULTS[name] if value is None else value
-
+    set_values = {name: getattr(stored, name, None) for name in DRAWING_DEFAULTS}
+    defaults = DRAWING_DEFAULTS | {name: value for name, value in set_values.items() if value is not None}
+    schedulers = _FLOW_SCHEDULERS if is_flow(model.noise_scheduler) else _SCHEDULERS
+    scheduler = defaults["scheduler"] or type(model.noise_scheduler).__name__
+    full = {"fill_height": True, "fill_width": True}
     # Files are deleted after a day.
-    with gr.Blocks(
-        title="Transfusion", analytics_enabled=False, fill_height=True, fill_width=True, delete_cache=(3600, 86400)
-    ) as app:
+    with gr.Blocks(title="Transfusion", analytics_enabled=False, delete_cache=(3600, 86400), **full) as app:
         with gr.Sidebar(width=340):
             settings = [
                 gr.Radio(list(MODES), value="chat", label="mode"),
-                gr.Slider(1, model.config.num_train_timesteps, default("num_inference_steps"), step=1, label="steps"),
-                gr.Slider(1, 20, default("image_guidance_scale"), step=0.1, label="guidance scale"),
+                gr.Slider(1, model.config.num_train_timesteps, defaults["num_inference_steps"], step=1, label="steps"),
+                gr.Slider(1, 20, defaults["image_guidance_scale"], step=0.1, label="guidance scale"),
                 gr.Textbox(label="seed", placeholder="random"),
-                gr.Dropdown(
-                    _FLOW_SCHEDULERS if is_flow(model.noise_scheduler) else _SCHEDULERS,
-                    value=default("scheduler") or type(model.noise_scheduler).__name__,
-                    label="scheduler",
-                ),
+                gr.Dropdown(schedulers, value=scheduler, label="scheduler"),
                 gr.Slider(1, 8192, stored.max_new_tokens or 1024, step=1, label="max new tokens"),
                 gr.Slider(1, 100, 5, step=1, label="preview interval"),
             ]
             gr.Markdown(_HELP)
+        files = {"file_types": ["image"], "file_count": "multiple"}
         gr.ChatInterface(
             partial(respond, model, processor),
             multimodal=True,
             chatbot=gr.Chatbot(show_label=False, scale=1, render_markdown=False, buttons=["copy"]),
-            textbox=gr.MultimodalTextbox(
-                placeholder="text, pictures", file_types=["image"], file_count="multiple", stop_btn=True
-            ),
+            textbox=gr.MultimodalTextbox(placeholder="text, pictures", stop_btn=True, **files),
             additional_inputs=settings,
             # A public API would have its own queue, but the model runs for one user at a time.
             api_visibility="private",
@@ -204,24 +177,14 @@ def launch_app(
     **kwargs: Any,
 ) -> gr.Blocks:
     """
-    Starts the page, at `port` (by default the first free one from 7860 on) of `host` (`"0.0.0.0"` for other machines),
+    Starts the page at `port` (default: the first free one from 7860 on) of `host` (`"0.0.0.0"` for other machines),
     with `share` also at a public address through Gradio's servers. `kwargs` are for Gradio's `launch`.
     """
     app = make_app(model, processor)
     app.queue(default_concurrency_limit=1, api_open=False)
-    height, width = model.config.latent_size
-    is_small = max(height, width) * model.config.vae_scale_factor < 256
+    is_small = max(model.config.latent_size) * model.config.vae_scale_factor < 256
     # The browser's own fonts: none are fetched.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-    app.launch(
-        server_name=host,
-        server_port=port,
-        share=share,
-        theme=theme,
-        css=_CSS + _SMALL_CSS * is_small,
-        footer_links=[],
-        run_history=False,
-        ssr_mode=False,
-        **kwargs,
-    )
+    look = {"theme": theme, "css": _CSS + _SMALL_CSS * is_small, "footer_links": [], "run_history": False}
+    app.launch(server_name=host, server_port=port, share=share, ssr_mode=False, **look, **kwargs)
     return app

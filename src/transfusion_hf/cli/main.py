@@ -20,15 +20,15 @@ import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+from ..denoising_transfusion import DRAWING_DEFAULTS
 from .streamers import TransfusionStreamer
 
 _CHAT_HELP = "End a line with Return to send it. `/image FILE` shows a picture, `/quit` ends."
 
 
 def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "transfusion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("transfusion", description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
@@ -43,8 +43,8 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--num_inference_steps", type=int)
         sub.add_argument("--guidance_scale", type=float, dest="image_guidance_scale")
         sub.add_argument("--scheduler", help="a class of diffusers, for example 'DDIMScheduler'")
-        sub.add_argument("--height", type=int)
-        sub.add_argument("--width", type=int)
+        for side in ("--height", "--width"):
+            sub.add_argument(side, type=int)
 
     draw = command("draw", "Draws a picture from a prompt.")
     draw.add_argument("prompt")
@@ -82,10 +82,14 @@ def open_picture(file: str | Path) -> Image.Image:
         raise ValueError(f"{Path(file).name} is no picture that can be read: {error}") from error
 
 
+def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
+    """The ids and pixels of a conversation, up to where the answer begins."""
+    kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    return processor.apply_chat_template(messages, **kwargs)
+
+
 def _drawing_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("num_inference_steps", "image_guidance_scale", "scheduler", "height", "width")
-    kwargs = {name: vars(args).get(name) for name in (*names, "input_image_guidance_scale")}
-    return {name: value for name, value in kwargs.items() if value is not None}
+    return {name: value for name, value in vars(args).items() if name in DRAWING_DEFAULTS and value is not None}
 
 
 def _save(image: Image.Image, file: Path) -> None:
@@ -103,9 +107,8 @@ def _run_once(args: argparse.Namespace, model: Any, processor: Any, generator: t
         (answer,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         print(answer.strip())
         return
-    output = model.generate(
-        **inputs, generation_mode="image", generator=generator, progress_bar=True, **_drawing_kwargs(args)
-    )
+    kwargs = {"generation_mode": "image", "generator": generator, "progress_bar": True, **_drawing_kwargs(args)}
+    output = model.generate(**inputs, **kwargs)
     (image,) = processor.post_process_multimodal_output(output, generation_mode="image")
     _save(image, args.output)
     print(args.output)
@@ -116,6 +119,7 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, generator: torch
     messages: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
     num_drawn = 0
+    kwargs = {"max_new_tokens": args.max_new_tokens, "generator": generator, **_drawing_kwargs(args)}
     for line in filter(None, map(str.strip, sys.stdin)):
         if line == "/quit":
             break
@@ -123,18 +127,13 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, generator: torch
             if line.startswith("/image "):
                 shown.append({"type": "image", "image": open_picture(line.removeprefix("/image ").strip())})
                 continue
-            question = {"role": "user", "content": [*shown, {"type": "text", "text": line}]}
-            shown = []
-            inputs = processor.apply_chat_template(
-                [*messages, question], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-            ).to(model.device)
+            question, shown = {"role": "user", "content": [*shown, {"type": "text", "text": line}]}, []
+            inputs = chat_inputs(processor, [*messages, question]).to(model.device)
         except ValueError as error:  # the conversation goes on without this line
             print(error)
             continue
         answer: list[dict[str, Any]] = []
-        for piece in TransfusionStreamer(processor).generate(
-            model, **inputs, max_new_tokens=args.max_new_tokens, generator=generator, **_drawing_kwargs(args)
-        ):
+        for piece in TransfusionStreamer(processor).generate(model, **inputs, **kwargs):
             if isinstance(piece, str):
                 answer.append({"type": "text", "text": piece})
                 print(piece, end="", flush=True)
@@ -161,8 +160,9 @@ def _run(argv: Sequence[str]) -> int:
     args = _parse_args(argv)
     if args.command == "app":
         from .app import launch_app  # needs Gradio, which the others do not
-    output = getattr(args, "output", None)
-    if output is not None and output.suffix.lower() not in Image.registered_extensions():
+    if (
+        output := getattr(args, "output", None)
+    ) is not None and output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"`--output` {output} has no suffix of a picture; call it, for example, drawing.png.")
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         raise ValueError(f"`--dtype` must be 'auto' or a type of torch such as 'bfloat16'; got {args.dtype!r}.")

@@ -31,25 +31,16 @@ class _AbandonedError(Exception):
 
 
 class TransfusionStreamer(TextIteratorStreamer):
-    r"""
+    """
     For `generate(streamer=...)` of a single row: yields pieces of text (`str`) and [`StreamedImage`]s in their order.
 
     Args:
         processor (`TransfusionProcessor`)
-        preview_interval (`int`, *optional*): Number of denoising steps between previews; no previews if `None`.
+        preview_interval (`int`, *optional*): Denoising steps between previews, at least 1; no previews if `None`.
         skip_prompt (`bool`, defaults to `True`): Whether to leave out the prompt.
         timeout (`float`, *optional*): Seconds to wait for the next piece; no limit if `None`.
         decode_kwargs: For `tokenizer.decode`; `skip_special_tokens=True` by default.
-
-    Raises:
-        ValueError: `preview_interval` below 1; in use, more than one row.
-
-    Example:
-
-    ```python
-    >>> for piece in TransfusionStreamer(processor, preview_interval=10).generate(model, **inputs):
-    ...     print(piece if isinstance(piece, str) else f"{piece.step} of {piece.num_inference_steps}")
-    ```"""
+    """
 
     text_queue: Queue  # like the next two, of the library's class, which is not annotated
     token_cache: list[int]
@@ -63,13 +54,10 @@ class TransfusionStreamer(TextIteratorStreamer):
         timeout: float | None = None,
         **decode_kwargs: Any,
     ):
-        decode_kwargs.setdefault("skip_special_tokens", True)
-        super().__init__(processor.tokenizer, skip_prompt=skip_prompt, timeout=timeout, **decode_kwargs)
+        super().__init__(processor.tokenizer, skip_prompt, timeout, **{"skip_special_tokens": True, **decode_kwargs})
         if preview_interval is not None and preview_interval < 1:
             raise ValueError(f"`preview_interval` must be at least 1, or None; got {preview_interval}.")
-        self.processor = processor
-        self.preview_interval = preview_interval
-        self._is_abandoned = False
+        self.processor, self.preview_interval, self._is_abandoned = processor, preview_interval, False
 
     def put(self, value: torch.Tensor) -> None:
         self.check()
@@ -83,10 +71,9 @@ class TransfusionStreamer(TextIteratorStreamer):
     def put_image(self, image: torch.Tensor, step: int, num_inference_steps: int) -> None:
         """`generate()` calls it with an image in about [−1, 1] of shape `(channels, height, width)`."""
         self.check()
-        if self.token_cache:  # text held back until the next space
-            text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[self.print_len :]
-            self.token_cache, self.print_len = [], 0
-            self.on_finalized_text(text)
+        text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[self.print_len :]
+        self.token_cache, self.print_len = [], 0
+        self.on_finalized_text(text)  # held back until the next space
         (picture,) = self.processor.image_processor.postprocess([image])
         self.text_queue.put(StreamedImage(picture, step, num_inference_steps), timeout=self.timeout)
 
