@@ -14,7 +14,7 @@ NEWEST_TESTED_TRANSFORMERS = "5.24"
 def _check_transformers() -> None:
     """Raises below the version required by pyproject.toml, and warns above the newest that was tested."""
     installed = Version(version("transformers"))
-    requirements = [Requirement(requirement) for requirement in requires("transfusion-hf") or []]
+    requirements = map(Requirement, requires("transfusion-hf") or [])
     supported = next(r.specifier for r in requirements if r.name == "transformers")
     if not supported.contains(installed, prereleases=True):
         raise ImportError(
@@ -75,10 +75,8 @@ for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModel
     _auto_class.register(TransfusionConfig, TransfusionForCausalLMAndDiffusion)
 AutoImageProcessor.register(TransfusionConfig, image_processor_classes={"torchvision": TransfusionImageProcessor})
 AutoProcessor.register(TransfusionConfig, TransfusionProcessor)
-for _task, _class in (
-    ("text-to-image", TextToImagePipeline),
-    ("interleaved-generation", InterleavedGenerationPipeline),
-):
+_ours = {"text-to-image": TextToImagePipeline, "interleaved-generation": InterleavedGenerationPipeline}
+for _task, _class in _ours.items():
     PIPELINE_REGISTRY.register_pipeline(_task, _class, pt_model=AutoModelForMultimodalLM, type="multimodal")
 _tasks = PIPELINE_REGISTRY.supported_tasks
 # From these two, other models get the library's own pipelines.
@@ -87,29 +85,10 @@ _tasks["text-generation"] = {**_tasks["text-generation"], "impl": TransfusionTex
 
 __version__ = version("transfusion-hf")
 __all__ = [
-    "SUPPORTED_TEXT_MODELS",
-    "TransfusionCausalLMOutputWithPast",
-    "TransfusionConfig",
-    "TransfusionDataCollator",
-    "TransfusionEMACallback",
-    "TransfusionForCausalLMAndDiffusion",
-    "TransfusionGenerateOutput",
-    "TransfusionImageProcessor",
-    "TransfusionModel",
-    "TransfusionPreTrainedModel",
-    "InterleavedGenerationPipeline",
-    "TextToImagePipeline",
-    "TransfusionPipeline",
-    "TransfusionProcessor",
-    "TransfusionSamplesCallback",
-    "TransfusionStreamer",
-    "TransfusionTrainer",
-    "StreamedImage",
-    "attach_vae",
-    "make_labels",
-    "measure_latent_scale",
-    "paper_vae_config",
-    "set_trainable",
-    "set_varlen_kernel",
-    "varlen_kernels",
-]
+    "SUPPORTED_TEXT_MODELS", "TransfusionCausalLMOutputWithPast", "TransfusionConfig", "TransfusionDataCollator",
+    "TransfusionEMACallback", "TransfusionForCausalLMAndDiffusion", "TransfusionGenerateOutput",
+    "TransfusionImageProcessor", "TransfusionModel", "TransfusionPreTrainedModel", "InterleavedGenerationPipeline",
+    "TextToImagePipeline", "TransfusionPipeline", "TransfusionProcessor", "TransfusionSamplesCallback",
+    "TransfusionStreamer", "TransfusionTrainer", "StreamedImage", "attach_vae", "make_labels",
+    "measure_latent_scale", "paper_vae_config", "set_trainable", "set_varlen_kernel", "varlen_kernels",
+]  # fmt: skip

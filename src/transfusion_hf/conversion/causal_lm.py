@@ -1,6 +1,4 @@
-"""
-Shard by shard: a language model's checkpoint becomes a Transfusion's; neither model is ever in memory as a whole.
-"""
+"""Shard by shard: a language model's checkpoint becomes a Transfusion's; neither is ever in memory as a whole."""
 
 import json
 import os
@@ -21,13 +19,12 @@ from ..configuration_transfusion import TransfusionConfig
 from ..hub.card import make_model_card
 from ..modality_transfusion import image_name
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion, check_text_config, mean_row
-from ..processing_transfusion import TransfusionProcessor
+from ..processing_transfusion import IMAGE_TOKENS, TransfusionProcessor
 from ..vae.attach import attach_vae
-from .language_model import causal_lm_config, generation_values, unfit_message
+from .language_model import causal_lm_config, generation_values, refuse_unfit
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-IMAGE_TOKENS = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
 EMBEDDING, HEAD, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
 
 
@@ -59,9 +56,8 @@ def written_whole(folder: Path) -> Iterator[Path]:
 
 class SafetensorsCheckpoint:
     """
-    The tensors of a folder of safetensors, one file or indexed shards, read one at a time by name; `layout` has all of
-    them without data. Raises `ValueError` for files that are missing, broken, or hold no floating-point numbers of 16
-    bits or more.
+    The tensors of a folder of safetensors, read one at a time by name; `layout` has them without data. `ValueError`
+    for files that are missing, broken, or hold no floating-point numbers of 16 bits or more.
     """
 
     def __init__(self, folder: Path):
@@ -114,14 +110,9 @@ def check_keys(checkpoint: SafetensorsCheckpoint, expected: dict[str, torch.Tens
                 f"`tie_word_embeddings` is true, but {HEAD} differs from {EMBEDDING}; correct the configuration."
             )
         keys.remove(HEAD)
-    shapes = {key: checkpoint.layout[key].shape for key in keys}
-    problems = {
-        "missing": sorted(set(wanted) - set(keys)),
-        "unknown": sorted(set(keys) - set(wanted)),
-        "of another shape": [key for key in keys if key in wanted and shapes[key] != wanted[key].shape],
-    }
-    if any(problems.values()):
-        raise ValueError(unfit_message(problems))
+    both = [key for key in keys if key in wanted]
+    misshapen = [key for key in both if checkpoint.layout[key].shape != wanted[key].shape]
+    refuse_unfit(set(wanted) - set(keys), set(keys) - set(wanted), misshapen)
     return keys
 
 
@@ -146,8 +137,7 @@ def _check_tokenizer(tokenizer: Any, own: Any, tokens: dict[str, str], vocab_siz
 
 
 def _copy_generation_config(source: Path, model: TransfusionForCausalLMAndDiffusion) -> None:
-    file = source / "generation_config.json"
-    if file.exists():
+    if (file := source / "generation_config.json").exists():
         model.generation_config.update(**generation_values(GenerationConfig.from_pretrained(source)))
         try:
             model.generation_config.validate(strict=True)
@@ -179,14 +169,12 @@ def convert_causal_lm(
         pad_to_multiple_of (`int`, *optional*): Pads the grown vocabulary to a multiple of this.
         dtype (`torch.dtype`, *optional*): Defaults to each tensor's own.
         max_shard_size (`int` or `str`, *optional*): Limit of each file; defaults to half the largest file read.
-        revision (`str`, *optional*): Of the repository.
         image_tokens (`dict[str, str]`, *optional*):
             Texts other than `<image>`, `<BOI>`, `<EOI>` for `image_token`, `image_start_token`, `image_end_token`.
         kwargs: Fields of [`TransfusionConfig`], such as `latent_channels`.
 
     Raises:
-        ValueError: before anything is written, if the model, its checkpoint, the tokenizer, the generation config, a
-            field or `dtype` does not fit.
+        ValueError: before anything is written, if any of these does not fit.
     """
     if unknown := sorted(set(kwargs) - set(TransfusionConfig.__annotations__)):
         raise ValueError(f"TransfusionConfig has no field {', '.join(f'`{name}`' for name in unknown)}.")
@@ -198,9 +186,8 @@ def convert_causal_lm(
         source = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     text_config = AutoConfig.from_pretrained(source)
     check_text_config(text_config)
-    own = None
-    if tokenizer is None or (source / "tokenizer_config.json").exists():
-        own = AutoTokenizer.from_pretrained(source)
+    has_own = tokenizer is None or (source / "tokenizer_config.json").exists()
+    own = AutoTokenizer.from_pretrained(source) if has_own else None
     if isinstance(tokenizer, (str, os.PathLike)):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer)
     tokenizer = own if tokenizer is None else tokenizer

@@ -15,22 +15,12 @@ from .causal_lm import transfusion_key
 def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int | None = None) -> PreTrainedModel:
     """
     The language model alone, as a model of its own family with the same text logits. Its weights are shared, not
-    copied.
-
-    Args:
-        model (`TransfusionForCausalLMAndDiffusion`)
-        vocab_size (`int`, *optional*):
-            Cuts the vocabulary to this size, for example that of the original. A padding token beyond it is dropped.
+    copied. `vocab_size` cuts the vocabulary, for example to the original's; a padding token beyond it is dropped.
 
     Raises:
         ValueError: a `vocab_size` that is too large, or cuts off the first or last token of a text; a model whose
             weights are not those of its `text_config`, for example a quantised one.
-
-    Example:
-
-    ```python
-    >>> extract_causal_lm(model, vocab_size=49152).save_pretrained("outputs/language-model")
-    ```"""
+    """
     text_config = copy.deepcopy(model.config.text_config)
     generation_config = model.generation_config.to_dict()
     for name in ("transformers_version", "_from_model_config", *DRAWING_DEFAULTS):

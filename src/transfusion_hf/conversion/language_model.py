@@ -2,12 +2,13 @@
 
 import copy
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from ..configuration_transfusion import TransfusionConfig
+from ..configuration_transfusion import IMAGE_TOKEN_IDS, TransfusionConfig
 from ..modality_transfusion import untie_modalities
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 
@@ -20,10 +21,7 @@ _HUB_ARGUMENTS = (
 def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> TransfusionConfig:
     """
     The configuration of the Transfusion that a language model becomes: its vocabulary grows by the three image tokens
-    that `kwargs`, the fields of [`TransfusionConfig`], do not name.
-
-    Raises:
-        ValueError: a quantised model.
+    that `kwargs`, the fields of [`TransfusionConfig`], do not name. `ValueError` for a quantised model.
     """
     if getattr(text_config, "quantization_config", None) is not None:
         raise ValueError(
@@ -32,7 +30,7 @@ def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> Transfusio
         )
     text_config = copy.deepcopy(text_config)
     size = getattr(text_config, "vocab_size", 0)
-    for offset, name in enumerate(("image_start_token_id", "image_token_id", "image_end_token_id")):
+    for offset, name in enumerate(IMAGE_TOKEN_IDS):
         kwargs.setdefault(name, size + offset)
         text_config.vocab_size = max(getattr(text_config, "vocab_size", 0), kwargs[name] + 1)
     return TransfusionConfig(text_config=text_config, **kwargs)
@@ -44,10 +42,12 @@ def generation_values(generation_config: GenerationConfig) -> dict[str, Any]:
     return {k: v for k, v in values if v is not None and k != "transformers_version" and not k.startswith("_")}
 
 
-def unfit_message(problems: dict[str, list[str]]) -> str:
-    """What is wrong with a checkpoint's tensors, by name."""
+def refuse_unfit(missing: Iterable[str], unknown: Iterable[str], misshapen: Iterable[str]) -> None:
+    """`ValueError` for tensors of a checkpoint that do not fit its configuration."""
+    problems = {"missing": sorted(missing), "unknown": sorted(unknown), "of another shape": list(misshapen)}
     said = [f"{what}: {', '.join(names[:5])} ({len(names)} in all)" for what, names in problems.items() if names]
-    return f"The checkpoint does not fit its configuration. Tensors {'; '.join(said)}."
+    if said:
+        raise ValueError(f"The checkpoint does not fit its configuration. Tensors {'; '.join(said)}.")
 
 
 def from_causal_lm(
@@ -68,22 +68,15 @@ def from_causal_lm(
 
     Args:
         pretrained_model_name_or_path (`str`, `os.PathLike` or `PreTrainedModel`):
-            A folder, a repository on the Hub, or the language model itself, whose modules are then shared (and given
-            image weights with `untied_modalities`).
+            A folder, a repository on the Hub, or the language model itself, whose modules are then shared.
         pad_to_multiple_of (`int`, *optional*): Pads the grown vocabulary to a multiple of this.
-        attn_implementation (`str`, *optional*)
-        kwargs: Fields of [`TransfusionConfig`], such as `latent_channels` and `sample_size`; the others go to
+        kwargs: Fields of [`TransfusionConfig`], such as `latent_channels`; the others go to
             `AutoModelForCausalLM.from_pretrained`: `dtype`, `revision`, `device_map` …
 
     Raises:
         ValueError: a model that is not a decoder of a family in `SUPPORTED_TEXT_MODELS`, or is quantised; a checkpoint
             that is not complete or does not fit its configuration.
-
-    Example:
-
-    ```python
-    >>> model = TransfusionForCausalLMAndDiffusion.from_causal_lm("HuggingFaceTB/SmolLM2-135M", sample_size=64)
-    ```"""
+    """
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TransfusionConfig.__annotations__}
     source: Any = pretrained_model_name_or_path
     is_loaded = isinstance(source, PreTrainedModel)
@@ -95,13 +88,8 @@ def from_causal_lm(
     language_model = source
     if not is_loaded:
         language_model, found = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **kwargs)
-        problems = {
-            "missing": sorted(found["missing_keys"]),
-            "unknown": sorted(found["unexpected_keys"]),
-            "of another shape": sorted(key for key, *_ in found["mismatched_keys"]),
-        }
-        if any(problems.values()):  # the library would fill in random weights
-            raise ValueError(unfit_message(problems))
+        misshapen = sorted(key for key, *_ in found["mismatched_keys"])
+        refuse_unfit(found["missing_keys"], found["unexpected_keys"], misshapen)  # else the library fills in at random
     model.model.language_model = language_model.base_model
     if config.untied_modalities:
         untie_modalities(model.model.language_model)

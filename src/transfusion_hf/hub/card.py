@@ -79,11 +79,10 @@ Only what the tables show was measured. Image quality and social biases were not
 def _facts(config: Any, num_parameters: int | None, has_weights: bool) -> dict[str, Any]:
     text, vae, factor = config.text_config, config.vae_config, config.vae_scale_factor
     height, width = config.latent_size
+    autoencoder = "none: the image itself is the latent"
     if vae is not None:
         autoencoder = f"`AutoencoderKL`, {factor} times smaller sides, scale {vae['scaling_factor']:.5g}"
-    elif has_weights:
-        autoencoder = "none: the image itself is the latent"
-    else:
+    elif not has_weights:
         autoencoder = "not included; the paper's makes the sides 8 times smaller"
     unit = "pixels" if has_weights or vae is not None else "latent pixels"
     encoder = "a U-Net" if config.patch_encoder == "unet" else "a linear layer"
@@ -129,15 +128,11 @@ def make_model_card(
         config (`TransfusionConfig`)
         model_name (`str`): The repository, or any other name.
         preset (`str`, *optional*): For the card of one of the paper's sizes, without weights.
-        num_parameters (`int`, *optional*)
-        license (`str`, *optional*): The license of the weights, by the Hub's name, such as `"apache-2.0"`.
-        language (`str` or `list[str]`, *optional*): ISO 639-1 codes.
-        base_model (`str` or `list[str]`, *optional*): The repositories that the model was made from.
-        datasets (`str` or `list[str]`, *optional*): The repositories of the training data.
+        license (`str`, *optional*): By the Hub's name, such as `"apache-2.0"`; `language` by ISO 639-1 codes.
+        base_model, datasets (`str` or `list[str]`, *optional*): Repositories of the first model and the training data.
         dataset_name (`str`, *optional*):
-            What the model was evaluated on; defaults to the first of `datasets`. Without either, the results stand in
-            the text but not in the metadata, where the Hub needs a data set.
-        tags (`list[str]`, *optional*)
+            What the model was evaluated on; defaults to the first of `datasets`. Without either, the metadata has no
+            results, for the Hub needs a data set there.
         training (`dict[str, Any]`, *optional*), evaluation (`dict[str, float]`, *optional*): Shown as tables.
         samples (`str`, *optional*): The path of a picture in the repository.
     """

@@ -34,12 +34,8 @@ def push_to_hub(
     model card or writes that of [`make_model_card`], and deletes the weight files that the new ones replace.
 
     Args:
-        model (`TransfusionForCausalLMAndDiffusion`)
-        processor (`TransfusionProcessor`, *optional*)
-        repo_id (`str`): `"name"`, or `"organization/name"`.
-        commit_message (`str`, *optional*), commit_description (`str`, *optional*)
-        private (`bool`, *optional*): Whether a new repository is private.
-        token (`bool` or `str`, *optional*)
+        model (`TransfusionForCausalLMAndDiffusion`), processor (`TransfusionProcessor`, *optional*)
+        repo_id (`str`): `"name"`, or `"organization/name"`; `private` applies to a new repository.
         revision (`str`, *optional*): The branch; created if it does not exist.
         create_pr (`bool`, defaults to `False`): Whether to open a pull request instead of committing.
         max_shard_size (`int` or `str`, defaults to `"50GB"`): The size above which weights are split into files.
