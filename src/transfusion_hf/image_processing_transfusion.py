@@ -22,16 +22,12 @@ class TransfusionImageProcessor(TorchvisionBackend):
 
     _auto_class = "AutoImageProcessor"  # the library saves its code
     model_input_names = ["pixel_values"]
-    do_convert_rgb = True
-    do_resize = True
+    do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True
     size = {"shortest_edge": 256}
     default_to_square = False
     resample = PILImageResampling.BICUBIC
-    do_center_crop = True
     crop_size = {"height": 256, "width": 256}
-    do_rescale = True
     rescale_factor = 1 / 255
-    do_normalize = True
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
 
@@ -70,10 +66,9 @@ class TransfusionImageProcessor(TorchvisionBackend):
         PIL images of tensors `(channels, height, width)`, a list or stacked: undoes the mapping to [−1, 1], clips, and
         rounds to 8 bits.
         """
-        return [self._to_pil(image) for image in images]
+        return [self._to_pil(image.detach().float().cpu()) for image in images]
 
     def _to_pil(self, image: torch.Tensor) -> Image.Image:
-        image = image.detach().float().cpu()
         mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (self.image_mean, self.image_std))
         if image.ndim != 3 or len(image) not in (1, 3) or not torch.isfinite(image).all():
             raise ValueError(

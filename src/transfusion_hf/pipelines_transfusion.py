@@ -61,9 +61,7 @@ class _GeneratingPipeline(Pipeline):
     """Passes prompts through the processor and `generate()` together; keyword arguments go to `generate()`."""
 
     _load_processor = True
-    _load_image_processor = False
-    _load_feature_extractor = False
-    _load_tokenizer = False
+    _load_image_processor = _load_feature_extractor = _load_tokenizer = False
     _pipeline_calls_generate = True
     generation_mode: str
 
@@ -190,15 +188,9 @@ class TransfusionPipeline:
             kwargs["callback_on_step_end"] = lambda _, *args: callback_on_step_end(self, *args)
         output = self.model.generate(
             **self.processor(text=_repeat(prompts, repeats), images=image).to(self.model.device),
-            generation_mode="image",
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            image_guidance_scale=guidance_scale,
-            generator=generator,
-            progress_bar=progress_bar,
-            **kwargs,
-        )
+            generation_mode="image", height=height, width=width, num_inference_steps=num_inference_steps,
+            image_guidance_scale=guidance_scale, generator=generator, progress_bar=progress_bar, **kwargs,
+        )  # fmt: skip
         images: Any = [row[0] for row in output.images]
         if output_type == "pil":
             images = self.processor.image_processor.postprocess(images)
@@ -218,9 +210,7 @@ class TransfusionPipeline:
         remaining = iter(pictures)
         return [picture for count in counts for picture in list(islice(remaining, count)) * repeats]
 
-    def _init_image(
-        self, image: Any, mask: Any, height: int | None, width: int | None, repeats: int
-    ) -> dict[str, Any]:
+    def _init_image(self, image: Any, mask: Any, height: int | None, width: int | None, repeats: int) -> dict:
         config = self.model.config
         rows, columns = (side * config.vae_scale_factor for side in config.latent_size)
         size = (width or columns, height or rows)  # as PIL counts
@@ -229,8 +219,8 @@ class TransfusionPipeline:
         arguments = {"init_image": features["pixel_values"].repeat_interleave(repeats, dim=0)}
         if mask is not None:
             masks = [F.pil_to_tensor(m.convert("L").resize(size, Image.Resampling.NEAREST)) for m in _as_list(mask)]
-            repeats = repeats if len(masks) > 1 else 1
-            arguments["mask_image"] = (torch.stack(masks) > 127).repeat_interleave(repeats, dim=0)
+            masks = _repeat(masks, repeats) if len(masks) > 1 else masks
+            arguments["mask_image"] = torch.stack(masks) > 127
         return arguments
 
 

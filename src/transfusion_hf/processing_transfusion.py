@@ -162,14 +162,9 @@ class TransfusionProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer, **sides, **tokens, **kwargs)
 
     def __call__(
-        self,
-        images=None,
-        text=None,
-        latents: Sequence[torch.Tensor] | None = None,
-        return_labels: bool = False,
-        **kwargs: Any,
+        self, images=None, text=None, latents: Sequence[torch.Tensor] | None = None, return_labels=False, **kwargs: Any
     ) -> BatchFeature:
-        r"""
+        """
         Args:
             images (`ImageInput`, *optional*): One per marker in the texts, in order.
             text (`str` or `list[str]`): With an `image_token` for each image.
