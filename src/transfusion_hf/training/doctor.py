@@ -59,7 +59,8 @@ def diagnose(
 ) -> list[Finding]:
     """
     Checks special tokens, attention mask, noise schedule, pixels, VAE, labels, and whether one batch can be learned by
-    heart, mostly by running the model, which stays unchanged: a float32 copy is trained.
+    heart, mostly by running the model, which stays unchanged: a float32 copy is trained. Returns for each check either
+    one `"ok"`, or everything that is wrong.
 
     Args:
         model (`TransfusionForCausalLMAndDiffusion`, or a `PeftModel` around one)
@@ -71,9 +72,6 @@ def diagnose(
         overfit (`bool`, defaults to `True`): Whether to train on the batch, which takes the longest.
         steps (`int`, defaults to 500): Limit of that training, which ends once both losses have fallen by 90 %.
         learning_rate (`float`, *optional*): Defaults to 0.8 / hidden size, at most 0.01.
-
-    Returns:
-        `list[Finding]`: For each check either one `"ok"`, or everything that is wrong.
 
     Raises:
         ValueError: `model` is not a Transfusion model; both `batch` and `dataset`; `steps` below 1.
@@ -131,18 +129,17 @@ def diagnose(
 
 def _random_samples(base: Any, processor: Any, count: int) -> list[dict[str, Any]]:
     """Words of the tokenizer, with smooth colours, or with random latents if the images are not pictures."""
-    rng, np_rng, config = random.Random(0), np.random.default_rng(0), base.config
+    rng, config = random.Random(0), base.config
     pieces = (token.lstrip("▁Ġ") for token in sorted(processor.tokenizer.get_vocab()))
     words = [piece for piece in pieces if piece.isascii() and piece.isalpha()] or ["a"]
-    height, width = (side * config.vae_scale_factor for side in config.latent_size)
-    samples: list[dict[str, Any]] = [{"text": " ".join(rng.choices(words, k=6))} for _ in range(count)]
-    for sample in samples:
-        if _takes_pictures(base):
-            cells = Image.fromarray(np_rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
-            sample["image"] = cells.resize((width, height), Image.Resampling.BICUBIC)
-        else:
-            sample["latents"] = [torch.randn(config.latent_channels, *config.latent_size)]
-    return samples
+    texts, np_rng = [" ".join(rng.choices(words, k=6)) for _ in range(count)], np.random.default_rng(0)
+    if not _takes_pictures(base):
+        return [
+            {"text": text, "latents": [torch.randn(config.latent_channels, *config.latent_size)]} for text in texts
+        ]
+    size = [side * config.vae_scale_factor for side in config.latent_size[::-1]]
+    cells = (Image.fromarray(np_rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)) for _ in texts)
+    return [{"text": text, "image": next(cells).resize(size, Image.Resampling.BICUBIC)} for text in texts]
 
 
 def _takes_pictures(base: Any) -> bool:
@@ -201,14 +198,11 @@ def _visibility(base: Any, ids: torch.Tensor, latents: torch.Tensor) -> torch.Te
     def states() -> torch.Tensor:
         return base.model(input_ids=ids, latents=latents, use_cache=False).last_hidden_state[0].float()
 
-    handle = base.model.language_model.register_forward_pre_hook(change, with_kwargs=True)
-    try:
+    with base.model.language_model.register_forward_pre_hook(change, with_kwargs=True):
         unchanged = states()  # one row at a time, because equal shapes give equal digits
         noise, columns = (states() - unchanged).abs().max(), []
         for position in range(ids.shape[1]):  # noqa: B007 - `change` reads it
             columns.append((states() - unchanged).abs().amax(-1) > noise)
-    finally:
-        handle.remove()
     return torch.stack(columns, dim=1).cpu()
 
 
@@ -247,14 +241,13 @@ def check_noise_schedule(base: Any) -> Iterator[Finding]:
     timesteps = torch.linspace(first, last, 5).long()
     ids, x_0 = _layout(base, 5, 1)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    handle = base.model.patch_encoder.register_forward_pre_hook(
-        lambda _, args: seen.append((torch.cat(list(args[0])).float(), args[1].cpu()))
-    )
-    try:
+
+    def watch(_: Any, args: Any) -> None:
+        seen.append((torch.cat(list(args[0])).float(), args[1].cpu()))
+
+    with base.model.patch_encoder.register_forward_pre_hook(watch):
         for latents in (x_0, -x_0):  # under the same noise, half their difference is what is left of the image
             base(input_ids=ids, latents=latents, timesteps=timesteps, noise_seeds=range(5), labels=ids)
-    finally:
-        handle.remove()
     (plus, told), (minus, _) = seen
     shares = ((plus - minus) * x_0).sum((1, 2, 3)) / (2 * x_0.square().sum((1, 2, 3)))
     clean, noisy = (round(float(share), 2) + 0.0 for share in (shares[0], shares[-1]))
@@ -305,8 +298,7 @@ def check_vae(base: Any, batch: dict[str, Any], is_data: bool) -> Iterator[Findi
     seen = f"latents have mean {mean:.2f} and deviation {std:.2f} under scale {scale:g} and shift {shift:g}"
     seen += f"; these images suggest a scale of {scale / std:.4g} and a shift of {mean / scale + shift:.4g}"
     remedy = "measure both with `measure_latent_scale`, on many images" + ("" if is_data else "; or pass DATA")
-    # Random pictures say little about the data that the scale was measured on.
-    widest, farthest = (2.0, 0.5) if is_data else (4.0, 2.0)
+    widest, farthest = (2.0, 0.5) if is_data else (4.0, 2.0)  # random pictures say little
     if not 1 / widest <= std <= widest:
         yield _error(f"the VAE's scale is wrong: {seen}", remedy)
     elif is_data and not 0.75 <= std <= 1.33:
@@ -344,15 +336,10 @@ def check_labels(base: Any, batch: dict[str, Any]) -> Iterator[Finding]:
     yield _ok(f"{int(has_loss.sum())} of {ids.numel()} positions")
 
 
-def _is_learned(first: float, last: float, floor: float) -> bool:
-    """Fallen by 90 %, or almost to the lowest possible; or low from the start."""
-    return last <= max(0.1 * first, floor + 0.02 * first, floor + 0.01)
-
-
 def _memorize(
     twin: Any, inputs: dict[str, Any], floors: dict[str, float], steps: int, learning_rate: float
-) -> tuple[dict[str, float], dict[str, float], int, set[torch.Tensor]]:
-    """Trains until the losses are learned; returns them before and after, the steps, and the parameters reached."""
+) -> tuple[dict[str, float], dict[str, float], list[str], int, set[torch.Tensor]]:
+    """Returns the losses before and after, the names of those not learned, the steps, and the parameters reached."""
     trained = [p for p in twin.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
@@ -362,8 +349,10 @@ def _memorize(
             outputs = twin(**inputs, skip_logits=True, use_cache=False)
             last = {name: float(getattr(outputs, name).detach()) for name in floors}
             first = first or last
-            is_learned = all(_is_learned(first[name], last[name], floor) for name, floor in floors.items())
-            if step == steps or is_learned or not outputs.loss.isfinite():
+            # Learned: fallen by 90 %, or almost to the lowest possible; or low from the start.
+            limits = {n: max(0.1 * first[n], low + 0.02 * first[n], low + 0.01) for n, low in floors.items()}
+            high = [name for name in floors if not last[name] <= limits[name]]
+            if step == steps or not high or not outputs.loss.isfinite():
                 break
             optimizer.zero_grad()
             outputs.loss.backward()
@@ -371,7 +360,7 @@ def _memorize(
             optimizer.step()
             warmup.step()
             progress.update()
-    return first, last, step, {p for p, state in optimizer.state.items() if state["exp_avg_sq"].any()}
+    return first, last, high, step, {p for p, state in optimizer.state.items() if state["exp_avg_sq"].any()}
 
 
 def check_overfit(
@@ -394,10 +383,10 @@ def check_overfit(
     num_documents = len(batch["labels"]) if positions is None else int((positions == 0).sum())
     floors = {"lm_loss": num_documents * math.log(num_documents) / max(num_labels, 1), "diffusion_loss": 0.0}
     rate = learning_rate or min(0.8 / config.text_config.hidden_size, 0.01)
-    first, last, step, reached = _memorize(twin, inputs, floors, steps, rate)
+    first, last, high, step, reached = _memorize(twin, inputs, floors, steps, rate)
 
     falls = {name: f"{name} from {first[name]:.3g} to {last[name]:.3g}" for name in floors}
-    stuck = [falls[name] for name, floor in floors.items() if not _is_learned(first[name], last[name], floor)]
+    stuck = [falls[name] for name in high]
     parts = {"patch encoder": twin.model.patch_encoder, "patch decoder": twin.model.patch_decoder}
     if dead := [name for name, part in parts.items() if step and not reached & set(part.parameters())]:
         why = "does the batch have images to learn from?"
@@ -440,9 +429,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("transfusion doctor", description=__doc__, formatter_class=raw)
     parser.add_argument("model", help="a folder (an adapter's, too) or a repository of the Hub")
     parser.add_argument("data", nargs="?", help="parquet files (a pattern), a folder or a repository of the Hub")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", default="text")
+    for name, default in (("split", "train"), ("image_column", "image"), ("caption_column", "text")):
+        parser.add_argument(f"--{name}", default=default)
     parser.add_argument("--attn_implementation", help="default: the checkpoint's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no_overfit", action="store_true", help="do not train a copy on one batch")
@@ -450,13 +438,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--learning_rate", type=float, help="default: 0.8 / hidden size, at most 0.01")
     parser.add_argument("--batch_size", type=int, default=4)
     args = parser.parse_args(argv)
+    options = {"steps": args.steps, "learning_rate": args.learning_rate, "batch_size": args.batch_size}
     step = "model"
     try:
         model, processor = _load_model(args)
         step = "data"
         dataset = None if args.data is None else _load_data(args, processor.image_token)
         step = "arguments"
-        options = {"steps": args.steps, "learning_rate": args.learning_rate, "batch_size": args.batch_size}
         findings = diagnose(model, processor, dataset=dataset, overfit=not args.no_overfit, **options)
     except (ValueError, OSError, ImportError) as error:
         findings = [Finding("error", " ".join(str(error).split()), check=step)]
