@@ -5,10 +5,8 @@ import torch
 from transfusion_hf.diffusion_transfusion import (
     add_noise,
     content_seeds,
-    first_noise,
     make_noise_scheduler,
     make_sampling_scheduler,
-    model_input,
     predicted_x_0,
     prediction_targets,
     sample_noise,
@@ -167,9 +165,9 @@ def test_a_perfect_and_a_slightly_wrong_model_draw_the_right_mean_and_spread(pre
     scheduler = make_sampling_scheduler(noise_scheduler, name, steps, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     kwargs = sampling_step_kwargs(scheduler, generator)
-    x_t = first_noise(scheduler, torch.randn(50, 2, 16, 16, generator=generator))
+    x_t = torch.randn(50, 2, 16, 16, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
-        x_in = model_input(scheduler, x_t, t)
+        x_in = scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
         x_t = scheduler.step(
             best_prediction(noise_scheduler, prediction_type, x_in, float(t), error), t, x_t, **kwargs
         ).prev_sample

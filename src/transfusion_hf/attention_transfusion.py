@@ -13,6 +13,7 @@ of the other passes only the final output and lse: the kernel's own backward, ca
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -77,15 +78,6 @@ class VarlenPlan:
     block_ids: torch.Tensor | None = None
     document_ids: torch.Tensor | None = None
 
-    @property
-    def num_pairs(self) -> int:
-        """Pairs of query and key that are computed: those of the mask, no more and no fewer."""
-        return sum(
-            q * (q + 1) // 2 if one.is_causal else q * k
-            for one in self.passes
-            for q, k in zip(one.query_lengths, one.key_lengths, strict=True)
-        )
-
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "VarlenPlan":
         for one in self.passes:
             for name in ("query_index", "key_index", "cu_queries", "cu_keys"):
@@ -100,13 +92,7 @@ def _runs(labels: torch.Tensor) -> list[int]:
 
 
 @torch.compiler.disable
-def make_varlen_plan(
-    real: torch.Tensor,
-    seq: int,
-    block_ids: torch.LongTensor | None = None,
-    document_ids: torch.LongTensor | None = None,
-    device: torch.device | str = "cpu",
-) -> VarlenPlan:
+def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: Any = "cpu") -> VarlenPlan:
     """
     Cuts Transfusion's mask into passes.
 
@@ -174,43 +160,36 @@ class TorchCpuKernel:
         return None
 
     @staticmethod
-    def _pieces(one: VarlenPass, queries: tuple, keys: tuple):
-        """Cuts tensors of queries and of keys into `(segments, heads, length, dim)`, a shape of segments at a time."""
-        starts = [0, 0]
+    def _by_shape(function: Any, one: VarlenPass, queries: tuple, keys: tuple) -> list[torch.Tensor]:
+        """Calls a function with the segments of one shape at a time, `(segments, heads, length, dim)`."""
+        groups = queries[0].shape[1] // keys[0].shape[1]
+        if groups > 1:
+            keys = tuple(states.repeat_interleave(groups, dim=1) for states in keys)
+        starts, parts = [0, 0], []
         for lengths, group in groupby(zip(one.query_lengths, one.key_lengths, strict=True)):
             count, pieces = len(list(group)), []
             for i, tensors in enumerate((queries, keys)):
                 part = slice(starts[i], starts[i] + count * lengths[i])
                 pieces += [states[part].unflatten(0, (count, lengths[i])).transpose(1, 2) for states in tensors]
                 starts[i] = part.stop
-            yield pieces
+            parts.append([states.transpose(1, 2).flatten(0, 1) for states in function(*pieces)])
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     @classmethod
     def forward(cls, query, key, value, one: VarlenPass, scale: float):
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-        parts = []
-        for q, k, v in cls._pieces(one, (query,), (key, value)):
-            output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q, k, v, 0.0, one.is_causal, scale=scale
-            )
-            parts.append([states.transpose(1, 2).flatten(0, 1) for states in (output, lse)])
-        return *(torch.cat(part) for part in zip(*parts, strict=True)), None
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        options = {"dropout_p": 0.0, "is_causal": one.is_causal, "scale": scale}
+        return *cls._by_shape(partial(attend, **options), one, (query,), (key, value)), None
 
     @classmethod
     def backward(cls, grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-        parts = []
-        for g, q, o, n, k, v in cls._pieces(one, (grad, query, output, lse[..., None]), (key, value)):
-            grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                g, q, k, v, o, n[..., 0], 0.0, one.is_causal, scale=scale
-            )
-            parts.append([states.transpose(1, 2).flatten(0, 1) for states in grads])
-        grad_query, *grads = (torch.cat(part) for part in zip(*parts, strict=True))
-        if groups > 1:
+        def pull_back(g, q, o, n, k, v):
+            attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+            return attend_backward(g, q, k, v, o, n[..., 0], 0.0, one.is_causal, scale=scale)
+
+        states = (grad, query, output, lse[..., None])
+        grad_query, *grads = cls._by_shape(pull_back, one, states, (key, value))
+        if (groups := query.shape[1] // key.shape[1]) > 1:
             grads = [states.unflatten(1, (-1, groups)).sum(dim=2) for states in grads]
         return grad_query, *grads
 
@@ -316,8 +295,9 @@ def set_varlen_kernel(name: str) -> None:
 def _choose(device_type: str) -> Kernel | None:
     """The kernel of a device, chosen once; `None` where there is none."""
     if device_type not in _chosen:
-        here = (kernel for kernel in _KERNELS if kernel.device_type == device_type and not kernel.unavailable())
-        _chosen[device_type] = next(here, None)
+        _chosen[device_type] = next(
+            (k for k in _KERNELS if k.device_type == device_type and not k.unavailable()), None
+        )
     return _chosen[device_type]
 
 
@@ -352,7 +332,6 @@ class _VarlenAttention(torch.autograd.Function):
         ctx.kernel, ctx.plan, ctx.scale, ctx.states = _kernel_for(query), plan, scale, []
         dtype = torch.promote_types(query.dtype, torch.float32)
         output: Any = None
-        lse: Any = None
         for one in plan.passes:
             q, k = one.query_index, one.key_index
             part, part_lse, state = ctx.kernel.forward(_rows(query, q), _rows(key, k), _rows(value, k), one, scale)
@@ -392,15 +371,7 @@ class _VarlenAttention(torch.autograd.Function):
 
 @torch.compiler.disable
 def transfusion_varlen_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: Any,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    varlen_plan: VarlenPlan | None = None,
-    **kwargs: Any,
+    module, query, key, value, attention_mask, scaling=None, dropout=0.0, varlen_plan=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """
     The attention function registered as `"transfusion_varlen"`.
@@ -426,21 +397,20 @@ def transfusion_varlen_attention(
     if dropout:
         raise ValueError(f"`{VARLEN_ATTENTION}` has no dropout; got {dropout}. Set `attention_dropout` to 0.")
     batch, _, seq, dim = query.shape
-    num_queries, num_keys = batch * seq, batch * key.shape[2]
     if varlen_plan is None:
         raise ValueError(
             f"`{VARLEN_ATTENTION}` needs the plan that `TransfusionModel` makes; elsewhere, and for decoders whose "
             "layers do not hand it on (StableLM), use 'sdpa'."
         )
-    if (varlen_plan.num_queries, varlen_plan.num_keys) != (num_queries, num_keys):
+    sizes, planned = (batch * seq, batch * key.shape[2]), (varlen_plan.num_queries, varlen_plan.num_keys)
+    if sizes != planned:
         raise ValueError(
-            f"`varlen_plan` is for {varlen_plan.num_queries} queries and {varlen_plan.num_keys} keys, but there are "
-            f"{num_queries} and {num_keys}; make it from these `input_ids`."
+            "`varlen_plan` is for {} queries and {} keys, but there are {} and {}; make it from these "
+            "`input_ids`.".format(*planned, *sizes)
         )
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings leave queries and keys in float32, values are in the lower precision.
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (states.to(dtype) for states in (query, key, value))
+        query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     output = _VarlenAttention.apply(query, key, value, varlen_plan, dim**-0.5 if scaling is None else scaling)
     return output.unflatten(0, (batch, seq)), None

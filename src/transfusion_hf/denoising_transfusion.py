@@ -15,17 +15,17 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
 from .configuration_transfusion import TransfusionConfig
 from .diffusion_transfusion import (
+    at_least_float32,
     at_timestep,
-    first_noise,
     guide,
     make_sampling_scheduler,
-    model_input,
     predicted_x_0,
     sampling_step_kwargs,
 )
@@ -69,17 +69,13 @@ class DrawingArguments:
         """Raises `ValueError` for values out of range and for options that contradict each other."""
         start, end = self.guidance_start, self.guidance_end
         if not 0 <= start <= end <= 1:
-            raise ValueError(
-                "`guidance_start` and `guidance_end` must be fractions of the steps, 0 ≤ start ≤ end ≤ 1; got "
-                f"{start} and {end}."
-            )
+            raise ValueError(f"`guidance_start`, `guidance_end`: expected 0 ≤ start ≤ end ≤ 1; got {start} and {end}.")
         for name in ("init_image", "mask_image"):
             if getattr(self, name) is not None and self.generation_mode != "image":
                 raise ValueError(f"`{name}` belongs to one drawing of each row; pass `generation_mode='image'`.")
-        if self.init_image is None:
-            if self.mask_image is not None or self.strength != 1:
-                raise ValueError("`mask_image` and `strength` need an `init_image` to begin with.")
-        elif self.mask_image is None and self.strength == 1:
+        if self.init_image is None and (self.mask_image is not None or self.strength != 1):
+            raise ValueError("`mask_image` and `strength` need an `init_image` to begin with.")
+        if self.init_image is not None and self.mask_image is None and self.strength == 1:
             raise ValueError("`init_image` does nothing at a `strength` of 1; lower it, or pass a `mask_image`.")
         if not 0 < self.strength <= 1:
             raise ValueError(f"`strength` must lie above 0 and up to 1; got {self.strength}.")
@@ -105,28 +101,24 @@ class DrawingArguments:
                 raise ValueError(
                     f"`{name}` must be a number, or a list with one for each of {num_rows} rows; got {len(given)}."
                 )
+            unit = config.pixels_per_patch
             for side in given:
-                is_whole = isinstance(side, int) and side > 0 and side % config.pixels_per_patch == 0
-                if side is not None and not is_whole:
+                if side is not None and not (isinstance(side, int) and side > 0 and side % unit == 0):
                     raise ValueError(
-                        f"`{name}` must be a positive multiple of {config.pixels_per_patch} pixels (VAE factor × "
-                        f"patch size); got {side!r}."
+                        f"`{name}` must be a positive multiple of {unit} pixels (VAE factor × patch); got {side!r}."
                     )
             sides.append([default if side is None else side // config.vae_scale_factor for side in given])
         return list(zip(*sides, strict=True))
 
 
-_OF_A_CALL = {"generator", "callback_on_step_end", "init_image", "mask_image", "negative_prompt_ids"}
-_OF_A_CALL |= {"negative_prompt_attention_mask"}
 # What `generation_config.json` may hold.
-DRAWING_DEFAULTS = {field.name: field.default for field in fields(DrawingArguments) if field.name not in _OF_A_CALL}
+_NAMES = [field.name for field in fields(DrawingArguments)]
+DRAWING_DEFAULTS = {name: getattr(DrawingArguments, name) for name in _NAMES[: _NAMES.index("generator")]}
 
 
 def align(rows: Sequence[torch.LongTensor], pad_token_id: int) -> tuple[torch.LongTensor, torch.LongTensor]:
     """Rows of ids as `(rows, columns)`, padded at the left, and their attention mask."""
-    ids = torch.nn.utils.rnn.pad_sequence(
-        list(rows), batch_first=True, padding_value=pad_token_id, padding_side="left"
-    )
+    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_token_id, padding_side="left")
     lengths = torch.tensor([len(row) for row in rows], device=ids.device)
     mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths)[:, None]
     return ids, mask.long()
@@ -137,15 +129,24 @@ def positions_of(mask: torch.LongTensor) -> torch.LongTensor:
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def move_columns(states: torch.Tensor, ends: torch.LongTensor | int, length: int) -> torch.Tensor:
+def move_columns(states: Sequence[torch.Tensor], length: int, ends: torch.LongTensor | None = None) -> States:
     """
-    The `length` columns before `ends[row]` of each row of keys or values `(rows, heads, columns, dim)`. Columns that
-    would lie before the first repeat it; they are padding.
+    The `length` columns before `ends[row]`, by default the last, of each row of keys and values. Columns that would
+    lie before the first repeat it; they are padding.
     """
-    ends = torch.as_tensor(ends, device=states.device).expand(len(states))
-    columns = torch.arange(length, device=states.device) + (ends - length)[:, None]
+    keys, values = states
+    ends = torch.full((len(keys),), keys.shape[2]) if ends is None else ends
+    columns = torch.arange(length, device=keys.device) + (ends.to(keys.device) - length)[:, None]
     columns = columns.clamp(min=0)[:, None, :, None]
-    return states.gather(2, columns.expand(-1, states.shape[1], -1, states.shape[3]))
+    return tuple(part.gather(2, columns.expand(-1, part.shape[1], -1, part.shape[3])) for part in (keys, values))
+
+
+def read_prefixes(model: PreTrainedModel, ids, mask, latents: list[list[torch.Tensor]], cache: Cache) -> None:
+    """Reads what the cache does not hold yet, of ids and mask `(rows, columns)` and each row's further images."""
+    start, positions = cache.get_seq_length(), positions_of(mask)
+    images = [image for row in latents for image in row] or None
+    options = {"cache": cache, "use_cache": True, "logits_to_keep": 1}
+    model(ids[:, start:], latents=images, attention_mask=mask, position_ids=positions[:, start:], **options)
 
 
 @contextmanager
@@ -178,9 +179,8 @@ class DrawingLayer(CacheLayerMixin):
         self.prefix_length = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        rows, heads, _, dim = key_states.shape
-        self.keys = key_states.new_zeros(rows, heads, self.capacity, dim)
-        self.values = value_states.new_zeros(rows, heads, self.capacity, value_states.shape[-1])
+        new = (key_states, value_states)
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], self.capacity, x.shape[-1]) for x in new)
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> States:
@@ -235,28 +235,16 @@ class Prefixes:
 
     def read(self, model: PreTrainedModel) -> None:
         """Fills the cache of all rows, once, however many images are drawn."""
-        if self.cache is not None or not any(len(row) > 1 for row in self.ids):
+        if self.cache is not None or not self.must_be_read:
             return
         ids, mask = align([row[:-1] for row in self.ids], self.pad_token_id)
         mask[mask.sum(dim=-1) == 0, -1] = 1  # a row without prefix sees a pad here, which its drawing will not see
         self.cache = DynamicCache()
-        model(
-            ids,
-            latents=[image for row in self.latents for image in row] or None,
-            attention_mask=mask,
-            position_ids=positions_of(mask),
-            cache=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        read_prefixes(model, ids, mask, self.latents, self.cache)
 
 
 def guidance_prefixes(
-    config: TransfusionConfig,
-    arguments: DrawingArguments,
-    prompts: Prefixes,
-    sizes: list[tuple[int, int]],
-    bos_token_id: int | None,
+    config: TransfusionConfig, arguments: DrawingArguments, prompts: Prefixes, sizes: list, bos_token_id: int | None
 ) -> list[Prefixes]:
     """
     The further contexts of guidance, for all rows: the images of the prompt without its text, with an
@@ -298,9 +286,7 @@ def guidance_prefixes(
     return contexts
 
 
-def _negative_prompts(
-    config: TransfusionConfig, arguments: DrawingArguments, sizes: list[tuple[int, int]], boi: torch.LongTensor
-) -> list[torch.LongTensor] | None:
+def _negative_prompts(config: TransfusionConfig, arguments: DrawingArguments, sizes: list, boi) -> list | None:
     """The ids of each row's negative prompt, without `<BOI>`."""
     ids, mask, num_rows = arguments.negative_prompt_ids, arguments.negative_prompt_attention_mask, len(sizes)
     if ids is None:
@@ -343,6 +329,7 @@ def combine(predictions: list[torch.Tensor], arguments: DrawingArguments) -> tor
     return rescale_noise_cfg(guided, conditional, rescale) if rescale else guided
 
 
+@dataclass
 class Drawing:
     """
     The images of some rows, drawn together: every context of every row in one batch, the conditional ones first. The
@@ -358,21 +345,16 @@ class Drawing:
         compile_config (`CompileConfig`, *optional*): Compiles the steps behind the first.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        arguments: DrawingArguments,
-        contexts: list[Prefixes],
-        rows: list[int],
-        size: tuple[int, int],
-        use_cache: bool = True,
-        compile_config: CompileConfig | None = None,
-    ):
-        self.model = model
-        self.arguments = arguments
-        self.num_guidance = len(contexts) - 1
-        self.size = size
-        main = contexts[0]
+    model: PreTrainedModel
+    arguments: DrawingArguments
+    contexts: list[Prefixes]
+    rows: list[int]
+    size: tuple[int, int]
+    use_cache: bool = True
+    compile_config: CompileConfig | None = None
+
+    def __post_init__(self) -> None:
+        model, contexts, rows, main = self.model, self.contexts, self.rows, self.contexts[0]
         ids, mask = align([context.ids[row] for context in contexts for row in rows], main.pad_token_id)
         is_cached = main.num_cached > 0
         # Images that the first pass reads. Behind a cache, the contexts of guidance are in caches of their own.
@@ -380,43 +362,39 @@ class Drawing:
         self.latents += [[] if is_cached else context.latents[row] for context in contexts[1:] for row in rows]
         self.columns = ids.shape[1]
         self.num_cached = self.columns - 1 if is_cached else 0
-        num_patches = model.config.num_patches(*size)
+        num_patches = model.config.num_patches(*self.size)
         block = ids.new_full((len(ids), num_patches), model.config.image_token_id)
         self.ids = torch.cat([ids, block], dim=-1)
         self.mask = torch.cat([mask, torch.ones_like(block)], dim=-1)
         self.positions = positions_of(self.mask)
         self.cache: Cache | None = None
-        if use_cache:
+        if self.use_cache:
             self.cache = Cache(layer_class_to_replicate=partial(DrawingLayer, self.columns + num_patches))
         if is_cached:
-            self._copy_prefixes(contexts, rows)
+            self._copy_prefixes()
         self.num_steps = 0  # taken by `run`
         self._block_masks: dict[int, Any] = {}
         self._step_model = model.model
-        if compile_config is not None:
-            self._step_model = torch.compile(model.model, **compile_config.to_dict())
+        if self.compile_config is not None:
+            self._step_model = torch.compile(model.model, **self.compile_config.to_dict())
 
-    def _copy_prefixes(self, contexts: list[Prefixes], rows: list[int]) -> None:
-        main, index = contexts[0], torch.tensor(rows, device=self.ids.device)
+    def _copy_prefixes(self) -> None:
+        main, *others = self.contexts
         assert main.cache is not None and self.cache is not None
-        for context in contexts[1:]:
-            if not context.is_bos_alone:
-                context.read(self.model)
-        end = main.num_cached
-        lengths = torch.tensor([len(main.ids[row]) for row in rows], device=index.device)
+        for context in others:
+            context.read(self.model)
+        index, end = torch.tensor(self.rows, device=self.ids.device), main.num_cached
+        lengths = torch.tensor([len(main.ids[row]) for row in self.rows], device=index.device)
         first = (end + 1 - lengths).clamp(max=end - 1)  # column of each row's first token
         for number, layer in enumerate(main.cache.layers):
-            keys_and_values = [states[index] for states in (layer.keys, layer.values)]
-            parts = [[move_columns(states, end, self.num_cached) for states in keys_and_values]]
-            for context in contexts[1:]:
+            parts: list = [move_columns((layer.keys[index], layer.values[index]), self.num_cached)]
+            for context in others:
                 if context.is_bos_alone:
-                    row_numbers = torch.arange(len(rows), device=index.device)
-                    tokens = [states[row_numbers, :, first][:, :, None] for states in keys_and_values]
+                    tokens = [states[index, :, first][:, :, None] for states in (layer.keys, layer.values)]
                     parts.append([token.expand(-1, -1, self.num_cached, -1) for token in tokens])
                 elif context.cache is not None:
                     own = context.cache.layers[number]
-                    states = (own.keys[index], own.values[index])
-                    parts.append([move_columns(s, s.shape[2], self.num_cached) for s in states])
+                    parts.append(move_columns((own.keys[index], own.values[index]), self.num_cached))
                 else:
                     parts.append([torch.zeros_like(states) for states in parts[0]])
             self.cache.update(*(torch.cat(states) for states in zip(*parts, strict=True)), number)
@@ -428,13 +406,7 @@ class Drawing:
         for layer in self.cache.layers:
             layer.prefix_length = num_columns
 
-    def run(
-        self,
-        generators: torch.Generator | list[torch.Generator] | None,
-        known: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        streamer: Any = None,
-    ) -> torch.Tensor:
+    def run(self, generators, known=None, mask=None, streamer: Any = None) -> torch.Tensor:
         """
         From pure noise to x_0, float32 throughout.
 
@@ -447,14 +419,14 @@ class Drawing:
         Returns:
             `torch.FloatTensor` of shape `(rows, channels, height, width)`.
         """
-        arguments, num_contexts = self.arguments, 1 + self.num_guidance
+        arguments, num_contexts = self.arguments, len(self.contexts)
         scheduler = make_sampling_scheduler(
             self.model.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.ids.device
         )
         step_kwargs = sampling_step_kwargs(scheduler, generators)
-        shape = (len(self.ids) // num_contexts, self.model.config.latent_channels, *self.size)
+        shape = (len(self.rows), self.model.config.latent_channels, *self.size)
         noise = randn_tensor(shape, generator=generators, device=self.ids.device, dtype=torch.float32)
-        x_t, timesteps = first_noise(scheduler, noise), scheduler.timesteps
+        x_t, timesteps = noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
         if known is not None and (start := len(timesteps) - max(1, round(arguments.strength * len(timesteps)))):
             if hasattr(scheduler, "set_begin_index"):  # those that count their steps
                 scheduler.set_begin_index(start)
@@ -462,7 +434,8 @@ class Drawing:
             x_t = at_timestep(scheduler, known, noise, timesteps[0])
         self.num_steps = num_steps = len(timesteps)
         for i, t in enumerate(logging.tqdm(timesteps, desc="draw", leave=False, disable=not arguments.progress_bar)):
-            x_in = model_input(scheduler, x_t, t)
+            # Some schedulers keep x_t at another scale than the model was trained on.
+            x_in = scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
             is_guided = arguments.guidance_start <= i / num_steps < arguments.guidance_end
             predictions = list(self._predict(x_in, t, num_contexts if is_guided else 1).split(len(x_t)))
             prediction = predictions[0] if len(predictions) == 1 else combine(predictions, arguments)
@@ -490,25 +463,17 @@ class Drawing:
         if self.cache is not None and self.cache.get_seq_length() == self.columns:
             x_in = x_t.repeat(num_contexts, 1, 1, 1)
             (prediction,) = self._block_pass(self._step_model, x_in, t.expand(len(x_in)))
-            return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+            return at_least_float32(prediction)
         # The first pass reads all contexts, whether its step is guided or not: later steps may be.
         num_rows = len(self.ids) if self.cache is not None else len(x_t) * num_contexts
         x_in = x_t.repeat(num_rows // len(x_t), 1, 1, 1)
         images = [[*row, x] for row, x in zip(self.latents[:num_rows], x_in, strict=True)]
-        counts = torch.tensor([len(row) for row in images])
-        is_last = torch.zeros(int(counts.sum()), dtype=torch.bool)
-        is_last[counts.cumsum(0) - 1] = True
-        output = self.model(
-            self.ids[:num_rows, self.num_cached :],
-            latents=[image for row in images for image in row],
-            timesteps=torch.where(is_last.to(t.device), t, 0),
-            prediction_mask=is_last,
-            attention_mask=self.mask[:num_rows],
-            position_ids=self.positions[:num_rows, self.num_cached :],
-            cache=self.cache,
-            use_cache=self.cache is not None,
-            logits_to_keep=1,
-        )
+        is_last = torch.tensor([i + 1 == len(row) for row in images for i in range(len(row))])
+        new, options = (slice(num_rows), slice(self.num_cached, None)), {"cache": self.cache, "logits_to_keep": 1}
+        options |= {"attention_mask": self.mask[:num_rows], "position_ids": self.positions[new]}
+        options |= {"timesteps": torch.where(is_last.to(t.device), t, 0), "prediction_mask": is_last}
+        latents = [image for row in images for image in row]
+        output = self.model(self.ids[new], latents=latents, use_cache=self.cache is not None, **options)
         if self.cache is not None:
             self._keep(self.columns)
         return torch.stack(output.image_predictions[: len(x_t) * num_contexts])
@@ -519,26 +484,15 @@ class Drawing:
             config = self.model.config
             block = self.ids[:num_rows, self.columns :]
             block_ids = image_block_ids(block, config.image_token_id) if config.bidirectional_image_attention else None
-            self._block_masks[num_rows] = create_transfusion_mask(
-                config.text_config,
-                torch.empty(*block.shape, 0, dtype=self.model.dtype, device=block.device),
-                block_ids,
-                self.mask[:num_rows],
-                self.cache,
-                self.positions[:num_rows, self.columns :],
-            )
+            embeds = torch.empty(*block.shape, 0, dtype=self.model.dtype, device=block.device)
+            behind = (self.mask[:num_rows], self.cache, self.positions[:num_rows, self.columns :])
+            self._block_masks[num_rows] = create_transfusion_mask(config.text_config, embeds, block_ids, *behind)
         return self._block_masks[num_rows]
 
     def _block_pass(self, model: torch.nn.Module, x: torch.Tensor, timesteps: torch.Tensor | None) -> Any:
-        return model(
-            self.ids[: len(x), self.columns :],
-            latents=x,
-            timesteps=timesteps,
-            attention_mask=self._block_mask(len(x)),
-            position_ids=self.positions[: len(x), self.columns :],
-            cache=self.cache,
-            use_cache=True,
-        ).image_predictions
+        block, options = (slice(len(x)), slice(self.columns, None)), {"cache": self.cache, "use_cache": True}
+        options |= {"attention_mask": self._block_mask(len(x)), "position_ids": self.positions[block]}
+        return model(self.ids[block], latents=x, timesteps=timesteps, **options).image_predictions
 
     def read_back(self, x_0: torch.Tensor) -> list[States]:
         """

@@ -58,12 +58,7 @@ def make_noise_scheduler(config: TransfusionConfig) -> SchedulerMixin:
     )
 
 
-def make_sampling_scheduler(
-    noise_scheduler: SchedulerMixin,
-    scheduler: SchedulerMixin | str | None,
-    num_inference_steps: int,
-    device: torch.device,
-) -> SchedulerMixin:
+def make_sampling_scheduler(noise_scheduler, scheduler, num_inference_steps: int, device) -> SchedulerMixin:
     """
     A scheduler ready to sample, whose state is shared with nobody.
 
@@ -107,24 +102,20 @@ def _scheduler_of_name(noise_scheduler: SchedulerMixin, name: Any) -> Any:
     return scheduler_class.from_config(own, **changes)
 
 
-def _prediction_type(scheduler: Any) -> str | None:
-    # The config of diffusers' own flow matching names no type; that of multistep samplers does.
-    is_flow_only = type(scheduler).__name__.startswith("FlowMatch")
-    return "flow_prediction" if is_flow_only else scheduler.config.get("prediction_type")
-
-
 def _check_same_schedule(sampler: Any, noise_scheduler: SchedulerMixin) -> None:
     remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
     if not isinstance(sampler, SchedulerMixin):
         raise ValueError(
             f"`scheduler` must be a diffusers scheduler, its class name or `None`; got {sampler!r}; {remedy}."
         )
-    sampled, wanted = _prediction_type(sampler), _prediction_type(noise_scheduler)
+    pair = (sampler, noise_scheduler)
+    # The config of diffusers' own flow matching names no type; that of multistep samplers does.
+    names = ["flow_prediction" if type(s).__name__.startswith("FlowMatch") else None for s in pair]
+    sampled, wanted = (name or s.config.get("prediction_type") for name, s in zip(names, pair, strict=True))
     if sampled != wanted:
         raise ValueError(
             f"`scheduler` samples a model of prediction type {sampled!r}, this one predicts {wanted!r}; {remedy}."
         )
-    pair = (sampler, noise_scheduler)
     kinds = [(is_flow(s), s.config.get("num_train_timesteps")) for s in pair]
     bars = [torch.empty(0) if is_flow(s) else getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in pair]
     if kinds[0] != kinds[1] or bars[0].shape != bars[1].shape or not torch.allclose(*bars, atol=1e-6):
@@ -174,8 +165,7 @@ def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | Non
     if seeds is None:
         uniform = torch.rand(max_timesteps.shape, device=max_timesteps.device)
     else:
-        draws = [torch.rand((), generator=_generator(seed)) for seed in seeds]
-        uniform = torch.stack(draws).to(max_timesteps.device)
+        uniform = torch.stack([torch.rand((), generator=_generator(seed)) for seed in seeds]).to(max_timesteps.device)
     return (uniform * max_timesteps).long()
 
 
@@ -205,14 +195,13 @@ def sample_noise(stacks: Stacks, seeds: Sequence[int] | None = None) -> list[tor
 
 
 def add_noise(
-    noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.LongTensor
+    noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.Tensor
 ) -> list[torch.Tensor]:
     """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (Eq. 2); with flow matching on the straight line from x_0 to ε."""
     if is_flow(noise_scheduler):
         sigmas = _per_stack(timesteps / noise_scheduler.config.num_train_timesteps, x_0)
         return [x + s.to(x)[:, None, None, None] * (e - x) for x, e, s in zip(x_0, eps, sigmas, strict=True)]
-    parts = zip(x_0, eps, _per_stack(timesteps, x_0), strict=True)
-    return [noise_scheduler.add_noise(x, e, t) for x, e, t in parts]
+    return [noise_scheduler.add_noise(*part) for part in zip(x_0, eps, _per_stack(timesteps, x_0), strict=True)]
 
 
 def _per_stack(values: torch.Tensor, stacks: Stacks) -> tuple[torch.Tensor, ...]:
@@ -228,7 +217,7 @@ def prediction_targets(
     prediction_type = noise_scheduler.config.prediction_type
     if prediction_type == "v_prediction":
         parts = zip(x_0, eps, _per_stack(timesteps, x_0), strict=True)
-        return [noise_scheduler.get_velocity(x, e, t) for x, e, t in parts]
+        return [noise_scheduler.get_velocity(*part) for part in parts]
     return list(x_0 if prediction_type == "sample" else eps)
 
 
@@ -239,12 +228,7 @@ def chosen_rows(stacks: Stacks, mask: torch.BoolTensor) -> list[list[int]]:
 
 
 def noise_images(
-    noise_scheduler: SchedulerMixin,
-    x_0: Stacks,
-    timesteps: torch.LongTensor | None = None,
-    max_timesteps: torch.LongTensor | None = None,
-    image_loss_mask: torch.BoolTensor | None = None,
-    seeds: Sequence[int] | torch.LongTensor | None = None,
+    noise_scheduler: SchedulerMixin, x_0: Stacks, timesteps=None, max_timesteps=None, image_loss_mask=None, seeds=None
 ) -> tuple[list[torch.Tensor], torch.LongTensor, torch.BoolTensor | None, list[torch.Tensor]]:
     """
     The forward diffusion of a training step: draws t and ε, and noises the images in `image_loss_mask`.
@@ -311,12 +295,7 @@ def image_losses(predictions: Stacks, targets: Stacks) -> torch.Tensor:
     return torch.cat([(p - t).square().flatten(1).mean(1) for p, t in zip(predictions, targets, strict=True)])
 
 
-def mean_image_loss(
-    losses: torch.Tensor,
-    num_labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None = None,
-    num_images_in_batch: torch.Tensor | int | None = None,
-) -> torch.Tensor:
+def mean_image_loss(losses, num_labels, num_items_in_batch=None, num_images_in_batch=None) -> torch.Tensor:
     """
     L_DDPM as the mean over images, or this micro-batch's part of that of a batch.
 
@@ -338,15 +317,17 @@ def mean_image_loss(
     return losses.mean() * (num_labels / torch.as_tensor(num_items_in_batch).to(losses.device))
 
 
+def _logit_options(text_config: PreTrainedConfig) -> list[float | None]:
+    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    return [getattr(text_config, name, None) for name in names]
+
+
 def scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
     """What Cohere, Granite and Gemma do to their logits after the head."""
-    if (scale := getattr(text_config, "logit_scale", None)) is not None:
-        logits = logits * scale
-    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
-        logits = logits / divisor
-    if (cap := getattr(text_config, "final_logit_softcapping", None)) is not None:
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    scale, divisor, cap = _logit_options(text_config)
+    logits = logits if scale is None else logits * scale
+    logits = logits if divisor is None else logits / divisor
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 class _CrossEntropyInPlace(torch.autograd.Function):
@@ -389,19 +370,15 @@ def sum_cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Ten
     return _CrossEntropyInPlace.apply(at_least_float32(logits), targets)
 
 
-def sum_cross_entropy_by_liger(
-    hidden_states: torch.Tensor, head: nn.Linear, targets: torch.Tensor, text_config: PreTrainedConfig
-) -> torch.Tensor:
+def sum_cross_entropy_by_liger(hidden_states, head: nn.Linear, targets, text_config) -> torch.Tensor:
     """Fused LM head and cross-entropy (Liger): [`sum_cross_entropy_`] of the head's logits, of which it keeps none."""
     try:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
     except ImportError as error:
         raise ImportError("`use_liger_loss` needs Liger; `pip install liger-kernel`.") from error
-    cap = getattr(text_config, "final_logit_softcapping", None)
-    scale = getattr(text_config, "logit_scale", None) or 1.0
-    scale = scale / (getattr(text_config, "logits_scaling", None) or 1.0)
-    if scale != 1.0:  # no such family has a head with bias
-        hidden_states = hidden_states * scale
+    scale, divisor, cap = _logit_options(text_config)
+    if (factor := (scale or 1.0) / (divisor or 1.0)) != 1.0:  # no such family has a head with bias
+        hidden_states = hidden_states * factor
     loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", softcap=cap)
     return loss(head.weight, hidden_states, targets, head.bias)
 
@@ -409,16 +386,6 @@ def sum_cross_entropy_by_liger(
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale: float) -> torch.Tensor:
     """Classifier-free guidance: the unconditional prediction moved `guidance_scale` times towards the conditional."""
     return unconditional + guidance_scale * (conditional - unconditional)
-
-
-def first_noise(scheduler: SchedulerMixin, noise: torch.Tensor) -> torch.Tensor:
-    """Standard normal noise at the scale at which the scheduler begins."""
-    return noise * getattr(scheduler, "init_noise_sigma", 1.0)
-
-
-def model_input(scheduler: SchedulerMixin, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """x_t as the model was trained on it; some schedulers keep it at another scale."""
-    return scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
 
 
 def at_timestep(scheduler: SchedulerMixin, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -434,6 +401,5 @@ def sampling_step_kwargs(scheduler: SchedulerMixin, generator: Any) -> dict[str,
     What to pass to `scheduler.step` beside ε, t and x_t, as far as it takes it. Where x_0 is clipped, ε must follow
     from the clipped x_0: DDIM otherwise moves along an ε that contradicts it, and with guidance ends in noise.
     """
-    accepted = inspect.signature(scheduler.step).parameters
     kwargs = {"generator": generator, "use_clipped_model_output": True}
-    return {name: value for name, value in kwargs.items() if name in accepted}
+    return {name: kwargs[name] for name in inspect.signature(scheduler.step).parameters if name in kwargs}

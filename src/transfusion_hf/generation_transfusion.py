@@ -12,11 +12,11 @@ token but the last, in the cache. Time runs from t = T − 1, noise, down to t =
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, generation
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerationMode, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
@@ -34,10 +34,11 @@ from .denoising_transfusion import (
     guidance_prefixes,
     move_columns,
     positions_of,
+    read_prefixes,
     undone_on_error,
 )
 from .diffusion_transfusion import make_sampling_scheduler
-from .masking_transfusion import image_block_ids
+from .masking_transfusion import check_num_images, image_block_ids
 from .patching_transfusion import stack_images
 
 logger = logging.get_logger(__name__)
@@ -161,8 +162,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             )
         # Placeholders and <EOI> are appended by the decoder, never sampled (§3).
         never = [self.config.image_token_id, self.config.image_end_token_id]
-        if arguments.generation_mode == "text":
-            never.append(self.config.image_start_token_id)
+        never += [self.config.image_start_token_id] if arguments.generation_mode == "text" else []
         logits_processor = LogitsProcessorList([*(logits_processor or []), _Never(never)])
         kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         with undone_on_error(kwargs.get("cache")):
@@ -196,14 +196,7 @@ class TransfusionGenerationMixin(GenerationMixin):
                 kwargs[name] = [image for row in rows for _ in range(expand_size) for image in row]
         return len(input_ids) * expand_size
 
-    def _generate_interleaved(
-        self,
-        inputs: torch.LongTensor | None,
-        settings: GenerationConfig,
-        arguments: DrawingArguments,
-        sizes: list[tuple[int, int]],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def _generate_interleaved(self, inputs, settings: GenerationConfig, arguments: DrawingArguments, sizes, kwargs):
         _check_drawing(settings, arguments)
         # Before anything is read, and though perhaps nothing will be drawn.
         make_sampling_scheduler(self.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.device)
@@ -247,11 +240,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         """The images of each row, told by its image blocks."""
         images = [image for stack in stack_images(images) for image in stack]
         counts = (image_block_ids(input_ids, self.config.image_token_id).amax(dim=-1) + 1).tolist()
-        if sum(counts) != len(images):
-            raise ValueError(
-                f"`pixel_values` or `latents` hold {len(images)} images but `input_ids` has {sum(counts)} image "
-                "blocks; pass one image per block."
-            )
+        check_num_images(len(images), sum(counts))
         iterator = iter(images)
         return [[next(iterator) for _ in range(count)] for count in counts]
 
@@ -332,8 +321,7 @@ class _Rows:
 
     def __init__(self, batch_size: int, device: torch.device):
         self.num_new = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.parked = torch.zeros(batch_size, dtype=torch.bool, device=device)
-        self.finished = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        self.parked, self.finished = self.num_new > 0, self.num_new > 0
 
     @property
     def running(self) -> torch.BoolTensor:
@@ -421,13 +409,12 @@ class _Decoder:
         self.pad_token_id = int(self.generation_config._pad_token_tensor)
 
         mask = model_kwargs.pop("attention_mask", None)
-        mask = torch.ones_like(input_ids) if mask is None else mask
+        self.mask = mask = torch.ones_like(input_ids) if mask is None else mask
         if mask.shape != input_ids.shape or (mask[:, :-1] > mask[:, 1:]).any() or not mask[:, -1].all():
             raise ValueError(
                 "`attention_mask` must have the shape of `input_ids` and be 0 at left padding only; use "
                 "`padding_side='left'`."
             )
-        self.mask = mask
         self.ids = [row[row_mask.bool()] for row, row_mask in zip(input_ids, mask, strict=True)]
         self.rows = _Rows(batch_size, self.device)
 
@@ -486,10 +473,9 @@ class _Decoder:
         is_image_mode = self.arguments.generation_mode == "image"
         num_uncached = self._park_prompts(is_image_mode)
         bos = self.generation_config._bos_token_tensor
-        everything = Prefixes(list(self.ids), [list(row) for row in self.latents], self.pad_token_id)
-        guidance = guidance_prefixes(
-            self.config, self.arguments, everything, self.sizes, None if bos is None else int(bos)
-        )
+        prompts = Prefixes(list(self.ids), [list(row) for row in self.latents], self.pad_token_id)
+        bos_token_id = None if bos is None else int(bos)
+        guidance = guidance_prefixes(self.config, self.arguments, prompts, self.sizes, bos_token_id)
         # Prefixes are read before the first drawing where it cannot keep them for the next one: images of several
         # sizes are drawn in turn, and what a first drawing reads of guidance's contexts is gone after it.
         is_needed = len(set(self.sizes)) > 1 or (not is_image_mode and any(one.must_be_read for one in guidance))
@@ -507,7 +493,7 @@ class _Decoder:
         if self.streamer is not None:
             self.streamer.end()
         new = [row[len(row) - n :] for row, n in zip(self.ids, self.rows.num_new.tolist(), strict=True)]
-        new = torch.nn.utils.rnn.pad_sequence(new, batch_first=True, padding_value=self.pad_token_id)
+        new = pad_sequence(new, batch_first=True, padding_value=self.pad_token_id)
         return TransfusionGenerateOutput(
             sequences=torch.cat([self.prompts, new], dim=-1),
             images=self.images,
@@ -547,15 +533,16 @@ class _Decoder:
         if min_new_tokens > 0 and eos is not None:
             processors.append(_Never(eos.tolist(), lambda: rows.num_new < min_new_tokens))
         if (most := arguments.max_images) is not None:
-            processors.append(_Never([self.config.image_start_token_id], partial(self._have_drawn, most)))
+
+            def have_drawn():
+                return torch.tensor([len(row) >= most for row in self.images], device=self.device)
+
+            processors.append(_Never([self.config.image_start_token_id], have_drawn))
         if arguments.generator is not None and self.generation_config.do_sample:
             processors.append(_SampleWithGenerator(arguments.generator, rows))
         criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, generation.MaxLengthCriteria))
         end = _EndOfText(criteria, rows, self.config.image_start_token_id, self.max_new_tokens)
         return processors, StoppingCriteriaList([end])
-
-    def _have_drawn(self, count: int) -> torch.BoolTensor:
-        return torch.tensor([len(row) >= count for row in self.images], device=self.device)
 
     def _append(self, row: int, new: torch.LongTensor) -> None:
         self.ids[row] = torch.cat([self.ids[row], new])
@@ -569,30 +556,23 @@ class _Decoder:
         columns = ids.shape[1]
         before = self.rows.num_new.clone()
         # Its own copy: it returns the ids alone, and the library looks up how long a mask of ones would be.
-        generation_config = copy.copy(self.generation_config)
-        generation_config.return_dict_in_generate = False
-        generation_config._mask_length = columns
-        model_kwargs = {
-            **self.model_kwargs,
-            "attention_mask": None if mask.all() else mask,
-            "position_ids": positions_of(mask),
-            "cache": self.cache,
-        }
+        config = copy.copy(self.generation_config)
+        config.return_dict_in_generate, config._mask_length = False, columns
+        model_kwargs = {**self.model_kwargs, "position_ids": positions_of(mask), "cache": self.cache}
+        model_kwargs["attention_mask"] = None if mask.all() else mask
         if any(self.latents):
             model_kwargs["latents"] = [image for row in self.latents for image in row]
         # The end of a stretch of text is not that of the generation.
         streamer = None if self.streamer is None else SimpleNamespace(put=self.streamer.put, end=lambda: None)
         sequences = GenerationMixin._sample(
-            self.model, ids, logits_processor, criteria, generation_config, streamer=streamer, **model_kwargs
+            self.model, ids, logits_processor, criteria, config, streamer=streamer, **model_kwargs
         )
-        taken = (self.rows.num_new - before).tolist()
-        self.ids = [
-            torch.cat([row, new[columns : columns + n]])
-            for row, new, n in zip(self.ids, sequences, taken, strict=True)
-        ]
+        ends = columns + self.rows.num_new - before
+        for row, end in enumerate(ends.tolist()):
+            self.ids[row] = torch.cat([self.ids[row], sequences[row, columns:end]])
         if self.cache is not None:
             self.latents = [[] for _ in self.ids]
-            self._align_cache(columns + self.rows.num_new - before - 1)  # a row's last token counts as not yet cached
+            self._align_cache(ends - 1)  # a row's last token counts as not yet cached
         for row in self.rows.parked.nonzero()[:, 0].tolist():
             if (shortage := self._shortage(row)) is not None:
                 self.rows.parked[row], self.rows.finished[row] = False, True
@@ -610,12 +590,11 @@ class _Decoder:
             return f"`max_position_embeddings` leaves {num_positions - len(self.ids[row])} positions, and {image}"
         return None
 
-    def _align_cache(self, ends: torch.LongTensor | int) -> None:
+    def _align_cache(self, ends: torch.LongTensor) -> None:
         length = max(len(row) for row in self.ids) - 1
         assert self.cache is not None
         for layer in self.cache.layers:
-            layer.keys = move_columns(layer.keys, ends, length)
-            layer.values = move_columns(layer.values, ends, length)
+            layer.keys, layer.values = move_columns((layer.keys, layer.values), length, ends)
 
     def _adopt_cache(self, num_uncached: torch.LongTensor) -> None:
         """Reads what of the prompts a cache handed in does not hold yet, and aligns it with the rows."""
@@ -630,15 +609,7 @@ class _Decoder:
                 "`input_ids` begins with columns that are padding in every row, which `cache` may or may not hold; "
                 "drop those columns."
             )
-        self.model(
-            self.prompts[:, num_cached:],
-            latents=[image for row in self.latents for image in row] or None,
-            attention_mask=self.mask,
-            position_ids=positions_of(self.mask)[:, num_cached:],
-            cache=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        read_prefixes(self.model, self.prompts, self.mask, self.latents, self.cache)
         self.latents = [[] for _ in self.ids]
         self._align_cache(self.prompt_length - num_uncached)
 
@@ -673,20 +644,19 @@ class _Decoder:
 
     def _commit(self, rows: list[int], drawn: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Puts the keys and values of the rows drawn, images included, into the cache, every row aligned."""
-        length, num_cached, all_rows = max(len(row) for row in self.ids) - 1, self.num_cached, len(self.ids)
+        length, all_rows, has_prefixes = max(len(row) for row in self.ids) - 1, len(self.ids), self.num_cached > 0
         assert self.cache is not None
         for number, states in enumerate(drawn):
-            moved = [move_columns(part, part.shape[2], length) for part in states]
+            drawn_part = moved = move_columns(states, length)
+            layer: Any = self.cache.layers[number] if number < len(self.cache.layers) else None
             if len(rows) < all_rows:
-                if num_cached:
-                    layer = self.cache.layers[number]
-                    merged = [move_columns(part, num_cached, length) for part in (layer.keys, layer.values)]
-                else:  # prefixes of no token but <BOI>
-                    merged = [part.new_zeros(all_rows, *part.shape[1:]) for part in moved]
-                for target, source in zip(merged, moved, strict=True):
+                if has_prefixes:
+                    moved = move_columns((layer.keys, layer.values), length)
+                else:  # none of any token but <BOI>
+                    moved = tuple(part.new_zeros(all_rows, *part.shape[1:]) for part in moved)
+                for target, source in zip(moved, drawn_part, strict=True):
                     target[rows] = source
-                moved = merged
-            if number < len(self.cache.layers):
-                self.cache.layers[number].keys, self.cache.layers[number].values = moved
-            else:
+            if layer is None:
                 self.cache.update(*moved, number)
+            else:
+                layer.keys, layer.values = moved

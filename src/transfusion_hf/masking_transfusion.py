@@ -6,7 +6,6 @@ patches of one image. The only file that follows transformers' mask API.
 from typing import Any
 
 import torch
-from transformers import Cache, PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
 
 from .attention_transfusion import VARLEN_ATTENTION, VarlenPlan, make_varlen_plan
@@ -60,11 +59,18 @@ def image_block_lengths(block_ids: torch.LongTensor) -> list[int]:
     return torch.bincount(flat).tolist()
 
 
-def check_image_blocks(
-    stacks: list[torch.Tensor] | None, block_ids: torch.LongTensor | None, config: TransfusionConfig
-) -> None:
+def check_num_images(num_images: int, num_blocks: int) -> None:
+    if num_images != num_blocks:
+        raise ValueError(
+            f"`pixel_values` or `latents` hold {num_images} images but `input_ids` has {num_blocks} image blocks; "
+            "pass one image per block."
+        )
+
+
+def check_image_blocks(stacks: list[torch.Tensor] | None, block_ids: Any, config: TransfusionConfig) -> int:
     """
-    Images and blocks must be equal in number and length, or the placeholders would be filled wrongly.
+    Images and blocks must be equal in number and length, or the placeholders would be filled wrongly. Returns their
+    number.
 
     Args:
         stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`, *optional*): The latents.
@@ -79,7 +85,7 @@ def check_image_blocks(
                 f"`input_ids` has {len(image_block_lengths(block_ids))} image blocks but no images were passed; pass "
                 "`pixel_values` or `latents`, one image per block."
             )
-        return
+        return 0
     if block_ids is None:
         raise ValueError("`inputs_embeds` holds text only; pass images together with `input_ids`.")
     num_patches = []
@@ -93,26 +99,17 @@ def check_image_blocks(
         if not torch.isfinite(stack).all():
             raise ValueError("`pixel_values` or `latents` hold NaN or infinite values; expected finite numbers.")
     block_lengths = image_block_lengths(block_ids)
-    if len(num_patches) != len(block_lengths):
-        raise ValueError(
-            f"`pixel_values` or `latents` hold {len(num_patches)} images but `input_ids` has {len(block_lengths)} "
-            "image blocks; pass one image per block."
-        )
+    check_num_images(len(num_patches), len(block_lengths))
     if num_patches != block_lengths:
         raise ValueError(
             f"`input_ids` has image blocks of {block_lengths} patches but the images have {num_patches}; an image "
             "needs one placeholder per patch, in one uninterrupted run."
         )
+    return len(num_patches)
 
 
 def create_transfusion_mask(
-    text_config: PreTrainedConfig,
-    inputs_embeds: torch.Tensor,
-    block_ids: torch.LongTensor | None,
-    attention_mask: torch.Tensor | None,
-    cache: Cache | None,
-    position_ids: torch.LongTensor | None,
-    varlen_plan: VarlenPlan | None = None,
+    text_config, inputs_embeds, block_ids, attention_mask, cache, position_ids, varlen_plan: VarlenPlan | None = None
 ) -> Any:
     """
     The mask for the new positions, in whatever form the decoder and its attention implementation want.
@@ -135,15 +132,16 @@ def create_transfusion_mask(
     Raises:
         ValueError: the decoder runs on a stock flash implementation; `varlen_plan` was made for another batch.
     """
-    check_attn_implementation(text_config._attn_implementation)
+    attn_implementation = text_config._attn_implementation
+    check_attn_implementation(attn_implementation)
     batch, seq = inputs_embeds.shape[:2]
     if varlen_plan is not None:
         if attention_mask is not None or cache is not None:
             raise ValueError("`varlen_plan` excludes `attention_mask` and `cache`; pass one of them.")
         if not torch.compiler.is_compiling():
-            _check_varlen_plan(varlen_plan, text_config, (batch, seq), block_ids, position_ids)
+            _check_varlen_plan(varlen_plan, attn_implementation, (batch, seq), block_ids, position_ids)
         return varlen_plan.to(inputs_embeds.device)
-    if text_config._attn_implementation == VARLEN_ATTENTION:
+    if attn_implementation == VARLEN_ATTENTION:
         is_packed = attention_mask is None and cache is None
         document_ids = _document_ids(position_ids, batch, seq) if is_packed else None
         if attention_mask is None:
@@ -176,18 +174,12 @@ def _document_ids(position_ids: torch.LongTensor | None, batch: int, seq: int) -
     return None if position_ids is None else find_packed_sequence_indices(position_ids.expand(batch, seq))
 
 
-def _check_varlen_plan(
-    plan: VarlenPlan,
-    text_config: PreTrainedConfig,
-    shape: tuple[int, int],
-    block_ids: torch.LongTensor | None,
-    position_ids: torch.LongTensor | None,
-) -> None:
+def _check_varlen_plan(plan: VarlenPlan, attn_implementation: str | None, shape, block_ids, position_ids) -> None:
     """One device synchronisation."""
-    if text_config._attn_implementation != VARLEN_ATTENTION:
+    if attn_implementation != VARLEN_ATTENTION:
         raise ValueError(
             f"`varlen_plan` is for `attn_implementation='{VARLEN_ATTENTION}'`; this model runs on "
-            f"{text_config._attn_implementation!r}. Have the collator make none, or set that implementation."
+            f"{attn_implementation!r}. Have the collator make none, or set that implementation."
         )
     for what, own, other, default in (
         ("images", plan.block_ids, block_ids, -1),

@@ -235,12 +235,6 @@ class TransfusionModel(TransfusionPreTrainedModel):
         self.patch_decoder = (TransfusionUNetPatchDecoder if is_unet else TransfusionLinearPatchDecoder)(config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
-
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
@@ -294,7 +288,14 @@ class TransfusionModel(TransfusionPreTrainedModel):
         block_ids: Any = None if input_ids is None else image_block_ids(input_ids, self.config.image_token_id)
         # Under a prepared mask, in a step of generation, there is nothing left to check.
         if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
-            self._check_images(stacks, block_ids, timesteps, prediction_mask)
+            count, last = check_image_blocks(stacks, block_ids, self.config), self.config.num_train_timesteps - 1
+            if count and prediction_mask is not None and (timesteps is None or len(prediction_mask) != count):
+                raise ValueError(
+                    f"`prediction_mask` must hold one value for each of {count} images, together with `timesteps`; "
+                    f"got {len(prediction_mask)}."
+                )
+            if count and timesteps is not None:
+                check_timesteps(timesteps, count, last + self.config.first_timestep)
 
         # Before the embedding of the text, where `_encode_blank` is too: FSDP2 wants one order in all processes.
         patches = None if stacks is None else self._encode(stacks, timesteps, block_ids >= 0)
@@ -311,8 +312,13 @@ class TransfusionModel(TransfusionPreTrainedModel):
             )
         if isinstance(attention_mask, VarlenPlan):
             kwargs["varlen_plan"], attention_mask = attention_mask, None
-        if (router := self._modality_router(hidden_states, patches)) is not None:
-            kwargs["modality_router"] = router
+        # Text alone runs as if there were no image weights, except that in training these get a gradient of 0: another
+        # process may have images.
+        is_learning = self.training and torch.is_grad_enabled()
+        if self.config.untied_modalities and (patches is not None or is_learning):
+            where = (None, 0) if patches is None else (patches.is_patch, sum(patches.lengths))
+            family = self.config.text_config.model_type
+            kwargs["modality_router"] = ModalityRouter(family, hidden_states.shape[:2], *where)
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
         kwargs |= {"position_ids": position_ids, "cache": cache, "use_cache": use_cache}
@@ -334,28 +340,6 @@ class TransfusionModel(TransfusionPreTrainedModel):
             grids = [sincos_positions(height // side, width // side, hidden_size) for height, width in sizes]
             states = [state + grid.to(state) for state, grid in zip(states, grids, strict=True)]
         return _Patches(states, sizes, skips, is_patch)
-
-    def _modality_router(self, hidden_states: torch.Tensor, patches: _Patches | None) -> ModalityRouter | None:
-        # Text alone runs as if there were no image weights, except that in training these get a gradient of 0: another
-        # process may have images.
-        is_needed = patches is not None or (self.training and torch.is_grad_enabled())
-        if not self.config.untied_modalities or not is_needed:
-            return None
-        where = (None, 0) if patches is None else (patches.is_patch, sum(patches.lengths))
-        return ModalityRouter(self.config.text_config.model_type, hidden_states.shape[:2], *where)
-
-    def _check_images(self, stacks: Any, block_ids: Any, timesteps: Any, prediction_mask: Any) -> None:
-        check_image_blocks(stacks, block_ids, self.config)
-        if stacks is None:
-            return
-        num_images = sum(len(stack) for stack in stacks)
-        if prediction_mask is not None and (timesteps is None or len(prediction_mask) != num_images):
-            raise ValueError(
-                f"`prediction_mask` must hold one value for each of {num_images} images, together with `timesteps`; "
-                f"got {len(prediction_mask)}."
-            )
-        if timesteps is not None:
-            check_timesteps(timesteps, num_images, self.config.num_train_timesteps - 1 + self.config.first_timestep)
 
 
 class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, TransfusionGenerationMixin):
@@ -557,32 +541,24 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         num_labels = None if labels is None else (labels[:, 1:] != -100).sum()
         num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         logits, lm_loss = self._predict_text(outputs.last_hidden_state, labels, num_items, logits_to_keep, skip_logits)
-        loss, losses, noised_timesteps = None, None, None
+        own: dict[str, Any] = {"logits": logits, "lm_loss": lm_loss}
         diffusion_loss: Any = None
         if targets:
             losses = image_losses(predictions, targets)
             assert timesteps is not None
-            noised_timesteps = timesteps if prediction_mask is None else timesteps[prediction_mask]
+            own["image_losses"] = losses.detach()
+            own["image_timesteps"] = timesteps if prediction_mask is None else timesteps[prediction_mask]
             diffusion_loss = mean_image_loss(losses, num_labels, num_items_in_batch, num_images_in_batch)
         elif labels is not None:
             # Without images to learn from, each image part still gets a gradient of 0, and in its turn: without it, or
             # in another order than in other processes, DDP, FSDP2 and ZeRO-3 would wait for it.
             diffusion_loss, predictions = 0.0 * predictions[0].sum(), None
         if labels is not None:
-            loss = lm_loss + self.config.diffusion_loss_weight * diffusion_loss
-
-        return TransfusionCausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            lm_loss=lm_loss,
-            diffusion_loss=diffusion_loss,
-            image_predictions=None if predictions is None else [image for stack in predictions for image in stack],
-            image_losses=None if losses is None else losses.detach(),
-            image_timesteps=noised_timesteps,
-        )
+            own["loss"] = lm_loss + self.config.diffusion_loss_weight * diffusion_loss
+        if predictions is not None:
+            own["image_predictions"] = [image for stack in predictions for image in stack]
+        own |= {name: getattr(outputs, name) for name in ("cache", "hidden_states", "attentions")}
+        return TransfusionCausalLMOutputWithPast(diffusion_loss=diffusion_loss, **own)
 
     def _latents_of(self, pixel_values: Any, latents: Any) -> list[torch.Tensor] | None:
         if pixel_values is not None and latents is not None:
@@ -598,14 +574,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         hidden_states, skips = self.model.patch_encoder([stack], stack.new_zeros(1))
         return hidden_states, [(side, side)], skips
 
-    def _predict_text(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor | None,
-        num_items: torch.Tensor | None,
-        logits_to_keep: int | torch.Tensor,
-        skip_logits: bool | None,
-    ) -> tuple[Any, Any]:
+    def _predict_text(self, hidden_states, labels, num_items, logits_to_keep, skip_logits) -> tuple[Any, Any]:
         """The logits (`None` with `skip_logits`) and L_LM (Eq. 1; `None` without `labels`)."""
         text_config, targets = self.config.text_config, None
         if num_items is not None:
