@@ -499,8 +499,7 @@ class Drawing:
         Reads the finished images at t = 0.
 
         Returns:
-            `list[tuple[torch.Tensor, torch.Tensor]]`: keys and values of each layer, of the conditional context of
-            each row and its image, pads at the left.
+            Keys and values of each layer, of the conditional context of each row and its image, pads at the left.
         """
         assert self.cache is not None
         self._block_pass(self.model.model, x_0, None)

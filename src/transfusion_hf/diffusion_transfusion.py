@@ -156,11 +156,8 @@ def content_seeds(stacks: Stacks) -> list[int]:
 
 def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | None = None) -> torch.LongTensor:
     """
-    Draws one t per image, uniform in 0 … `max_timesteps` − 1 (§4.3.4: 500 for images before their caption).
-
-    Args:
-        max_timesteps (`torch.LongTensor` of shape `(num_images,)`)
-        seeds (`list[int]`, *optional*): One per image; otherwise torch's global generator decides.
+    Draws t uniform in 0 … `max_timesteps` − 1 (§4.3.4: 500 for images before their caption), both of shape
+    `(num_images,)`, from a seed for each or by torch's global generator.
     """
     if seeds is None:
         uniform = torch.rand(max_timesteps.shape, device=max_timesteps.device)
@@ -178,12 +175,7 @@ def check_timesteps(timesteps: torch.Tensor, num_images: int, last: int) -> None
 
 
 def sample_noise(stacks: Stacks, seeds: Sequence[int] | None = None) -> list[torch.Tensor]:
-    """
-    Draws ε ~ N(0, 1) for each image, in its shape, dtype and on its device.
-
-    Args:
-        seeds (`list[int]`, *optional*): One per image; otherwise torch's global generator decides.
-    """
+    """Draws ε ~ N(0, 1) in the images' shapes, from a seed for each or by torch's global generator."""
     if seeds is None:
         return [torch.randn_like(stack) for stack in stacks]
     # Drawn on the CPU, so that a seed means the same on every device; the offset keeps ε apart from the draw of t.

@@ -13,15 +13,7 @@ from .configuration_transfusion import TransfusionConfig
 
 
 def check_attn_implementation(attn_implementation: str | dict | None) -> None:
-    """
-    Refuses the attention implementations that would silently lose the image blocks.
-
-    Args:
-        attn_implementation (`str` or `dict`, *optional*): A dict holds those of the sub-configs.
-
-    Raises:
-        ValueError: a stock flash implementation.
-    """
+    """Raises `ValueError` for a stock flash implementation, alone or in a dict of those of the sub-configs."""
     if isinstance(attn_implementation, dict):
         for value in attn_implementation.values():
             check_attn_implementation(value)
@@ -36,10 +28,6 @@ def check_attn_implementation(attn_implementation: str | dict | None) -> None:
 def image_block_ids(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
     """
     Numbers the images of each row: a run of placeholders is one image; `<BOI>` and `<EOI>` keep neighbours apart.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, seq)`)
-        image_token_id (`int`): Id of the placeholder.
 
     Returns:
         `torch.LongTensor` of shape `(batch, seq)`: 0, 1, … at the patches of a row's images in turn, −1 at text.
@@ -157,12 +145,8 @@ def create_transfusion_mask(
 
 def make_packed_plan(input_ids: torch.LongTensor, position_ids: torch.LongTensor, image_token_id: int) -> VarlenPlan:
     """
-    The plan of packed rows, for `varlen_plan` of `TransfusionModel.forward`.
-
-    Args:
-        input_ids (`torch.LongTensor` of shape `(batch, seq)`): Padding counts as a document.
-        position_ids (`torch.LongTensor` of shape `(batch, seq)`): They restart at each document.
-        image_token_id (`int`): Id of the placeholder.
+    The plan of packed rows, for `varlen_plan` of `TransfusionModel.forward`. Ids and positions have shape
+    `(batch, seq)`; positions restart at each document, and padding counts as one.
     """
     block_ids = image_block_ids(input_ids, image_token_id)
     document_ids = _document_ids(position_ids, *input_ids.shape)

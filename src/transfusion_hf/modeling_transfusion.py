@@ -205,9 +205,7 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     def copy_text_weights_(self) -> None:
         """
         Makes the image weights of `untied_modalities` copies of the text's, for a language model that was loaded.
-
-        Raises:
-            ValueError: the model has none.
+        Raises `ValueError` if the model has none.
         """
         if not self.config.untied_modalities:
             raise ValueError("There are no image weights to copy to: `untied_modalities` of the config is empty.")
@@ -379,10 +377,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
 
     @property
     def noise_scheduler(self) -> SchedulerMixin:
-        """
-        The scheduler of the training: a `DDPMScheduler`, or for flow matching a `FlowMatchEulerDiscreteScheduler`.
-        Other samplers are made from its config: `DDIMScheduler.from_config(model.noise_scheduler.config)`.
-        """
+        """That of the training. Other samplers come from its config: `DDIMScheduler.from_config(scheduler.config)`."""
         if self._noise_scheduler is None:  # not in __init__, which `from_pretrained` runs on the meta device
             self._noise_scheduler = make_noise_scheduler(self.config)
         return self._noise_scheduler
@@ -473,8 +468,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         With `labels`, images are noised and both losses computed; without, images are taken as they are.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
-                Text tokens, and `image_token_id` where a patch stands.
             pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, *optional*):
                 The images of all rows in order, in [−1, 1]; or a list of them where sizes differ. A VAE encodes them.
             latents (`torch.FloatTensor` of shape `(num_images, latent_channels, height, width)`, *optional*):
@@ -491,7 +484,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             noise_seeds (`list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
                 Seeds of t and ε. Default: in training the global generator; in evaluation the image's own values, so
                 that an evaluation loss is the same every time.
-            attention_mask, position_ids, cache, inputs_embeds, use_cache: As in [`TransfusionModel.forward`].
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: As in `TransfusionModel.forward`.
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 The input ids, with −100 wherever there is no LM loss: patches, `<EOI>`, padding (footnote 8). They are
                 shifted here and masked no further.
@@ -499,9 +492,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 Number of last positions, or the positions, to compute logits for; 0: all.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
                 Number of labels in the whole batch, over micro-batches and processes, as the `Trainer` counts it.
-                `lm_loss` is then exact; `diffusion_loss` is weighted by this micro-batch's share of the labels. Summed
-                over micro-batches that is exact where each holds the same numbers of labels and images, and otherwise
-                an average over micro-batches in which one without images counts as 0: mix images into each.
+                `lm_loss` is then exact; `diffusion_loss` is weighted by this micro-batch's share of the labels, which
+                is exact only where all micro-batches hold the same numbers of labels and images.
             num_images_in_batch (`torch.Tensor` or `int`, *optional*):
                 Number of noised images in the whole batch, as [`TransfusionTrainer`] counts it. `diffusion_loss` is
                 then exact too, whatever each micro-batch holds.
