@@ -21,6 +21,7 @@ except ImportError as error:
 
 # Counters in shared memory have one place per worker, so that workers never overwrite each other's.
 NUM_SLOTS = 256
+_Row = dict[str, Any]  # or a sample
 
 
 def worker_slot() -> int:
@@ -32,7 +33,7 @@ class _BrokenRowError(ValueError):
     """The row gives no sample."""
 
 
-def _read_text(row: dict[str, Any], column: str, image_token: str) -> str:
+def _read_text(row: _Row, column: str, image_token: str) -> str:
     text = "" if row[column] is None else row[column]
     if not isinstance(text, str):
         raise ValueError(f"`{column}` must hold strings; got {type(text).__name__}. Choose or make such a column.")
@@ -59,18 +60,16 @@ def _read_image(value: Any, column: str) -> Image.Image:
     return image
 
 
-def _text_sample(row: dict[str, Any], text_column: str, image_token: str) -> dict[str, Any]:
+def _text_sample(row: _Row, text_column: str, image_token: str) -> _Row:
     return {"text": _read_text(row, text_column, image_token)}
 
 
-def _caption_sample(row: dict[str, Any], image_column: str, caption_column: str, image_token: str) -> dict[str, Any]:
+def _caption_sample(row: _Row, image_column: str, caption_column: str, image_token: str) -> _Row:
     text = _read_text(row, caption_column, image_token)
     return {"text": text, "image": _read_image(row[image_column], image_column)}
 
 
-def _interleaved_sample(
-    row: dict[str, Any], texts_column: str, images_column: str, image_token: str
-) -> dict[str, Any]:
+def _interleaved_sample(row: _Row, texts_column: str, images_column: str, image_token: str) -> _Row:
     texts, images = row[texts_column] or [], row[images_column] or []
     columns = f"`{texts_column}` and `{images_column}`"
     if len(texts) != len(images) or any((t is None) == (i is None) for t, i in zip(texts, images, strict=True)):
@@ -84,15 +83,13 @@ def _interleaved_sample(
     return {"text": text, "images": pictures} if pictures else {"text": text}
 
 
-def _edit_sample(
-    row: dict[str, Any], source_column: str, instruction_column: str, target_column: str, image_token: str
-) -> dict[str, Any]:
+def _edit_sample(row: _Row, source_column: str, instruction_column: str, target_column: str, image_token: str) -> _Row:
     text = f"{image_token}{_read_text(row, instruction_column, image_token)}{image_token}"
     images = [_read_image(row[column], column) for column in (source_column, target_column)]
     return {"text": text, "images": images, "image_loss_mask": [False, True]}
 
 
-def _latents_sample(row: dict[str, Any], text_column: str, latents_column: str, image_token: str) -> dict[str, Any]:
+def _latents_sample(row: _Row, text_column: str, latents_column: str, image_token: str) -> _Row:
     latents = [torch.as_tensor(latent, dtype=torch.float32) for latent in row[latents_column] or []]
     given = {name: row[name] for name in ("image_loss_mask", "max_timesteps") if row.get(name) is not None}
     return {"text": row[text_column], "latents": latents, **given}
@@ -110,7 +107,7 @@ def _without_decoding(dataset: Any) -> Any:
     return dataset
 
 
-def _read_rows(stream: Any) -> Iterator[dict[str, Any]]:
+def _read_rows(stream: Any) -> Iterator[_Row]:
     """Explains the error of a stream that decodes its images itself, because of a `map` or `filter`."""
     try:
         yield from stream
@@ -148,7 +145,7 @@ class ResumableDataset(IterableDataset):
         """Makes the next pass continue there, in the epoch of the state."""
         self._state, self._is_loaded = dict(state_dict), True
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[_Row]:
         # Not a generator, which would set the state only with the first sample.
         self._state = self._state if self._is_loaded else self._first_state()
         self._is_loaded = False
@@ -180,7 +177,7 @@ class TransfusionDataset(ResumableDataset):
     """
 
     dataset: "hf_datasets.Dataset | hf_datasets.IterableDataset"
-    to_sample: Callable[[dict[str, Any]], dict[str, Any]]
+    to_sample: Callable[[_Row], _Row]
     shuffle: bool = False
     seed: int = 0
     buffer_size: int = 1000
@@ -203,15 +200,14 @@ class TransfusionDataset(ResumableDataset):
     @classmethod
     def from_text(cls, dataset: Any, text_column: str = "text", **kwargs: Any) -> Self:
         """A text corpus: `{"text": …}`."""
-        return cls._from_columns(dataset, _text_sample, kwargs, text_column=text_column)
+        return cls._build(dataset, _text_sample, kwargs, text_column=text_column)
 
     @classmethod
     def from_captions(
         cls, dataset: Any, image_column: str = "image", caption_column: str = "text", **kwargs: Any
     ) -> Self:
         """Images with captions: `{"text": …, "image": PIL.Image}`. The collator decides which comes first (§3)."""
-        columns = {"image_column": image_column, "caption_column": caption_column}
-        return cls._from_columns(dataset, _caption_sample, kwargs, **columns)
+        return cls._build(dataset, _caption_sample, kwargs, image_column=image_column, caption_column=caption_column)
 
     @classmethod
     def from_interleaved(
@@ -221,8 +217,7 @@ class TransfusionDataset(ResumableDataset):
         Documents in the format of OBELICS, two lists of equal length with a value in exactly one of them at each
         place: `texts=["A cat:", None, "asleep."]`, `images=[None, image, None]`. Texts are joined without separator.
         """
-        columns = {"texts_column": texts_column, "images_column": images_column}
-        return cls._from_columns(dataset, _interleaved_sample, kwargs, **columns)
+        return cls._build(dataset, _interleaved_sample, kwargs, texts_column=texts_column, images_column=images_column)
 
     @classmethod
     def from_edits(
@@ -238,20 +233,17 @@ class TransfusionDataset(ResumableDataset):
         "images": [source, target], "image_loss_mask": [False, True]}`. The source is clean context.
         """
         columns = {"source_column": source_column, "instruction_column": instruction_column}
-        return cls._from_columns(dataset, _edit_sample, kwargs, **columns, target_column=target_column)
+        return cls._build(dataset, _edit_sample, kwargs, **columns, target_column=target_column)
 
     @classmethod
     def from_latents(
         cls, dataset: Any, text_column: str = "text", latents_column: str = "latents", **kwargs: Any
     ) -> Self:
         """Of [`write_latents`]: `{"text": …, "latents": [tensor, …]}`, float32 `(latent_channels, height, width)`."""
-        columns = {"text_column": text_column, "latents_column": latents_column}
-        return cls._from_columns(dataset, _latents_sample, kwargs, **columns)
+        return cls._build(dataset, _latents_sample, kwargs, text_column=text_column, latents_column=latents_column)
 
     @classmethod
-    def _from_columns(
-        cls, dataset: Any, to_sample: Callable[..., dict[str, Any]], kwargs: dict[str, Any], **columns: str
-    ) -> Self:
+    def _build(cls, dataset: Any, to_sample: Callable[..., _Row], kwargs: dict[str, Any], **columns: str) -> Self:
         image_token = kwargs.pop("image_token", "<image>")
         made = cls(dataset, partial(to_sample, **columns, image_token=image_token), **kwargs)
         names = made.dataset.column_names
@@ -274,7 +266,7 @@ class TransfusionDataset(ResumableDataset):
     def _first_state(self) -> dict[str, Any]:
         return {"epoch": int(self._epoch), "position": 0, "block": None}
 
-    def _samples(self) -> Iterator[dict[str, Any]]:
+    def _samples(self) -> Iterator[_Row]:
         is_stream = isinstance(self.dataset, hf_datasets.IterableDataset)
         for index, row in self._streamed_rows() if is_stream else self._indexed_rows():
             try:
@@ -284,7 +276,7 @@ class TransfusionDataset(ResumableDataset):
             else:
                 yield sample
 
-    def _indexed_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _indexed_rows(self) -> Iterator[tuple[int, _Row]]:
         epoch, length = self._state["epoch"], len(self.dataset)
         order = np.random.default_rng([self.seed, epoch]).permutation(length) if self.shuffle else np.arange(length)
         if (worker := get_worker_info()) is not None:
@@ -294,7 +286,7 @@ class TransfusionDataset(ResumableDataset):
             self._state = {"epoch": epoch, "position": position + 1, "block": None}
             yield int(order[position]), self.dataset[int(order[position])]
 
-    def _streamed_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _streamed_rows(self) -> Iterator[tuple[int, _Row]]:
         """Shuffles block by block; the state holds the stream's at the start of a block. Workers share the shards."""
         epoch, position, state = (self._state[name] for name in ("epoch", "position", "block"))
         size = self.buffer_size if self.shuffle else 1
@@ -314,7 +306,7 @@ class TransfusionDataset(ResumableDataset):
                 self._state = {"epoch": epoch, "position": position, "block": state}
                 yield number * size + int(i), block[i]
 
-    def _skip(self, index: int, row: dict[str, Any], error: _BrokenRowError) -> None:
+    def _skip(self, index: int, row: _Row, error: _BrokenRowError) -> None:
         """Counts the row and reports its number (in a stream, the worker's) and its strings, numbers and paths."""
         known = {name: value.get("path") if isinstance(value, dict) else value for name, value in row.items()}
         known = {name: str(value)[:80] for name, value in known.items() if isinstance(value, (int, str)) and value}

@@ -122,10 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("model", help="a folder or a repository of the Hub")
     parser.add_argument("dataset", help="images with captions, as `datasets.load_dataset` takes them")
     parser.add_argument("output_dir", type=Path)
-    parser.add_argument("--split", default="train")
+    for name, default in (("split", "train"), ("image_column", "image"), ("caption_column", "text")):
+        parser.add_argument(f"--{name}", default=default)
     parser.add_argument("--streaming", action="store_true", help="do not download first")
-    parser.add_argument("--image_column", default="image")
-    parser.add_argument("--caption_column", default="text")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--shard_size", type=int, default=1000)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -34,8 +34,6 @@ def count_tokens(sample: dict[str, Any], processor: TransfusionProcessor) -> int
 
 @dataclass(eq=False)
 class _TokenMixture(ResumableDataset):
-    """See [`mix_by_tokens`]."""
-
     datasets: Sequence[TransfusionDataset]
     ratios: Sequence[float]
     length_fn: Callable[[dict[str, Any]], int]
@@ -47,7 +45,7 @@ class _TokenMixture(ResumableDataset):
 
     @property
     def num_tokens(self) -> list[int]:
-        """Tokens drawn from each source in this pass, with those that workers of a data loader have drawn ahead."""
+        """Tokens drawn from each source in this pass, with those that workers have drawn ahead."""
         return self._tokens.sum(0).tolist()
 
     @property
@@ -123,8 +121,7 @@ def mix_by_tokens(
         processor (`TransfusionProcessor`, *optional*): Count tokens with [`count_tokens`].
         ratios (`list[float]`, *optional*): Proportions of the tokens; equal by default.
         length_fn (`Callable`, *optional*): Count differently: from a sample to an `int` of at least 1.
-        stopping_strategy (`str`, defaults to `"first_exhausted"`):
-            End the pass with the first source that ends; or `"never"`: repeat each source, in new orders.
+        stopping_strategy (`str`, defaults to `"first_exhausted"`): End with the first source; `"never"`: repeat each.
 
     Raises:
         ValueError: wrong arguments, or both or none of `processor` and `length_fn`; when read, an empty source.

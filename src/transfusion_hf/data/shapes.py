@@ -252,8 +252,7 @@ def sample_edit(rng: np.random.Generator, height: int, width: int) -> Edit:
     same_kind = [other for other in scene.groups if other.kind == group.kind]
     name = f"the {group.color} {group.noun}" if len(same_kind) == 2 else f"the {group.noun}"
     if edit == "remove":
-        kept = slice(1 - which, 2 - which)
-        target = replace(scene, groups=scene.groups[kept], relation=None, boxes=scene.boxes[kept])
+        target = Scene(height, width, (scene.groups[1 - which],), None, (scene.boxes[1 - which],))
         return Edit(scene, f"remove {name}", target)
     color = _pick(rng, [color for color in COLORS if color not in {other.color for other in same_kind}])
     groups = tuple(replace(group, color=color) if other == group else other for other in scene.groups)
@@ -348,11 +347,11 @@ def check_scene(image: Image.Image, scene: Scene) -> ShapesCheck:
         raise ValueError(f"`image` must have the scene's size, {sizes}. Resize it.")
     shapes = read_shapes(image)
     check = _check(shapes, scene.groups, scene.relation)
-    near = min(image.size) / 8
-    in_place = all(
-        any(np.hypot(*np.subtract(shape.box.center, expected.box.center)) <= near for shape in shapes)
-        for expected in scene.shapes
-    )
+
+    def is_near(shape: Shape, expected: Shape) -> bool:
+        return np.hypot(*np.subtract(shape.box.center, expected.box.center)) <= min(image.size) / 8
+
+    in_place = all(any(is_near(shape, expected) for shape in shapes) for expected in scene.shapes)
     return replace(check, position=check.position and in_place)
 
 
@@ -413,11 +412,9 @@ class ShapesDataset(Dataset):
         drawn = self._draw(index)
         if isinstance(drawn, Scene):
             return {"text": drawn.caption, "image": draw_scene(drawn)}
-        return {
-            "text": f"{self.image_token}{drawn.instruction}{self.image_token}",
-            "images": [draw_scene(drawn.source), draw_scene(drawn.target)],
-            "image_loss_mask": [False, True],
-        }
+        text = f"{self.image_token}{drawn.instruction}{self.image_token}"
+        images = [draw_scene(drawn.source), draw_scene(drawn.target)]
+        return {"text": text, "images": images, "image_loss_mask": [False, True]}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
