@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.func import functional_call
 from torchvision.models import resnet50
 from torchvision.transforms.functional import normalize, resize
@@ -40,7 +41,7 @@ class PatchDiscriminator(nn.Module):
             layers += [nn.GroupNorm(gcd(32, width), width), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 4, 1, 1))
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         """Logits `(batch, 1, rows, columns)`, high for real patches; `ValueError` for images that are too small."""
         if min(size := tuple(pixel_values.shape[-2:])) < self.min_size:
             needed = f"needs at least {self.min_size} each way; build it with fewer `num_layers`"
@@ -48,7 +49,7 @@ class PatchDiscriminator(nn.Module):
         return self.layers(pixel_values)
 
 
-def hinge_discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
+def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """E[max(0, 1 − D(x))] + E[max(0, 1 + D(x̂))] of logits of any shape (Lim & Ye, arXiv 1705.02894)."""
     return F.relu(1 - real_logits.float()).mean() + F.relu(1 + fake_logits.float()).mean()
 
@@ -64,7 +65,7 @@ class _FrozenLoss(nn.Module):
     def train(self, mode: bool = True) -> "_FrozenLoss":
         return super().train(False)
 
-    def _outputs(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> tuple:
+    def _outputs(self, reconstruction: Tensor, pixel_values: Tensor) -> tuple:
         """What the network makes of both; only the first receives gradients."""
         _check_shapes(reconstruction, pixel_values)
         with torch.no_grad():
@@ -79,7 +80,7 @@ class PerceptualLoss(_FrozenLoss):
     feature maps `(batch, channels, height, width)`; `channel_weights` a weight per channel of each map, 1 if empty.
     """
 
-    def __init__(self, network: nn.Module, channel_weights: Sequence[torch.Tensor] = ()):
+    def __init__(self, network: nn.Module, channel_weights: Sequence[Tensor] = ()):
         super().__init__(network)
         self.channel_weights = nn.ParameterList(w.detach().clone() for w in channel_weights).requires_grad_(False)
 
@@ -107,7 +108,7 @@ class PerceptualLoss(_FrozenLoss):
         weights = [layer.model[-1].weight.flatten() for layer in module.lins]
         return cls(nn.Sequential(module.scaling_layer, module.net), weights)
 
-    def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
         """A scalar ≥ 0 of two `(batch, channels, height, width)`; gradients reach the first only."""
         outputs, targets = self._outputs(reconstruction, pixel_values)
         weights = list(self.channel_weights) or [outputs[0].new_ones(())] * len(outputs)
@@ -142,7 +143,7 @@ class IdentityLoss(_FrozenLoss):
         _load_strictly(network, encoder, checkpoint)
         return cls(_MoCoEmbedding(network))
 
-    def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
         """A scalar in [0, 2] of two `(batch, channels, height, width)`; gradients reach the first only."""
         embeddings, targets = self._outputs(reconstruction, pixel_values)
         return 1 - F.cosine_similarity(embeddings.float(), targets.float(), dim=-1).mean()
@@ -193,13 +194,8 @@ class VAELoss(nn.Module):
         return self.weights["gan"] > 0 and step >= self.gan_start
 
     def forward(
-        self,
-        reconstruction: torch.Tensor,
-        pixel_values: torch.Tensor,
-        regularizer: torch.Tensor,
-        step: int,
-        discriminator: nn.Module,
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self, reconstruction: Tensor, pixel_values: Tensor, regularizer: Tensor, step: int, discriminator: nn.Module
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """
         The total to differentiate, and every term by name, unweighted and detached. Gradients reach `reconstruction`,
         of the shape of `pixel_values`, and `regularizer`, a scalar: the KL, mean over images, or the commitment loss.
@@ -217,35 +213,32 @@ class VAELoss(nn.Module):
         return total, {name: term.detach() for name, term in terms.items()}
 
     def discriminator_loss(
-        self,
-        discriminator: Callable[[torch.Tensor], torch.Tensor],
-        reconstruction: torch.Tensor,
-        pixel_values: torch.Tensor,
-    ) -> torch.Tensor:
+        self, discriminator: Callable[[Tensor], Tensor], reconstruction: Tensor, pixel_values: Tensor
+    ) -> Tensor:
         """The hinge loss in one pass over both; `discriminator` keeps its wrapper for distributed training."""
         logits = discriminator(torch.cat([pixel_values, reconstruction.detach().to(pixel_values.dtype)]))
         return hinge_discriminator_loss(*logits.chunk(2))
 
 
 class _MoCoEmbedding(nn.Sequential):
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:
         images = resize(pixel_values, [224, 224], antialias=True) / 2 + 0.5
         images = normalize(images, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
         return super().forward(images)  # (batch, 2048)
 
 
-def _unit(features: torch.Tensor) -> torch.Tensor:
+def _unit(features: Tensor) -> Tensor:
     # Inside the root, so that the gradient of a zero vector is finite; the `lpips` package gives NaN there.
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + 1e-10)
 
 
-def _check_shapes(reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> None:
+def _check_shapes(reconstruction: Tensor, pixel_values: Tensor) -> None:
     if reconstruction.shape != pixel_values.shape:
         shapes = f"{tuple(reconstruction.shape)} but `pixel_values` {tuple(pixel_values.shape)}"
         raise ValueError(f"`reconstruction` has shape {shapes}; pass the reconstruction of these images.")
 
 
-def _read_weights(path: str | Path, argument: str) -> dict[str, torch.Tensor]:
+def _read_weights(path: str | Path, argument: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"`{argument}` is {path}, which is not a file.")
     if Path(path).suffix == ".safetensors":
@@ -254,7 +247,7 @@ def _read_weights(path: str | Path, argument: str) -> dict[str, torch.Tensor]:
     return state.get("state_dict", state)
 
 
-def _load_strictly(network: nn.Module, state: Mapping[str, torch.Tensor], path: str | Path) -> None:
+def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
