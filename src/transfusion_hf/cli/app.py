@@ -98,16 +98,11 @@ def respond(
     content: list[Any] = []
     try:
         inputs = _inputs(processor, mode, message, history).to(model.device)
-        pieces = TransfusionStreamer(processor, preview_interval=int(preview_interval)).generate(
-            model,
-            **inputs,
-            generation_mode=MODES[mode],
-            num_inference_steps=int(num_inference_steps),
-            image_guidance_scale=image_guidance_scale,
-            scheduler=scheduler,
-            max_new_tokens=int(max_new_tokens),
-            generator=_generator(seed, model.device),
-        )
+        kwargs = {"generation_mode": MODES[mode], "image_guidance_scale": image_guidance_scale, "scheduler": scheduler}
+        kwargs |= {"num_inference_steps": int(num_inference_steps), "max_new_tokens": int(max_new_tokens)}
+        kwargs["generator"] = _generator(seed, model.device)
+        streamer = TransfusionStreamer(processor, preview_interval=int(preview_interval))
+        pieces = streamer.generate(model, **inputs, **kwargs)
         # Gradio copies each file before it asks for more.
         with closing(pieces), TemporaryDirectory() as folder:  # type: ignore[type-var]
             for piece in pieces:

@@ -43,8 +43,8 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--num_inference_steps", type=int)
         sub.add_argument("--guidance_scale", type=float, dest="image_guidance_scale")
         sub.add_argument("--scheduler", help="a class of diffusers, for example 'DDIMScheduler'")
-        for side in ("--height", "--width"):
-            sub.add_argument(side, type=int)
+        sub.add_argument("--height", type=int)
+        sub.add_argument("--width", type=int)
 
     draw = command("draw", "Draws a picture from a prompt.")
     draw.add_argument("prompt")
@@ -160,9 +160,8 @@ def _run(argv: Sequence[str]) -> int:
     args = _parse_args(argv)
     if args.command == "app":
         from .app import launch_app  # needs Gradio, which the others do not
-    if (
-        output := getattr(args, "output", None)
-    ) is not None and output.suffix.lower() not in Image.registered_extensions():
+    output = getattr(args, "output", None)
+    if output is not None and output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"`--output` {output} has no suffix of a picture; call it, for example, drawing.png.")
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         raise ValueError(f"`--dtype` must be 'auto' or a type of torch such as 'bfloat16'; got {args.dtype!r}.")
