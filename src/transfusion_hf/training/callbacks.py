@@ -236,6 +236,3 @@ class TransfusionSamplesCallback(TrainerCallback):
             if wandb is not None:
                 images = {name: wandb.Image(image, caption=text) for name, (image, text) in pictures.items()}
                 wandb.log({**images, "train/global_step": step})
-
-
-__all__ = ["TransfusionEMACallback", "TransfusionSamplesCallback"]

@@ -81,30 +81,23 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     """
     A `Trainer` that writes each checkpoint into `incomplete/` and renames it when it is whole, so a run killed at any
     moment continues with `resume_from_checkpoint=True`, exactly. Only the states of optimizer and generators are
-    pickled. It is a callback of its own. [`TransfusionTrainer`] is one.
-
-    Raises:
-        ValueError: FSDP with state dicts in shards; resuming from a checkpoint of another model or adapter.
+    pickled. While it trains it is one of its callbacks. [`TransfusionTrainer`] is one.
     """
 
     push_in_progress: Any
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.add_callback(self)
-        if self.is_fsdp_enabled:
-            kind = self.accelerator.state.fsdp_plugin.state_dict_type.name
-            if kind != "FULL_STATE_DICT":  # the library then saves no model, without a warning
-                raise ValueError(
-                    f"`fsdp_state_dict_type` is {kind}, with which no loadable model is saved; set it to "
-                    "FULL_STATE_DICT in accelerate's configuration, or `state_dict_type` in `fsdp_config`."
-                )
-
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        if self.args.data_seed is None:
+        config = self.accelerator.dataloader_config
+        if config.dispatch_batches:
+            raise ValueError(
+                "`dispatch_batches=True` cuts batches along their first dimension, which parts images from their "
+                "texts; leave it out of `accelerator_config`."
+            )
+        config.dispatch_batches = False  # accelerate would choose True for streams
+        if config.data_seed is None:
             # Otherwise the order comes from each process's global generator, and these differ after a training.
-            self.accelerator.dataloader_config.data_seed = self.args.seed
+            config.data_seed = self.args.seed
 
     def _unwrapped(self) -> Any:
         return self.accelerator.unwrap_model(self.model)
@@ -152,7 +145,11 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
             folder = get_last_checkpoint(self.args.output_dir)
         if folder:
             _check_same_model(self._unwrapped(), Path(folder))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self.add_callback(self)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self.remove_callback(self)  # a reference to itself would keep the memory of a deleted trainer
 
     def set_initial_training_values(self, args, dataloader):
         num_epochs, *values = super().set_initial_training_values(args, dataloader)
@@ -320,14 +317,12 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
         Writes `README.md` into the output folder: [`make_model_card`] with the state of the training and the last
-        picture of [`TransfusionSamplesCallback`]. `push_to_hub` calls it.
+        picture of [`TransfusionSamplesCallback`]. An adapter's card is the library's. `push_to_hub` calls it.
 
         Args:
             args, kwargs:
-                Those of `Trainer.create_model_card`. `finetuned_from` defaults to the repository that the model was
-                loaded from, or to the base model that the card in its folder names. `dataset_tags` are repositories
-                of training data; `dataset` says in words what the model was evaluated on. `tasks` and `dataset_args`
-                are ignored. An adapter's card is the library's.
+                Those of `Trainer.create_model_card`; `tasks` and `dataset_args` are ignored. `dataset_tags` are
+                repositories of training data, `dataset` says in words what the model was evaluated on.
         """
         model = self._unwrapped()
         if not isinstance(model, PreTrainedModel):
@@ -390,20 +385,21 @@ _MAY_DIFFER = {
 }  # fmt: skip
 
 
-def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for name in sorted({*saved, *current} - _MAY_DIFFER):
-        there, here = saved.get(name), current.get(name)
-        if isinstance(there, dict) and isinstance(here, dict):
-            yield from _differences(there, here, f"{prefix}{name}.")
-        elif there != here:
-            yield f"`{prefix}{name}` is {there!r} there and {here!r} here"
+def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in config.keys() - _MAY_DIFFER:
+        if isinstance(config[name], dict):
+            yield from _flat(config[name], f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", config[name]
 
 
 def _check_same(kind: str, folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    differences = list(_differences(saved, current))
-    if differences:
+    there, here = dict(_flat(saved)), dict(_flat(current))
+    differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
+    if differing:
+        differences = [f"`{name}` is {there.get(name)!r} there and {here.get(name)!r} here" for name in differing[:5]]
         raise ValueError(
-            f"`resume_from_checkpoint`: {folder} is of another {kind}: {'; '.join(differences[:5])}. Resume with the "
+            f"`resume_from_checkpoint`: {folder} is of another {kind}: {'; '.join(differences)}. Resume with the "
             f"{kind} that was trained there, or begin a new run in another `output_dir`."
         )
 
@@ -423,6 +419,3 @@ def _check_same_model(model: Any, folder: Path) -> None:
 
     saved, adapter = PeftConfig.from_pretrained(str(folder)).to_dict(), model.peft_config[model.active_adapter]
     _check_same("adapter", folder, saved, adapter.to_dict())
-
-
-__all__ = ["WholeCheckpointsTrainer"]

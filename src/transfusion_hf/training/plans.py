@@ -1,4 +1,4 @@
-"""What is trained when a language model learns to draw: the stages of a training that goes on from one."""
+"""Training plans: which parameters are trained when a language model learns to draw."""
 
 import re
 
@@ -10,28 +10,22 @@ TRAINING_PLANS = ("image_parts", "image_weights", "all")
 
 def set_trainable(model: TransfusionForCausalLMAndDiffusion, plan: str) -> list[str]:
     r"""
-    Freezes what a plan does not train (`requires_grad`). The VAE is always frozen.
+    Freezes the parameters that a plan does not train (`requires_grad`). The VAE is always frozen. Call it before an
+    optimizer or an adapter is made.
 
     Args:
-        model ([`TransfusionForCausalLMAndDiffusion`]): Before an optimizer or an adapter is made of it.
+        model ([`TransfusionForCausalLMAndDiffusion`])
         plan (`str`):
             - `"image_parts"`: patch encoder, timestep embedding and patch decoder.
-            - `"image_weights"`: these, and the image weights of `untied_modalities`. What text meets is left alone:
-              its logits stay what they are, to the bit.
+            - `"image_weights"`: these and the image weights of `untied_modalities`. Text logits do not change.
             - `"all"`: everything.
 
     Returns:
-        `list[str]`: names of the parameters that are trained.
+        `list[str]`: names of the trained parameters.
 
     Raises:
-        ValueError: an unknown plan, or image weights to train in a model that has none.
-
-    Example:
-
-    ```python
-    >>> names = set_trainable(model, "image_weights")
-    >>> trainer = Trainer(model, ...)
-    ```"""
+        ValueError: an unknown plan, or `"image_weights"` for a model that has none.
+    """
     if plan not in TRAINING_PLANS:
         raise ValueError(f"`plan` must be one of {', '.join(TRAINING_PLANS)}; got {plan!r}.")
     image_weights = {name for name, _, _ in image_parameters(model)}

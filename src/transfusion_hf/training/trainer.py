@@ -1,7 +1,6 @@
 """The exact `Trainer`: both losses over the global batch, logged separately."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,17 +88,8 @@ class _Sums:
             places = (outputs["image_timesteps"] * num_bands / self.num_timesteps).long().clamp(max=num_bands - 1)
             bands.index_add_(1, places, torch.stack([errors, torch.ones_like(errors)]).to(bands.dtype))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"totals": self.totals, "seconds": time.perf_counter() - self.start_time}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["totals"].shape == self.totals.shape:  # the run may have had another number of bands
-            self.totals.copy_(state["totals"])
-            self.start_time = time.perf_counter() - state["seconds"]
-
-    def means(self, reduce: Callable[[torch.Tensor], torch.Tensor]) -> tuple[dict[str, float], float, float]:
-        """Both losses, the latter by band of t too, the number of tokens and that of images, over all processes."""
-        totals = reduce(self.totals.clone())
+    def means(self, totals: torch.Tensor) -> tuple[dict[str, float], float, float]:
+        """Both losses, the latter by band of t too, the number of tokens and that of images, from reduced totals."""
         nll, labels, tokens, images = totals[:4].tolist()
         errors, counts = totals[4:].view(2, -1)
         means = {}
@@ -152,10 +142,9 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
     Raises:
         ValueError: settings that weigh processes unequally, take labels away or part images from their texts
             (`average_tokens_across_devices=False`, `label_smoothing_factor`, `dispatch_batches`, several GPUs in one
-            process); `use_liger_kernel` with a split LM head; `model_init` with Liger or FSDP2; FSDP with state dicts
-            in shards; resuming from a checkpoint of another model or adapter; during the training, a gradient, a loss
-            or images that are not finite (the batch of the latter two is then saved in the output folder), and a pass
-            too short for a step.
+            process); `use_liger_kernel` with a split LM head; `model_init` with Liger or FSDP2; FSDP with sharded
+            state dicts; resuming from a checkpoint of another model or adapter; during the training, a gradient, a
+            loss or images that are not finite (the latter two batches are saved), and a pass too short for a step.
     """
 
     def __init__(
@@ -184,21 +173,19 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             for module in self.model.modules():
                 if isinstance(module, TransfusionForCausalLMAndDiffusion):
                     module.use_liger_loss = True
+        if self.is_fsdp_enabled:
+            kind = self.accelerator.state.fsdp_plugin.state_dict_type.name
+            if kind != "FULL_STATE_DICT":  # the library then saves no model, without a warning
+                raise ValueError(
+                    f"`fsdp_state_dict_type` is {kind}, with which no loadable model is saved; set it to "
+                    "FULL_STATE_DICT in accelerate's configuration, or `state_dict_type` in `fsdp_config`."
+                )
         if self.accelerator.is_fsdp2:
             _prepare_fsdp2(self.accelerator, self.model)
         self.num_timestep_bands = num_timestep_bands
         self.peak_flops_per_second = peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
         self._num_images: torch.Tensor | None = None
-
-    def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
-        if self.accelerator.dataloader_config.dispatch_batches:
-            raise ValueError(
-                "`dispatch_batches=True` cuts batches along their first dimension, which parts images from their "
-                "texts; leave it out of `accelerator_config`."
-            )
-        self.accelerator.dataloader_config.dispatch_batches = False  # accelerate would choose True for streams
 
     def _new_sums(self) -> _Sums:
         config = self._unwrapped().config
@@ -207,16 +194,18 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self._train_sums = self._new_sums()
-        if self._since_log:
-            self._train_sums.load_state_dict(self._since_log)
+        self._train_sums = sums = self._new_sums()
+        if self._since_log and self._since_log["totals"].shape == sums.totals.shape:  # else other bands
+            sums.totals.copy_(self._since_log["totals"])
+            sums.start_time -= self._since_log["seconds"]
         # `Trainer` seeds all ranks alike; each needs its own t and ε, except those that hold the same batch. Not
         # before the training, because the order of the samples must be the same in all.
         if args.world_size > self._num_replicas:
             torch.manual_seed(args.seed + args.process_index // self._num_replicas)
 
     def _since_last_log(self) -> dict[str, Any]:
-        return super()._since_last_log() | self._train_sums.state_dict()
+        seconds = time.perf_counter() - self._train_sums.start_time
+        return {**super()._since_last_log(), "totals": self._train_sums.totals, "seconds": seconds}
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -235,29 +224,25 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         inputs = {**inputs, "num_images_in_batch": num_images}
         try:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            if model.training and not torch.isfinite(loss):
+                raise ValueError(
+                    f"The loss is {loss.item()} after step {self.state.global_step} (`lm_loss` "
+                    f"{outputs['lm_loss'].item()}, `diffusion_loss` {outputs['diffusion_loss'].item()}), NaN or "
+                    "infinite. Lower the learning rate, and go on from the last checkpoint."
+                )
         except ValueError as error:
-            if model.training and "hold NaN or infinite" in str(error):
-                raise ValueError(f"{error} The batch is saved in {self._save_not_finite(inputs)}.") from error
-            raise
-        if model.training and not torch.isfinite(loss):
-            raise ValueError(
-                f"The loss is {loss.item()} after step {self.state.global_step} (`lm_loss` "
-                f"{outputs['lm_loss'].item()}, `diffusion_loss` {outputs['diffusion_loss'].item()}). The batch is "
-                f"saved in {self._save_not_finite(inputs)}; look at it, lower the learning rate, and go on from the "
-                "last checkpoint."
-            )
+            if not model.training or "NaN or infinite" not in str(error):
+                raise
+            file = Path(self.args.output_dir, f"not-finite-{self.state.global_step}-{self.args.process_index}.pt")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(inputs, file)
+            raise ValueError(f"{error} The batch is saved in {file}.") from error
         sums = self._train_sums if model.training else self._eval_sums
         sums.add(inputs, outputs, 0 if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
-    def _save_not_finite(self, inputs: dict[str, Any]) -> Path:
-        file = Path(self.args.output_dir, f"not-finite-{self.state.global_step}-{self.args.process_index}.pt")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(inputs, file)
-        return file
-
     def _means(self, sums: _Sums) -> tuple[dict[str, float], float, float]:
-        return sums.means(lambda totals: self.accelerator.reduce(totals, "sum") / self._num_replicas)
+        return sums.means(self.accelerator.reduce(sums.totals.clone(), "sum") / self._num_replicas)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -286,6 +271,3 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": mean for name, mean in means.items()})
         self._train_sums.start_time += time.perf_counter() - start  # the speed is that of the training alone
         return output
-
-
-__all__ = ["TransfusionTrainer", "shard_float32_parts"]
