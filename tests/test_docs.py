@@ -102,7 +102,8 @@ def test_lines_that_compute_the_equations_are_quoted_as_they_stand():
     rows = re.findall(r"^\|.*\| `([\w.]+)`(?:: `(.+)`)? \|$", (ROOT / "docs/equations.md").read_text(), re.MULTILINE)
     assert len(rows) > 10 and sum(bool(quoted) for _, quoted in rows) > 5
     for symbol, quoted in rows:
-        source = inspect.getsource(resolve(f"transfusion_hf.{symbol}"))
+        name = symbol if symbol.startswith("diffusers.") else f"transfusion_hf.{symbol}"
+        source = inspect.getsource(inspect.unwrap(resolve(name)))
         assert "".join(quoted.split()) in "".join(source.split()), f"{symbol} has no `{quoted}`"
 
 
