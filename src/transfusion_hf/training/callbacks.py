@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 
 class TransfusionEMACallback(TrainerCallback):
-    r"""
+    """
     Exponential moving average of the weights. The averaged weights replace the trained ones during each evaluation
     of the training, and for good at its end. Checkpoints hold both, so a resumed run continues its average.
 
@@ -26,12 +26,7 @@ class TransfusionEMACallback(TrainerCallback):
     Raises:
         ValueError: with `load_best_model_at_end`, under DeepSpeed ZeRO-3, with several evaluation sets, or when
             resuming from a checkpoint without an average.
-
-    Example:
-
-    ```python
-    >>> Trainer(model=model, args=args, callbacks=[TransfusionEMACallback(decay=0.999)])
-    ```"""
+    """
 
     FILE_NAME = "ema.safetensors"
 
@@ -126,7 +121,7 @@ def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 class TransfusionSamplesCallback(TrainerCallback):
-    r"""
+    """
     Draws the prompts, with the same noise each time, and captions the images every `interval` steps. The results go
     to `samples/step-N.png` and `.txt` of the output folder and, where `report_to` names them, to TensorBoard and
     Weights & Biases. The training continues as if nothing had been drawn.
@@ -140,12 +135,7 @@ class TransfusionSamplesCallback(TrainerCallback):
         seed (`int`, defaults to 0): Seed of the noise.
         max_new_tokens (`int`, defaults to 32): Length limit of a caption.
         generate_kwargs: Passed to `generate()` when drawing, such as `num_inference_steps`.
-
-    Example:
-
-    ```python
-    >>> trainer.add_callback(TransfusionSamplesCallback(trainer, processor, ["a handwritten seven"], interval=500))
-    ```"""
+    """
 
     def __init__(
         self,

@@ -333,11 +333,10 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         state, folder = self.state, Path(self.args.output_dir)
         training = {"steps": state.global_step, "epochs": f"{state.epoch or 0:.4g}"}
         training |= extract_hyperparameters_from_trainer(self)
-        seconds = [log["train_runtime"] for log in state.log_history if "train_runtime" in log]
-        if seconds:
-            training["seconds"] = round(seconds[-1])
+        seconds = [round(log["train_runtime"]) for log in state.log_history if "train_runtime" in log]
+        training |= {"seconds": seconds[-1]} if seconds else {}
         training |= {name: version(name) for name in ("transformers", "torch", "diffusers")}
-        pictures = sorted((folder / "samples").glob("step-*.png"), key=lambda file: int(file.stem.split("-")[1]))
+        picture = max(folder.glob("samples/step-*.png"), key=lambda file: int(file.stem.split("-")[1]), default=None)
         base_model, tags, dataset = (given.get(name) for name in ("finetuned_from", "tags", "dataset"))
         make_model_card(
             model.config,
@@ -351,7 +350,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
             tags=[tags] if isinstance(tags, str) else tags or (),
             training=training,
             evaluation=_last_evaluation(state.log_history),
-            samples=pictures[-1].relative_to(folder).as_posix() if pictures else None,
+            samples=picture.relative_to(folder).as_posix() if picture else None,
         ).save(folder / "README.md")
 
 

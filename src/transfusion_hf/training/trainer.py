@@ -18,17 +18,16 @@ from .checkpoints import WholeCheckpointsTrainer
 
 def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) -> set[torch.nn.Parameter]:
     """
-    Keeps the parts of a model that compute in float32 so under FSDP2 in lower precision: shards the timestep embedding
-    as its own group, because a group has one dtype. Call it before `fully_shard` of the modules around it.
-    [`TransfusionTrainer`] calls it itself.
+    Prepares a model for `fully_shard` in lower precision: shards the timestep embedding, which computes in float32, as
+    its own group, because a group has one dtype. [`TransfusionTrainer`] calls it itself.
 
     Args:
         model (`TransfusionForCausalLMAndDiffusion`)
         mesh (`torch.distributed.DeviceMesh`, *optional*): As in `fully_shard`; all processes if `None`.
 
     Returns:
-        `set[torch.nn.Parameter]`: The VAE's parameters, to pass as `ignored_params` to `fully_shard`. Each process
-        keeps the whole VAE: a process without images does not run it, and the others would wait for its shard.
+        `set[torch.nn.Parameter]`: the VAE's parameters, to pass as `ignored_params`. Each process keeps the whole VAE,
+        because one without images does not run it.
     """
     for module in [module for module in model.modules() if isinstance(module, TransfusionTimestepEmbedding)]:
         fully_shard(module, mesh=mesh)
@@ -128,9 +127,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
     (`diffusion_loss/t_0_250` …). In training it also logs, over all processes, `tokens_per_second`,
     `images_per_second` and `model_tflops_per_second` (6·N·D; 4·N·D for frozen parameters).
 
-    Checkpoints are atomic: each is written into `incomplete/` and then renamed, so a run killed at any moment
-    continues with `resume_from_checkpoint=True`. The collator's draws follow from seed, process, pass and batch
-    number: a resumed run repeats them, and every evaluation draws the same.
+    Checkpoints are atomic, and a run killed at any moment continues exactly with `resume_from_checkpoint=True`. Every
+    evaluation draws the same.
 
     Args:
         args, kwargs: As for `Trainer`, with `remove_unused_columns=False`.
@@ -140,11 +138,9 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             FLOP utilisation `mfu`.
 
     Raises:
-        ValueError: settings that weigh processes unequally, take labels away or part images from their texts
-            (`average_tokens_across_devices=False`, `label_smoothing_factor`, `dispatch_batches`, several GPUs in one
-            process); `use_liger_kernel` with a split LM head; `model_init` with Liger or FSDP2; FSDP with sharded
-            state dicts; resuming from a checkpoint of another model or adapter; during the training, a gradient, a
-            loss or images that are not finite (the latter two batches are saved), and a pass too short for a step.
+        ValueError: settings that make the losses inexact, part images from their texts, or need a whole LM head or
+            state dict that is sharded; resuming with another model or adapter; during the training, a gradient, a loss
+            or an image that is not finite (the batch of the latter two is saved), or a pass too short for a step.
     """
 
     def __init__(
