@@ -231,17 +231,22 @@ def test_the_loss_in_the_end_is_that_of_the_steps_of_the_call(tmp_path):
 
 def test_a_run_that_skips_no_data_starts_its_pass_anew(tmp_path):
     train_on_texts(tmp_path, "list", WHOLE, max_steps=6, save_steps=2)
-    seen = []
+    seen, states = [], []
 
     class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            states.append(torch.get_rng_state())
+
         def on_step_end(self, args, state, control, **kwargs):
             seen.append((state.global_step, state.epoch))
 
-    folder = str(tmp_path / "checkpoint-2")
+    folder = tmp_path / "checkpoint-2"
     train_on_texts(
-        tmp_path / "resumed", "list", WHOLE, folder, [Watch()], ignore_data_skip=True, max_steps=6, save_strategy="no"
-    )
+        tmp_path / "resumed", "list", WHOLE, str(folder), [Watch()], ignore_data_skip=True, max_steps=6,
+        save_strategy="no",
+    )  # fmt: skip
     assert seen == [(3, 0.25), (4, 0.5), (5, 0.75), (6, 1.0)]
+    assert torch.equal(states[0], torch.load(folder / "rng_state.pth", weights_only=False)["cpu"])
 
 
 class LooksAtTheData(TrainerCallback):

@@ -401,6 +401,18 @@ def test_an_exact_evaluation_does_not_depend_on_the_size_of_its_batches(tmp_path
     assert any(name.startswith("eval_diffusion_loss/t_") for name in metrics)
 
 
+def test_an_exact_evaluation_takes_batches_without_labels(tmp_path):
+    def collate_images(rows):
+        batch = collate_uneven(rows)
+        return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+    run = exact_trainer(tiny.model(std=0.1), tmp_path, uneven_samples(), per_device_eval_batch_size=3)
+    run.data_collator = collate_images
+    metrics = run.evaluate()
+    assert "eval_lm_loss" not in metrics
+    assert metrics["eval_loss"] == pytest.approx(5 * metrics["eval_diffusion_loss"])
+
+
 def test_without_logits_the_losses_and_gradients_are_the_same():
     for text in (tiny.text_config(), tiny.text_config("granite", logits_scaling=3.0), tiny.text_config("phi")):
         model, gradients, losses = tiny.model(text), [], []
