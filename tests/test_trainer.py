@@ -22,7 +22,6 @@ from transfusion_hf import (
     TransfusionForCausalLMAndDiffusion,
     TransfusionSamplesCallback,
     TransfusionTrainer,
-    diffusion_transfusion,
     make_labels,
 )
 from transfusion_hf.training.trainer import _flops_per_token
@@ -411,58 +410,6 @@ def test_an_exact_evaluation_takes_batches_without_labels(tmp_path):
     metrics = run.evaluate()
     assert "eval_lm_loss" not in metrics
     assert metrics["eval_loss"] == pytest.approx(5 * metrics["eval_diffusion_loss"])
-
-
-def test_without_logits_the_losses_and_gradients_are_the_same():
-    for text in (tiny.text_config(), tiny.text_config("granite", logits_scaling=3.0), tiny.text_config("phi")):
-        model, gradients, losses = tiny.model(text), [], []
-        for skip_logits in (True, False):
-            model.zero_grad()
-            output = model.train()(**collate_uneven(uneven_samples()), skip_logits=skip_logits)
-            assert (output.logits is None) == skip_logits
-            output.loss.backward()
-            losses.append(output.lm_loss)
-            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-        torch.testing.assert_close(*losses)
-        for one, other in zip(*gradients, strict=True):
-            torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
-
-
-def test_the_logits_become_their_own_gradient(monkeypatch):
-    monkeypatch.setattr(diffusion_transfusion, "_PIECE", 40)  # pieces of 5 rows
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(12, 8, generator=generator, dtype=torch.float64)
-    targets = torch.randint(8, (12,), generator=generator)
-    expected = values.clone().requires_grad_()
-    torch.nn.functional.cross_entropy(expected, targets, reduction="sum").mul(0.5).backward()
-    leaf = values.clone().requires_grad_()
-    logits, places = leaf * 1, []
-    logits.register_hook(lambda gradient: places.append(gradient.data_ptr()))
-    loss = diffusion_transfusion.sum_cross_entropy_(logits, targets) * 0.5
-    loss.backward(retain_graph=True)
-    torch.testing.assert_close(leaf.grad, expected.grad, rtol=0, atol=1e-12)
-    assert places == [logits.data_ptr()]
-    with pytest.raises(RuntimeError, match=r"goes backward once\. Pass `skip_logits=False`"):
-        loss.backward()
-    rounded = values.bfloat16()
-    before = rounded.clone()
-    torch.testing.assert_close(
-        diffusion_transfusion.sum_cross_entropy_(rounded, targets),
-        torch.nn.functional.cross_entropy(before.float(), targets, reduction="sum"),
-    )
-    assert torch.equal(rounded, before)
-
-
-def test_a_loss_function_of_the_users_own_is_called():
-    model = tiny.model().train()
-    model.loss_function = lambda logits, labels, vocab_size, num_items, shift_labels: logits.sum() * 0 + 7
-    assert model(**collate_uneven(uneven_samples())).lm_loss == 7
-
-
-def test_skip_logits_needs_labels():
-    ids = torch.tensor([[tiny.BOS, 5, 6]])
-    with pytest.raises(ValueError, match="`skip_logits` needs `labels`, and excludes `logits_to_keep`"):
-        tiny.model()(ids, skip_logits=True)
 
 
 def test_the_exact_trainer_refuses_what_makes_it_wrong(tmp_path):
