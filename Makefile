@@ -11,7 +11,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
 
-# The same on the latents of a VAE that is trained first.
+# The same on the latents of a VAE that is trained first, on one thread: its convolutions are too small for two.
 demo-vae: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python examples/train_vae.py --digits
 	$(BIN)/python examples/quickstart.py --vae outputs/vae/vae --output_dir outputs/quickstart-vae
