@@ -6,7 +6,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # One thread per test process: two of them share the work. Tests of one group share what they have saved.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: demo demo-vae test test-slow test-newest browser lint docs clean
+.PHONY: demo demo-vae test test-demo test-slow test-newest browser lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -18,6 +18,10 @@ demo-vae: .venv/installed
 
 test: .venv/installed
 	$(PYTEST)
+
+# Judges what `make demo` has just made.
+test-demo: .venv/installed
+	TRANSFUSION_DEMO=$(CURDIR)/outputs/quickstart $(BIN)/python -m pytest -m slow tests/test_quickstart.py -k 'digits and not vae'
 
 test-slow: .venv/installed
 	$(PYTEST) -m slow

@@ -335,7 +335,14 @@ WATCH = """() => {
 }"""
 
 
-def test_a_drawing_appears_by_its_previews(visit, model, processor, tmp_path):
+def pause(*_):
+    """After each step: a machine may be so fast, or its browser so slow, that a drawing ends before a step is seen."""
+    time.sleep(0.05)
+    return {}
+
+
+def test_a_drawing_appears_by_its_previews(visit, model, processor, monkeypatch, tmp_path):
+    monkeypatch.setattr(model.generation_config, "callback_on_step_end", pause, raising=False)
     visit.set(mode="draw", steps="50", seed="5", preview_interval="3")
     visit.choose("DDIMScheduler")
     visit.page.evaluate(WATCH)
@@ -388,11 +395,6 @@ def test_errors_are_shown_and_the_page_works_on(visit, picture, broken, tmp_path
 
 
 def test_the_stop_button_stops_the_model(visit, model, monkeypatch):
-    # A machine may be so fast, or its browser so slow, that a thousand steps are over before one is seen.
-    def pause(*_):
-        time.sleep(0.05)
-        return {}
-
     monkeypatch.setattr(model.generation_config, "callback_on_step_end", pause, raising=False)
     before = set(threading.enumerate())
     visit.set(mode="draw", steps="1000", preview_interval="1", max_new_tokens="6")

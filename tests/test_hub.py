@@ -41,8 +41,13 @@ DATA = {
 
 
 def run(script: str, *arguments: str | Path, **environment: str) -> None:
-    """In a process of its own, with one thread, and a cache of its own."""
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_none", **environment}
+    """In a process of its own, with as many threads as here (sums depend on it), and a cache of its own."""
+    environment = {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": "hf_none",
+        **environment,
+    }
     command = [sys.executable, FIXTURES / script, *arguments]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
