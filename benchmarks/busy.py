@@ -27,6 +27,7 @@ SETTINGS = {
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 BATCH_SIZE = 64
+BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with this process
 
 
 def work() -> None:
@@ -84,11 +85,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for busy in (False, True):
             for name, worker in workers.items():
-                loop = (
-                    subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
-                    if busy
-                    else None
-                )
+                loop = subprocess.Popen([sys.executable, "-c", BUSY], start_new_session=True) if busy else None
                 seconds[name, busy].append(ask(worker, args.steps))
                 if loop is not None:
                     loop.kill()
