@@ -18,12 +18,12 @@ from ratios import make_parser, median_and_range, quotients, setting, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
-# GOMP_SPINCOUNT: how often a thread looks for the others before it sleeps. libgomp's default is 300,000.
+# GOMP_SPINCOUNT: how often a thread looks for the others before it sleeps.
 SETTINGS = {
-    "two threads": {"OMP_NUM_THREADS": "2"},
-    "two threads by load, as in the demo": {"OMP_NUM_THREADS": "2", "THREADS_BY_LOAD": "1"},
-    "two threads, GOMP_SPINCOUNT=10000": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "10000"},
-    "two threads, OMP_WAIT_POLICY=passive": {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"},
+    "two threads, GOMP_SPINCOUNT=300000 (default)": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "300000"},
+    "two threads, GOMP_SPINCOUNT=1000 (the demo)": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "1000"},
+    "two threads, GOMP_SPINCOUNT=300": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "300"},
+    "two threads, GOMP_SPINCOUNT=0 (passive)": {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": "0"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 BATCH_SIZE = 64
@@ -33,7 +33,7 @@ BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  #
 def work() -> None:
     """Reads numbers of steps from stdin, trains that long, and answers with the seconds of a step."""
     import torch
-    from common import ThreadsByLoad, build_model, load_split, train_tokenizer
+    from common import build_model, load_split, train_tokenizer
 
     from transfusion_hf import TransfusionDataCollator
 
@@ -41,7 +41,7 @@ def work() -> None:
     model, processor = build_model(train_tokenizer())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     collate, (samples, _) = TransfusionDataCollator(processor), load_split()
-    first, threads = 0, ThreadsByLoad() if "THREADS_BY_LOAD" in os.environ else None
+    first = 0
     for line in sys.stdin:
         start, num_steps = time.perf_counter(), int(line)
         for _ in range(num_steps):
@@ -51,8 +51,6 @@ def work() -> None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            if threads is not None:
-                threads.on_step_end()
         print((time.perf_counter() - start) / num_steps, flush=True)
 
 

@@ -6,12 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+# How long an OpenMP thread spins before it sleeps. By default two threads spin so long that a step takes 30 times as
+# long with one core busy (benchmarks/results/busy.md). torch reads this when it is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import psutil
 import torch
 from datasets import load_dataset
 from diffusers import AutoencoderKL
@@ -20,7 +23,7 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
-from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import (
@@ -53,36 +56,6 @@ def resume_from(args: TrainingArguments) -> Any:
 
 def ema_callbacks(decay: float | None) -> list[TransfusionEMACallback]:
     return [] if decay is None else [TransfusionEMACallback(decay=decay)]
-
-
-def num_threads(cores: int, in_use_by_others: float, most: int) -> int:
-    """The number of free cores, from 1 to `most`. It ignores a fifth of a core, the background of a quiet machine."""
-    return max(1, min(most, int(cores - in_use_by_others + 0.2)))
-
-
-class ThreadsByLoad(TrainerCallback):
-    """
-    Uses as many threads as other processes leave cores free, and looks once a second. OpenMP's threads wait for each
-    other by spinning, so with one free core a step of two threads takes several times as long as a step of one
-    (benchmarks/busy.py).
-    """
-
-    def __init__(self) -> None:
-        self.most = torch.get_num_threads()
-        self.last = self._times()
-
-    @staticmethod
-    def _times() -> np.ndarray:
-        """Seconds on the clock, of all cores in use, and of this process."""
-        times = psutil.cpu_times()
-        in_use = sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "steal"))
-        return np.array([time.perf_counter(), in_use, time.process_time()])
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        seconds, in_use, own = (now := self._times()) - self.last
-        if seconds >= 1:
-            torch.set_num_threads(num_threads(os.cpu_count(), (in_use - own) / seconds, self.most))
-            self.last = now
 
 
 def caption(label: int) -> str:
@@ -203,7 +176,7 @@ def train(
         # With the image's place marked, so that every evaluation sees the same sequences.
         eval_dataset=[{**sample, "text": sample["text"] + processor.image_token} for sample in eval_set],
         data_collator=TransfusionDataCollator(processor, caption_first_probability=caption_first_probability),
-        callbacks=[TransfusionEMACallback(decay=0.995), ThreadsByLoad()],
+        callbacks=ema_callbacks(0.995),
     )
     start = time.perf_counter()
     trainer.train()

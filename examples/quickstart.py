@@ -14,7 +14,6 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from common import (
     WORDS,
     Judge,
@@ -93,7 +92,8 @@ def main() -> None:
     drawn = draw(model, processor, [caption(label) for label in labels])
     captions = read(model, processor, held_out)
     plot_grid(drawn, args.per_class, held_out, captions, args.output_dir / "grid.png")
-    output = model.generate(**processor(text=[caption(3)]), generator=torch.Generator().manual_seed(0))
+    set_seed(0)
+    output = model.generate(**processor(text=[caption(3)]))
     (document,) = processor.decode_interleaved(output.sequences, output.images)
     print("\ninterleaved document:", document)
 

@@ -56,14 +56,6 @@ def test_a_run_is_resumed_where_there_is_a_checkpoint(tmp_path):
     assert resumed("True") is True and resumed("False") is False
 
 
-@pytest.mark.parametrize(
-    ("cores", "in_use_by_others", "most", "expected"),
-    [(2, 0.0, 2, 2), (2, 0.15, 2, 2), (2, 0.6, 2, 1), (2, 1.0, 2, 1), (2, 5.0, 2, 1), (2, 0.0, 1, 1), (16, 3.9, 8, 8)],
-)
-def test_threads_are_as_many_as_cores_are_free(cores, in_use_by_others, most, expected):
-    assert common.num_threads(cores, in_use_by_others, most) == expected
-
-
 def test_shares_count_whole_captions():
     samples = [{"text": "a handwritten one"}, {"text": "a handwritten two"}]
     assert np.isclose(common.share_read(["a handwritten one", "two"], samples), 0.5)
