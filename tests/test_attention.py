@@ -231,6 +231,14 @@ def test_the_model_on_varlen_equals_that_on_sdpa(seed, padding_side):
             torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_varlen_scales_scores_as_the_family_does():
+    """Granite multiplies by a number of its own, not by 1 / √dim."""
+    model, features = tiny.model(tiny.text_config("granite", attention_multiplier=0.1)), tiny.batch(0)
+    expected = model(**features).loss
+    model.set_attn_implementation(VARLEN_ATTENTION)
+    torch.testing.assert_close(model(**features).loss, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_varlen_under_autocast_equals_sdpa_within_bfloat16(family):
     model, losses = tiny.model(tiny.text_config(family), std=0.1).train(), []

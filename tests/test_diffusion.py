@@ -38,6 +38,9 @@ def test_seeds_decide_t_and_noise_of_each_image_however_images_are_stacked():
     # Neither the noise of one seed nor its t tells that of the next.
     assert torch.corrcoef(torch.stack([noise[:-1].flatten(), noise[1:].flatten()]))[0, 1].abs() < 0.05
     assert torch.corrcoef(torch.stack([timesteps.float(), noise[:, 0, 0, 0]]))[0, 1].abs() < 0.25
+    # Nor is the noise made of the numbers that made t.
+    same = torch.stack([torch.randn(x.shape, generator=torch.Generator().manual_seed(i)) for i, x in enumerate(stack)])
+    assert (noise != same).any(dim=(1, 2, 3)).all()
     parts = sample_noise([stack[:3], stack[3:]], seeds)
     assert torch.equal(torch.cat(parts), noise)
 

@@ -434,6 +434,17 @@ def test_stopping_criteria_of_the_user_end_a_row_for_good():
     assert new_ids(output, inputs, 1) == [*IMAGE, 10, 9]
 
 
+def test_a_row_that_the_user_ends_at_boi_draws_nothing():
+    class StopAtBoi(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == BOI
+
+    model, inputs = tiny.model(), prompts([3, 30], [4, 30])
+    rules = {"logits_processor": LogitsProcessorList([Script({3: [9, BOI, 10], 4: [BOI, 10]})])}
+    output = generate(model, inputs, **rules, stopping_criteria=[StopAtBoi()])
+    assert [new_ids(output, inputs, row) for row in (0, 1)] == [[9, BOI], [BOI]] and output.images == [[], []]
+
+
 def test_num_return_sequences_repeats_the_images_of_a_row_together():
     model = tiny.model()
     latents = torch.randn(3, 2, 4, 4)

@@ -34,6 +34,16 @@ def test_without_logits_the_losses_and_gradients_are_the_same():
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("skip_logits", [True, False])
+@pytest.mark.parametrize("num_items", [None, torch.tensor(0)])
+def test_images_without_a_label_of_text_have_an_lm_loss_of_0(skip_logits, num_items):
+    model, batch = tiny.model(), tiny.batch(2)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    counts = {"num_items_in_batch": num_items, "num_images_in_batch": None if num_items is None else torch.tensor(2)}
+    output = model(**batch, **counts, skip_logits=skip_logits)
+    assert output.lm_loss == 0 and torch.isfinite(output.loss) and output.diffusion_loss > 0
+
+
 def test_the_logits_become_their_own_gradient(monkeypatch):
     monkeypatch.setattr(diffusion_transfusion, "_PIECE", 40)  # pieces of 5 rows
     generator = torch.Generator().manual_seed(0)

@@ -230,6 +230,14 @@ def test_a_shape_of_no_kind_is_read_as_none():
     assert wrong_aspects(check_caption(Image.fromarray(pixels), "a red square")) == ["kind"]
 
 
+def test_shapes_that_touch_are_beside_each_other():
+    pixels = np.full((32, 32, 3), 255, dtype=np.uint8)
+    pixels[10:20, 6:16], pixels[10:20, 16:26] = COLORS["red"], COLORS["blue"]
+    image = Image.fromarray(pixels)
+    assert check_caption(image, "a red square left of a blue square").correct
+    assert not check_caption(image, "a red square right of a blue square").position
+
+
 def test_groups_that_merge_or_split_are_not_correct():
     square = [Box(x, 4, x + 8, 12) for x in (2, 14, 26)]
     three = draw_scene(Scene(32, 40, (ShapeGroup(3, "red", "square"),), None, (tuple(square),)))

@@ -40,9 +40,9 @@ class Says(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).index_fill_(1, torch.tensor([self.tokens[position]]), 0.0)
 
 
-def inputs_of(model, processor):
+def inputs_of(model, processor, before: str = "abc"):
     inputs = dict(processor(text=["draw"]))
-    tokens = processor.tokenizer("abc", add_special_tokens=False).input_ids
+    tokens = processor.tokenizer(before, add_special_tokens=False).input_ids
     boi, eos = model.config.image_start_token_id, processor.tokenizer.eos_token_id
     more = processor.tokenizer("cd e", add_special_tokens=False).input_ids
     says = Says([*tokens[:3], boi, *more, eos], inputs["input_ids"].shape[1], 18)
@@ -54,8 +54,10 @@ def inputs_of(model, processor):
     }
 
 
-def test_text_previews_and_images_come_in_order(model, processor):
-    inputs = inputs_of(model, processor)
+@pytest.mark.parametrize("text", ["abc", "a b"])
+def test_text_previews_and_images_come_in_order(model, processor, text):
+    """Of "a b", the "b" is held back until the image comes."""
+    inputs = inputs_of(model, processor, text)
     streamer = TransfusionStreamer(processor, preview_interval=2)
     pieces = list(streamer.generate(model, **inputs, generator=torch.Generator().manual_seed(0)))
     expected = model.generate(**inputs, generator=torch.Generator().manual_seed(0))
@@ -65,7 +67,7 @@ def test_text_previews_and_images_come_in_order(model, processor):
     assert images[-1].image.tobytes() == final.tobytes() and isinstance(final, Image.Image)
     before = "".join(pieces[: pieces.index(images[0])])
     after = "".join(pieces[pieces.index(images[-1]) + 1 :])
-    assert (before, after) == ("abc", "cd e")
+    assert (before, after) == (text, "cd e")
 
 
 def test_previews_come_nearer_to_the_image(model, processor):
