@@ -1,94 +1,26 @@
 """Model cards: what the configuration and the training say about a model, with the Hub's metadata."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 PIPELINE_TAG = "any-to-any"
-TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ model_name }}
-
-{% if not has_weights -%}
-**A configuration without weights: no weights of this size are public.** Use it to train a model.
-
-{% endif -%}
-Transfusion ([arXiv 2408.11039](https://arxiv.org/abs/2408.11039)) is one transformer that predicts the next token and
-denoises images, so it reads and writes text and images in any order.
-{%- if base_models %} This model was made from {{ base_models }}.{% endif %}
-
-```python
-{% if has_weights -%}
-from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
-
-name = "{{ model_name }}"  # or a local folder
-draw = pipeline("text-to-image", model=name, trust_remote_code=True)
-draw("a prompt").save("drawn.png")
-
-model = AutoModelForMultimodalLM.from_pretrained(name, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(name, trust_remote_code=True)
-output = model.generate(**processor(text=["<image> what is this?"], images=[image]))
-print(processor.post_process_multimodal_output(output))
-{%- else -%}
-from transformers import AutoTokenizer
-from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, TransfusionProcessor, attach_vae
-
-model = TransfusionForCausalLMAndDiffusion(TransfusionConfig.from_preset("{{ preset }}"))  # random weights
-attach_vae(model, "...")  # an autoencoder with {{ config.latent_channels }} channels
-processor = TransfusionProcessor.for_model(model, AutoTokenizer.from_pretrained("..."))
-{%- endif %}
-```
-{% if has_weights %}
-The remote code needs torch, torchvision, diffusers and transformers; the checkpoint was saved with transformers
-{{ transformers_version }}. With `transfusion_hf` imported, `trust_remote_code` is not needed.
-{% endif %}
-{%- for title, table in tables %}
-## {{ title }}
-
-| | |
-|---|---|
-{% for name, value in table.items() -%}
-| {{ name }} | {{ value }} |
-{% endfor -%}
-{%- endfor %}
-{%- if samples %}
-![Images drawn during training]({{ samples }})
-{% endif %}
-{%- if not training %}
-{% if has_weights %}This card was written from the configuration alone; its author has not described the training data.
-{%- else %}`examples/train.py` follows the paper's recipe (§4.1).{% endif %}
-{% endif %}
-{%- if has_weights %}
-Only what the tables show was measured. Image quality and social biases were not; check both before you use the model.
-{% endif %}
-```bibtex
-@article{zhou2024transfusion,
-  title   = {Transfusion: Predict the Next Token and Diffuse Images with One Multi-Modal Model},
-  author  = {Zhou, Chunting and Yu, Lili and Babu, Arun and Tirumala, Kushal and Yasunaga, Michihiro and
-             Shamis, Leonid and Kahn, Jacob and Ma, Xuezhe and Zettlemoyer, Luke and Levy, Omer},
-  journal = {arXiv preprint arXiv:2408.11039},
-  year    = {2024}
-}
-```
-"""
 
 
 def _facts(config: Any, num_parameters: int | None, has_weights: bool) -> dict[str, Any]:
     text, vae, factor = config.text_config, config.vae_config, config.vae_scale_factor
     height, width = config.latent_size
-    autoencoder = "none: the image itself is the latent"
+    autoencoder, unit = "none: the image itself is the latent", "pixels"
     if vae is not None:
         autoencoder = f"`AutoencoderKL`, {factor} times smaller sides, scale {vae['scaling_factor']:.5g}"
     elif not has_weights:
-        autoencoder = "not included; the paper's makes the sides 8 times smaller"
-    unit = "pixels" if has_weights or vae is not None else "latent pixels"
+        autoencoder, unit = "not included; the paper's makes the sides 8 times smaller", "latent pixels"
     encoder = "a U-Net" if config.patch_encoder == "unet" else "a linear layer"
     schedule = "" if config.first_timestep else f" on `{config.beta_schedule}`"
-    facts = {} if num_parameters is None else {"parameters": f"{num_parameters:,}"}
-    facts |= {
+    facts = {
+        "parameters": num_parameters and f"{num_parameters:,}",
         "decoder": f"`{text.model_type}`, {text.num_hidden_layers} layers, hidden size {text.hidden_size}, "
         f"{text.num_attention_heads} heads",
         "vocabulary": f"{text.vocab_size:,} tokens",
@@ -99,10 +31,9 @@ def _facts(config: Any, num_parameters: int | None, has_weights: bool) -> dict[s
         "autoencoder": autoencoder,
         "diffusion": f"`{config.prediction_type}`{schedule}, {config.num_train_timesteps} steps, "
         f"λ = {config.diffusion_loss_weight:g}",
+        "image weights": config.untied_modalities and "separate projections, MLPs and norms in each layer",
     }
-    if config.untied_modalities:
-        facts["image weights"] = "separate projections, MLPs and norms in each layer"
-    return facts
+    return {name: value for name, value in facts.items() if value}
 
 
 def make_model_card(
@@ -152,25 +83,22 @@ def make_model_card(
         base_model=base_model or None,
         datasets=datasets or None,
         metrics=[result.metric_type for result in results] or None,
-        tags=list(dict.fromkeys(["transfusion", "text-to-image", *tags])),
+        tags=["transfusion", "text-to-image", *tags],
         eval_results=results or None,
     )
-    title = f"Evaluation on {dataset_name}" if dataset_name else "Evaluation"
     tables = {
         "Model": _facts(config, num_parameters, has_weights=preset is None),
         "Training": training,
-        title: {name: f"{value:.4g}" for name, value in (evaluation or {}).items()},
+        f"Evaluation on {dataset_name}" if dataset_name else "Evaluation": {
+            name: f"{value:.4g}" for name, value in (evaluation or {}).items()
+        },
     }
     return ModelCard.from_template(
         data,
-        template_str=TEMPLATE,
+        template_path=str(Path(__file__).with_name("card_template.md")),
         model_name=model_name,
         preset=preset,
-        has_weights=preset is None,
-        config=config,
-        base_models=", ".join(f"[{name}](https://huggingface.co/{name})" for name in base_model),
-        transformers_version=config.to_dict().get("transformers_version"),
-        tables=[(title, table) for title, table in tables.items() if table],
-        training=training,
+        config=config.to_dict(),
+        tables=tables,
         samples=samples,
     )

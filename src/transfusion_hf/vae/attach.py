@@ -1,5 +1,6 @@
 """Gives a Transfusion model its autoencoder, and measures the scale of its latents."""
 
+import copy
 import inspect
 import os
 from collections.abc import Iterable
@@ -39,8 +40,9 @@ def attach_vae(
             raise ValueError(f"`vae` must be an `AutoencoderKL` of diffusers; {vae} holds a `{name}`.")
         vae = AutoencoderKL.from_pretrained(vae, **{"torch_dtype": torch.float32, **kwargs})
     if not isinstance(vae, AutoencoderKL):
-        got = type(vae).__name__
-        raise ValueError(f"`vae` must be an `AutoencoderKL` of diffusers, or where one lies; got {got}.")
+        raise ValueError(
+            f"`vae` must be an `AutoencoderKL` of diffusers, or where one lies; got {type(vae).__name__}."
+        )
     # Without the defaults of diffusers: its scale is that of one model, and no autoencoder would seem to lack a scale.
     defaults = set(vae.config.get("_use_default_values", [])) - {"block_out_channels", "latent_channels"}
     names = set(inspect.signature(AutoencoderKL).parameters) - defaults
@@ -50,15 +52,12 @@ def attach_vae(
     if vae_config["latent_channels"] == 4:
         vae_config.setdefault("scaling_factor", 0.18215)
 
-    config = model.config
-    before, config.vae_config = config.vae_config, vae_config
-    try:
-        config.validate_transfusion()
-        attached = TransfusionVAE(**vae_config)
-        attached.load_state_dict(vae.state_dict())
-    except Exception:
-        config.vae_config = before
-        raise
+    config = copy.copy(model.config)
+    config.vae_config = vae_config
+    config.validate_transfusion()
+    attached = TransfusionVAE(**vae_config)
+    attached.load_state_dict(vae.state_dict())
+    model.config.vae_config = vae_config
     model.vae = attached.to(model.model.patch_encoder.proj.weight.device)
     model.reset_noise_scheduler()
 
