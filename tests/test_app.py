@@ -249,7 +249,7 @@ def address(model, processor):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = app.launch_app(model, processor, port=port, prevent_thread_lock=True, quiet=True)
+    page = app.launch_app(model, processor, server_port=port, prevent_thread_lock=True, quiet=True)
     yield f"http://127.0.0.1:{port}"
     page.close()
 

@@ -78,9 +78,8 @@ def respond(
 ) -> Iterator[list[dict[str, Any]]]:
     """
     Yields the answer so far to a message `{"text": str, "files": list[str]}`, after Gradio's `history`: text and PNG
-    files in their order, then the preview of the current drawing. Closing the iterator stops the model at the next
-    token or preview. An error ends the answer, with a warning on the page. `mode` is one of `MODES`; the other
-    settings are those of `generate()` and [`TransfusionStreamer`].
+    files in their order, then the preview of the current drawing. Closing the iterator stops the model. An error ends
+    the answer, with a warning on the page. `mode` is one of `MODES`; the other settings are those of `generate()`.
     """
     content: list[Any] = []
     try:
@@ -105,13 +104,13 @@ def respond(
                 else:
                     file = Path(folder) / f"{len(content)}-{piece.step}.png"
                     piece.image.save(file)
-                    shown = [{"path": str(file)}, f"step {piece.step} of {piece.num_inference_steps}"]
                     if piece.is_final:
-                        content.append(shown[0])
+                        content.append({"path": str(file)})
                     else:
-                        preview = shown
+                        shown = [{"path": str(file)}, f"step {piece.step} of {piece.num_inference_steps}"]
+                        preview = [{"role": "assistant", "content": shown, "metadata": _PREVIEW}]
                 answer = [{"role": "assistant", "content": list(content)}] if content else []
-                yield answer + ([{"role": "assistant", "content": preview, "metadata": _PREVIEW}] if preview else [])
+                yield answer + preview
     # After an exception Gradio would not reopen the prompt.
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)):
@@ -155,23 +154,13 @@ def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
     return app
 
 
-def launch_app(
-    model: Any,
-    processor: TransfusionProcessor,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    share: bool = False,
-    **kwargs: Any,
-) -> gr.Blocks:
-    """
-    Starts the page at `port` (default: the first free one from 7860 on) of `host` (`"0.0.0.0"` for other machines),
-    with `share` also at a public address through Gradio's servers. `kwargs` are for Gradio's `launch`.
-    """
+def launch_app(model: Any, processor: TransfusionProcessor, **kwargs: Any) -> gr.Blocks:
+    """Starts the page. `kwargs` are for Gradio's `launch`: `server_name`, `server_port`, `share` …"""
     app = make_app(model, processor)
     app.queue(api_open=False)
     is_small = max(model.config.latent_size) * model.config.vae_scale_factor < 256
     # The browser's own fonts: none are fetched.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     look = {"theme": theme, "css": _CSS + _SMALL_CSS * is_small, "footer_links": [], "run_history": False}
-    app.launch(server_name=host, server_port=port, share=share, ssr_mode=False, **look, **kwargs)
+    app.launch(ssr_mode=False, **look, **kwargs)
     return app

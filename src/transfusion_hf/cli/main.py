@@ -13,6 +13,7 @@ The command line:
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,8 @@ def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
 
 def _run_once(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str, Any]) -> None:
     """Draws, edits or captions."""
-    pictures = [open_picture(args.picture)] if "picture" in args else None
-    text = (processor.image_token if pictures else "") + args.prompt
+    pictures = [open_picture(args.picture)] if "picture" in args else []
+    text = processor.image_token * len(pictures) + args.prompt
     inputs = processor(text=[text], images=pictures).to(model.device)
     if args.command == "caption":
         print(
@@ -106,7 +107,7 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str
     args.output.parent.mkdir(parents=True, exist_ok=True)
     messages: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
-    num_drawn = 0
+    files = (args.output.with_stem(f"{args.output.stem}-{i}") for i in count(1))
     for line in filter(None, map(str.strip, sys.stdin)):
         if line == "/quit":
             break
@@ -125,8 +126,7 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str
                 answer.append({"type": "text", "text": piece})
                 print(piece, end="", flush=True)
             else:
-                num_drawn += 1
-                file = args.output.with_stem(f"{args.output.stem}-{num_drawn}")
+                file = next(files)
                 piece.image.save(file)
                 answer.append({"type": "image", "image": piece.image})
                 print(f"[{file}]", end="", flush=True)
@@ -134,17 +134,7 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str
         messages += [question, {"role": "assistant", "content": answer}]
 
 
-def _run(argv: Sequence[str]) -> int:
-    if argv[:1] == ["doctor"]:
-        from ..training import doctor
-
-        return doctor.main(argv[1:])
-    if argv[:1] == ["latents"]:
-        from ..data import latents  # needs datasets, which the others do not
-
-        latents.main(argv[1:])
-        return 0
-    args = _parse_args(argv)
+def _run(args: argparse.Namespace) -> None:
     if args.command == "app":
         from .app import launch_app  # needs Gradio, which the others do not
     if "output" in args and args.output.suffix.lower() not in Image.registered_extensions():
@@ -154,18 +144,28 @@ def _run(argv: Sequence[str]) -> int:
     model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
     processor = AutoProcessor.from_pretrained(args.model)
     if args.command == "app":
-        launch_app(model, processor, args.host, args.port, args.share)
-        return 0
+        launch_app(model, processor, server_name=args.host, server_port=args.port, share=args.share)
+        return
     kwargs = {name: value for name, value in vars(args).items() if name in {*DRAWING_DEFAULTS, "max_new_tokens"}}
     kwargs["generator"] = None if args.seed is None else torch.Generator(args.device).manual_seed(args.seed)
     (_chat if args.command == "chat" else _run_once)(args, model, processor, kwargs)
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 1 after an error, which is printed to stderr in one line."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
+        if argv[:1] == ["doctor"]:
+            from ..training import doctor
+
+            return doctor.main(argv[1:])
+        if argv[:1] == ["latents"]:
+            from ..data import latents  # needs datasets, which the others do not
+
+            latents.main(argv[1:])
+        else:
+            _run(_parse_args(argv))
+        return 0
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: an unknown device
         print(f"transfusion: {error}", file=sys.stderr)
         return 1

@@ -37,20 +37,11 @@ class TransfusionStreamer(TextIteratorStreamer):
     Args:
         processor (`TransfusionProcessor`)
         preview_interval (`int`, *optional*): Denoising steps between previews, at least 1; no previews if `None`.
-        skip_prompt (`bool`, defaults to `True`): Whether to leave out the prompt.
-        timeout (`float`, *optional*): Seconds to wait for the next piece; no limit if `None`.
-        decode_kwargs: For `tokenizer.decode`; `skip_special_tokens=True` by default.
+        kwargs: For `TextIteratorStreamer`, where `skip_prompt` and `skip_special_tokens` are `True` by default here.
     """
 
-    def __init__(
-        self,
-        processor: TransfusionProcessor,
-        preview_interval: int | None = None,
-        skip_prompt: bool = True,
-        timeout: float | None = None,
-        **decode_kwargs: Any,
-    ):
-        super().__init__(processor.tokenizer, skip_prompt, timeout, **{"skip_special_tokens": True, **decode_kwargs})
+    def __init__(self, processor: TransfusionProcessor, preview_interval: int | None = None, **kwargs: Any):
+        super().__init__(processor.tokenizer, **{"skip_prompt": True, "skip_special_tokens": True, **kwargs})
         if preview_interval is not None and preview_interval < 1:
             raise ValueError(f"`preview_interval` must be at least 1, or None; got {preview_interval}.")
         self.processor, self.preview_interval, self._is_abandoned = processor, preview_interval, False

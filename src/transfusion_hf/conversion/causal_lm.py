@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def transfusion_key(key: str) -> str:
     """The name of a language model's tensor in a Transfusion: `model.…` becomes `model.language_model.…`."""
-    return f"model.language_model.{key.removeprefix('model.')}" if key.startswith("model.") else key
+    return re.sub(r"^model\.", "model.language_model.", key)
 
 
 @contextmanager
@@ -107,6 +108,29 @@ class SafetensorsCheckpoint:
         found = self.layout
         misshapen = [key for key in found if key in expected and found[key].shape != expected[key].shape]
         refuse_unfit(expected.keys() - found.keys(), found.keys() - expected.keys(), misshapen)
+
+    def write(self, folder: Path, model: TransfusionForCausalLMAndDiffusion, max_shard_size: int | str | None) -> None:
+        """Writes the tensors in the types of `layout`, and what `model` has beside the meta device."""
+        grown = model.state_dict()
+        parts = {name: value for name, value in grown.items() if not value.is_meta}
+        sources = {transfusion_key(key): key for key in self.layout}
+        # The weights of images begin as copies.
+        sources |= {image_name(name): key for name, key in sources.items() if image_name(name) in grown}
+        layout = {name: grown[name].to(self.layout[key].dtype) for name, key in sources.items()} | parts
+        limit = max_shard_size or max(path.stat().st_size for path in set(self.files.values())) // 2
+        split = split_torch_state_dict_into_shards(layout, max_shard_size=limit)
+        for file, members in tqdm(split.filename_to_tensors.items(), desc="write shards"):
+            tensors = {}
+            # What is copied comes first, while nothing else is in memory.
+            for name in sorted(members, key=lambda name: name not in (HEAD, transfusion_key(EMBEDDING))):
+                tensor = parts[name] if name in parts else self[sources[name]].to(layout[name].dtype)
+                if num_new := len(layout[name]) - len(tensor):
+                    tensor = torch.cat([tensor, mean_row(tensor).expand(num_new, *tensor.shape[1:])])
+                tensors[name] = tensor
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _check_tokenizer(tokenizer: Any, own: Any, tokens: dict[str, str], vocab_size: int) -> None:
@@ -207,37 +231,9 @@ def convert_causal_lm(
         part.to(config.dtype)
 
     with written_whole(Path(output_dir)) as folder:
-        _write_shards(folder, model, checkpoint, max_shard_size)
+        checkpoint.write(folder, model, max_shard_size)
         config.architectures = [type(model).__name__]
         base_model = str(pretrained_model_name_or_path) if is_remote else None
         make_model_card(config, Path(output_dir).name, base_model=base_model).save(folder / "README.md")
         for part in (config, model.generation_config, processor):
             part.save_pretrained(folder)
-
-
-def _write_shards(
-    folder: Path,
-    model: TransfusionForCausalLMAndDiffusion,
-    checkpoint: SafetensorsCheckpoint,
-    max_shard_size: int | str | None,
-) -> None:
-    """Writes the tensors of a checkpoint in the types of its layout, and what `model` has beside the meta device."""
-    grown = model.state_dict()
-    parts = {name: value for name, value in grown.items() if not value.is_meta}
-    sources = {transfusion_key(key): key for key in checkpoint.layout}
-    sources |= {image_name(name): key for name, key in sources.items() if image_name(name) in grown}  # begin as copies
-    layout = {name: grown[name].to(checkpoint.layout[key].dtype) for name, key in sources.items()} | parts
-    limit = max_shard_size or max(path.stat().st_size for path in set(checkpoint.files.values())) // 2
-    split = split_torch_state_dict_into_shards(layout, max_shard_size=limit)
-    for file, members in tqdm(split.filename_to_tensors.items(), desc="write shards"):
-        tensors = {}
-        # What is copied comes first, while nothing else is in memory.
-        for name in sorted(members, key=lambda name: name not in (HEAD, transfusion_key(EMBEDDING))):
-            tensor = parts[name] if name in parts else checkpoint[sources[name]].to(layout[name].dtype)
-            if num_new := len(layout[name]) - len(tensor):
-                tensor = torch.cat([tensor, mean_row(tensor).expand(num_new, *tensor.shape[1:])])
-            tensors[name] = tensor
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

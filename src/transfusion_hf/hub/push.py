@@ -19,14 +19,12 @@ def push_to_hub(
     processor: ProcessorMixin | None = None,
     *,
     repo_id: str,
-    commit_message: str = "Upload a Transfusion model",
-    commit_description: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
     max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
+    **kwargs: Any,
 ) -> CommitInfo:
     """
     Uploads a model, its code and its processor in one commit. Creates the repository if it does not exist, keeps its
@@ -36,9 +34,9 @@ def push_to_hub(
         model (`TransfusionForCausalLMAndDiffusion`), processor (`TransfusionProcessor`, *optional*)
         repo_id (`str`): `"name"`, or `"organization/name"`; `private` applies to a new repository.
         revision (`str`, *optional*): The branch; created if it does not exist.
-        create_pr (`bool`, defaults to `False`): Whether to open a pull request instead of committing.
         max_shard_size (`int` or `str`, defaults to `"50GB"`): The size above which weights are split into files.
         tags (`list[str]`, *optional*): Added to the tags of the model card.
+        kwargs: For `HfApi.create_commit`: `commit_message`, `commit_description`, `create_pr` …
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -62,11 +60,5 @@ def push_to_hub(
         # A single old file would be loaded instead of new shards, and old shards would be downloaded for nothing.
         stale = set(api.list_repo_files(repo_id, revision=revision)) - files.keys()
         operations += [CommitOperationDelete(name) for name in stale if _WEIGHTS.fullmatch(name)]
-        return api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        kwargs = {"commit_message": "Upload a Transfusion model", **kwargs}
+        return api.create_commit(repo_id, operations, revision=revision, **kwargs)

@@ -164,11 +164,9 @@ class VAELoss(nn.Module):
     Args:
         perceptual, identity (`nn.Module`, *optional*): May be `None` if their weight is 0.
         l1_weight, perceptual_weight, gan_weight, identity_weight, regularizer_weight (`float`):
-            Constant; a term of weight 0 is not computed. The last is that of the KL or commitment loss.
+            Constant; a term of weight 0 is not computed. The last is that of the KL or commitment loss. `ValueError`
+            for a negative weight, or one above 0 without its network.
         gan_start (`int`, defaults to 50000): The first step, counted from 0, with the adversarial term.
-
-    Raises:
-        ValueError: a negative weight, or a weight without its network.
     """
 
     def __init__(
