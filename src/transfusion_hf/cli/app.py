@@ -120,7 +120,7 @@ def respond(
 
 def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
     """The page for a `TransfusionForCausalLMAndDiffusion` and its processor. `launch_app` starts it."""
-    stored = model.generation_config
+    config, stored = model.config, model.generation_config
     defaults = DRAWING_DEFAULTS | {name: value for name, value in stored.to_dict().items() if value is not None}
     schedulers = _FLOW_SCHEDULERS if is_flow(model.noise_scheduler) else _SCHEDULERS
     scheduler = defaults["scheduler"] or type(model.noise_scheduler).__name__
@@ -130,9 +130,7 @@ def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
         with gr.Sidebar(width=340):
             settings = [
                 gr.Radio(list(MODES), value="chat", label="mode"),
-                gr.Slider(
-                    1, model.config.num_train_timesteps, defaults["num_inference_steps"], label="steps", **whole
-                ),
+                gr.Slider(1, config.num_train_timesteps, defaults["num_inference_steps"], label="steps", **whole),
                 gr.Slider(1, 20, defaults["image_guidance_scale"], step=0.1, label="guidance scale"),
                 gr.Number(label="seed", placeholder="random", precision=0),
                 gr.Dropdown(schedulers, value=scheduler, label="scheduler"),

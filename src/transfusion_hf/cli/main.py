@@ -53,11 +53,10 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--max_new_tokens", type=int, default=num_tokens)
     for sub, output in ((draw, "drawing.png"), (edit, "edited.png"), (chat, "chat.png")):
         sub.add_argument("-o", "--output", type=Path, default=Path(output))
-        sub.add_argument("--num_inference_steps", type=int)
         sub.add_argument("--guidance_scale", type=float, dest="image_guidance_scale")
         sub.add_argument("--scheduler", help="a class of diffusers, for example 'DDIMScheduler'")
-        sub.add_argument("--height", type=int)
-        sub.add_argument("--width", type=int)
+        for name in ("num_inference_steps", "height", "width"):
+            sub.add_argument(f"--{name}", type=int)
     for sub in (draw, caption, edit, chat):
         sub.add_argument("--seed", type=int)
     app = command("app", "Opens a page to draw, caption and chat in a browser.")
@@ -81,19 +80,16 @@ def open_picture(file: str | Path) -> Image.Image:
 
 def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
     """The ids and pixels of a conversation, up to where the answer begins."""
-    kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return processor.apply_chat_template(messages, **kwargs)
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
 
 
 def _run_once(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str, Any]) -> None:
     """Draws, edits or captions."""
     pictures = [open_picture(args.picture)] if "picture" in args else []
-    text = processor.image_token * len(pictures) + args.prompt
-    inputs = processor(text=[text], images=pictures).to(model.device)
+    inputs = processor(text=[processor.image_token * len(pictures) + args.prompt], images=pictures).to(model.device)
     if args.command == "caption":
-        print(
-            "".join(TransfusionStreamer(processor).generate(model, **inputs, generation_mode="text", **kwargs)).strip()
-        )
+        pieces = TransfusionStreamer(processor).generate(model, **inputs, generation_mode="text", **kwargs)
+        print("".join(map(str, pieces)).strip())
         return
     output = model.generate(**inputs, generation_mode="image", progress_bar=True, **kwargs)
     (image,) = processor.post_process_multimodal_output(output, generation_mode="image")

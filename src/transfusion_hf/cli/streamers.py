@@ -60,7 +60,7 @@ class TransfusionStreamer(TextIteratorStreamer):
         self.check()
         text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[self.print_len :]
         self.token_cache.clear()
-        self.print_len = 0
+        self.print_len: int = 0
         self.on_finalized_text(text)  # held back until the next space
         (picture,) = self.processor.image_processor.postprocess([image])
         self.text_queue.put(StreamedImage(picture, step, num_inference_steps))

@@ -133,8 +133,13 @@ class SafetensorsCheckpoint:
             (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _check_tokenizer(tokenizer: Any, own: Any, tokens: dict[str, str], vocab_size: int) -> None:
-    """`own` is the tokenizer in the model's folder, if there is one."""
+def _load_tokenizer(tokenizer: Any, source: Path, tokens: dict[str, str], vocab_size: int) -> Any:
+    """`tokenizer`, or that in the model's folder `source`; `ValueError` if it does not fit the model or `tokens`."""
+    has_own = tokenizer is None or (source / "tokenizer_config.json").exists()
+    own = AutoTokenizer.from_pretrained(source) if has_own else None
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    tokenizer = own if tokenizer is None else tokenizer
     vocabulary = tokenizer.get_vocab()
     if clashes := [token for token in tokens.values() if token in vocabulary]:
         raise ValueError(
@@ -151,15 +156,7 @@ def _check_tokenizer(tokenizer: Any, own: Any, tokens: dict[str, str], vocab_siz
             f"`tokenizer` is that of another model: {len(differ)} tokens of the model's own have other ids in it, for "
             f"example {differ[0]!r}. Pass the right one, or none."
         )
-
-
-def _copy_generation_config(source: Path, model: TransfusionForCausalLMAndDiffusion) -> None:
-    if (file := source / "generation_config.json").exists():
-        model.generation_config.update(**generation_values(GenerationConfig.from_pretrained(source)))
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError as error:
-            raise ValueError(f"{file} could not be saved again; correct it. {error}") from error
+    return tokenizer
 
 
 def convert_causal_lm(
@@ -176,7 +173,7 @@ def convert_causal_lm(
 ) -> None:
     r"""
     Converts a language model to a Transfusion and writes it with its processor, shard by shard; the result is that of
-    [`from_causal_lm`].
+    [`from_causal_lm`]. `ValueError`, before anything is written, for what does not fit.
 
     Args:
         pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or a repository of the Hub; safetensors.
@@ -189,9 +186,6 @@ def convert_causal_lm(
         image_tokens (`dict[str, str]`, *optional*):
             Texts other than `<image>`, `<BOI>`, `<EOI>` for `image_token`, `image_start_token`, `image_end_token`.
         kwargs: Fields of [`TransfusionConfig`], such as `latent_channels`.
-
-    Raises:
-        ValueError: before anything is written, if any of these does not fit.
     """
     if unknown := sorted(set(kwargs) - set(TransfusionConfig.__annotations__)):
         raise ValueError(f"TransfusionConfig has no field {', '.join(f'`{name}`' for name in unknown)}.")
@@ -203,13 +197,8 @@ def convert_causal_lm(
         source = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     text_config = AutoConfig.from_pretrained(source)
     check_text_config(text_config)
-    has_own = tokenizer is None or (source / "tokenizer_config.json").exists()
-    own = AutoTokenizer.from_pretrained(source) if has_own else None
-    if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    tokenizer = own if tokenizer is None else tokenizer
     tokens: dict[str, Any] = {**IMAGE_TOKENS, **(image_tokens or {})}
-    _check_tokenizer(tokenizer, own, tokens, text_config.vocab_size)
+    tokenizer = _load_tokenizer(tokenizer, source, tokens, text_config.vocab_size)
 
     ids = {f"{name}_id": len(tokenizer) + i for i, name in enumerate(tokens)}  # where `for_model` puts them
     config = causal_lm_config(text_config, **{**ids, **kwargs})
@@ -224,7 +213,12 @@ def convert_causal_lm(
         attach_vae(model, vae)
     model.grow_vocabulary(config.text_config.vocab_size, pad_to_multiple_of)
     processor = TransfusionProcessor.for_model(model, tokenizer, pad_to_multiple_of=pad_to_multiple_of, **tokens)
-    _copy_generation_config(source, model)
+    if (file := source / "generation_config.json").exists():
+        model.generation_config.update(**generation_values(GenerationConfig.from_pretrained(source)))
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            raise ValueError(f"{file} could not be saved again; correct it. {error}") from error
     checkpoint.layout = {key: tensor.to(dtype or tensor.dtype) for key, tensor in checkpoint.layout.items()}
     config.dtype = checkpoint.layout[EMBEDDING].dtype
     for part in (model.model.patch_encoder, model.model.patch_decoder):

@@ -6,8 +6,6 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-PIPELINE_TAG = "any-to-any"
-
 
 def make_model_card(
     config: Any,
@@ -42,13 +40,13 @@ def make_model_card(
     base_model, datasets = ([x] if isinstance(x, str) else list(x or []) for x in (base_model, datasets))
     dataset_name = dataset_name or next(iter(datasets), None)
     results = [
-        EvalResult(PIPELINE_TAG, next(iter(datasets), dataset_name), dataset_name, name, value)
+        EvalResult("any-to-any", next(iter(datasets), dataset_name), dataset_name, name, value)
         for name, value in (evaluation or {}).items()
         if dataset_name and "/" not in name  # the parts of a metric stay in the table
     ]
     data = ModelCardData(
         model_name=model_name if results else None,
-        pipeline_tag=PIPELINE_TAG,
+        pipeline_tag="any-to-any",
         library_name="transformers",
         base_model=base_model or None,
         datasets=datasets or None,

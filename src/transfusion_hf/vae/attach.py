@@ -40,9 +40,8 @@ def attach_vae(
             raise ValueError(f"`vae` must be an `AutoencoderKL` of diffusers; {vae} holds a `{name}`.")
         vae = AutoencoderKL.from_pretrained(vae, **{"torch_dtype": torch.float32, **kwargs})
     if not isinstance(vae, AutoencoderKL):
-        raise ValueError(
-            f"`vae` must be an `AutoencoderKL` of diffusers, or where one lies; got {type(vae).__name__}."
-        )
+        got = type(vae).__name__
+        raise ValueError(f"`vae` must be an `AutoencoderKL` of diffusers, or where one lies; got {got}.")
     # Without the defaults of diffusers: its scale is that of one model, and no autoencoder would seem to lack a scale.
     defaults = set(vae.config.get("_use_default_values", [])) - {"block_out_channels", "latent_channels"}
     names = set(inspect.signature(AutoencoderKL).parameters) - defaults
