@@ -31,15 +31,7 @@ def _check_transformers() -> None:
 
 _check_transformers()
 
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
+import transformers
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .attention_transfusion import set_varlen_kernel, varlen_kernels
@@ -69,15 +61,17 @@ from .training.plans import set_trainable
 from .training.trainer import TransfusionTrainer
 from .vae.attach import attach_vae, measure_latent_scale
 
-AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig)
-AutoModel.register(TransfusionConfig, TransfusionModel)
-for _auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+_multimodal = transformers.AutoModelForMultimodalLM
+transformers.AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig)
+transformers.AutoModel.register(TransfusionConfig, TransfusionModel)
+for _auto_class in (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText, _multimodal):
     _auto_class.register(TransfusionConfig, TransfusionForCausalLMAndDiffusion)
-AutoImageProcessor.register(TransfusionConfig, image_processor_classes={"torchvision": TransfusionImageProcessor})
-AutoProcessor.register(TransfusionConfig, TransfusionProcessor)
+transformers.AutoProcessor.register(TransfusionConfig, TransfusionProcessor)
+_image_processors = {"torchvision": TransfusionImageProcessor}
+transformers.AutoImageProcessor.register(TransfusionConfig, image_processor_classes=_image_processors)
 _ours = {"text-to-image": TextToImagePipeline, "interleaved-generation": InterleavedGenerationPipeline}
 for _task, _class in _ours.items():
-    PIPELINE_REGISTRY.register_pipeline(_task, _class, pt_model=AutoModelForMultimodalLM, type="multimodal")
+    PIPELINE_REGISTRY.register_pipeline(_task, _class, pt_model=_multimodal, type="multimodal")
 _tasks = PIPELINE_REGISTRY.supported_tasks
 # From these two, other models get the library's own pipelines.
 _tasks["any-to-any"] = {**_tasks["any-to-any"], "impl": TransfusionAnyToAnyPipeline}

@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,22 +40,16 @@ _PREVIEW = {"id": "preview"}
 
 def _messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """For chat templates, without previews of stopped drawings and without unanswered messages, which may not fit."""
-    kept: list[dict[str, Any]] = []
-    for message in history:
-        if (message.get("metadata") or {}).get("id") == _PREVIEW["id"]:
-            continue
-        if message["role"] == "user" and kept and kept[-1]["role"] == "user":
-            kept.pop()
-        kept.append(message)
-    if kept and kept[-1]["role"] == "user":
-        kept.pop()
-
-    def read(part: dict[str, Any]) -> dict[str, Any]:
-        if part["type"] == "text":
-            return {"type": "text", "text": part["text"]}
-        return {"type": "image", "image": open_picture(part["file"]["path"])}
-
-    return [{"role": message["role"], "content": [*map(read, message["content"])]} for message in kept]
+    kept = [message for message in history if (message.get("metadata") or {}).get("id") != _PREVIEW["id"]]
+    messages = []
+    for message, after in pairwise([*kept, {"role": "user"}]):
+        if "assistant" in (message["role"], after["role"]):
+            content = [
+                {"type": "image", "image": open_picture(part["file"]["path"])} if part["type"] == "file" else part
+                for part in message["content"]
+            ]
+            messages.append({"role": message["role"], "content": content})
+    return messages
 
 
 def _inputs(processor: TransfusionProcessor, mode: str, message: dict[str, Any], history: list[dict[str, Any]]) -> Any:
@@ -68,14 +63,6 @@ def _inputs(processor: TransfusionProcessor, mode: str, message: dict[str, Any],
     return processor(text=[processor.image_token * len(pictures) + text], images=pictures)
 
 
-def _generator(seed: str, device: torch.device) -> torch.Generator | None:
-    if not seed.strip():
-        return None
-    if not seed.strip().isdecimal() or int(seed) >= 2**63:
-        raise ValueError(f"The seed must be a whole number, 0 or more and below 2⁶³, or empty; got {seed!r}.")
-    return torch.Generator(device).manual_seed(int(seed))
-
-
 def respond(
     model: Any,
     processor: TransfusionProcessor,
@@ -84,43 +71,46 @@ def respond(
     mode: str,
     num_inference_steps: int,
     image_guidance_scale: float,
-    seed: str,
+    seed: int | None,
     scheduler: str,
     max_new_tokens: int,
     preview_interval: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """
     Yields the answer so far to a message `{"text": str, "files": list[str]}`, after Gradio's `history`: text and PNG
-    files in their order, then the preview of the current drawing. Closing the iterator stops the model at the next
-    token or preview. An error ends the answer, with a warning on the page. `mode` is one of `MODES`, `seed` a whole
-    number or empty; the other settings are those of `generate()` and [`TransfusionStreamer`].
+    files in their order, then the preview of the current drawing. Closing the iterator stops the model. An error ends
+    the answer, with a warning on the page. `mode` is one of `MODES`; the other settings are those of `generate()`.
     """
     content: list[Any] = []
     try:
-        inputs = _inputs(processor, mode, message, history).to(model.device)
-        kwargs = {"generation_mode": MODES[mode], "image_guidance_scale": image_guidance_scale, "scheduler": scheduler}
-        kwargs |= {"num_inference_steps": int(num_inference_steps), "max_new_tokens": int(max_new_tokens)}
-        kwargs["generator"] = _generator(seed, model.device)
-        streamer = TransfusionStreamer(processor, preview_interval=int(preview_interval))
-        pieces = streamer.generate(model, **inputs, **kwargs)
+        pieces = TransfusionStreamer(processor, preview_interval=preview_interval).generate(
+            model,
+            **_inputs(processor, mode, message, history).to(model.device),
+            generation_mode=MODES[mode],
+            num_inference_steps=num_inference_steps,
+            image_guidance_scale=image_guidance_scale,
+            generator=None if seed is None else torch.Generator(model.device).manual_seed(seed),
+            scheduler=scheduler,
+            max_new_tokens=max_new_tokens,
+        )
         # Gradio copies each file before it asks for more.
         with closing(pieces), TemporaryDirectory() as folder:  # type: ignore[type-var]
             for piece in pieces:
                 preview = []
-                if not isinstance(piece, str):
+                if isinstance(piece, str):
+                    if content and isinstance(content[-1], str):
+                        piece = content.pop() + piece
+                    content.append(piece)
+                else:
                     file = Path(folder) / f"{len(content)}-{piece.step}.png"
                     piece.image.save(file)
-                    shown = [{"path": str(file)}, f"step {piece.step} of {piece.num_inference_steps}"]
                     if piece.is_final:
-                        content.append(shown[0])
+                        content.append({"path": str(file)})
                     else:
-                        preview = shown
-                elif content and isinstance(content[-1], str):
-                    content[-1] += piece
-                else:
-                    content.append(piece)
+                        shown = [{"path": str(file)}, f"step {piece.step} of {piece.num_inference_steps}"]
+                        preview = [{"role": "assistant", "content": shown, "metadata": _PREVIEW}]
                 answer = [{"role": "assistant", "content": list(content)}] if content else []
-                yield answer + ([{"role": "assistant", "content": preview, "metadata": _PREVIEW}] if preview else [])
+                yield answer + preview
     # After an exception Gradio would not reopen the prompt.
     except Exception as error:
         if not isinstance(error, (ValueError, OSError)):
@@ -130,23 +120,22 @@ def respond(
 
 def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
     """The page for a `TransfusionForCausalLMAndDiffusion` and its processor. `launch_app` starts it."""
-    stored = model.generation_config
-    set_values = {name: getattr(stored, name, None) for name in DRAWING_DEFAULTS}
-    defaults = DRAWING_DEFAULTS | {name: value for name, value in set_values.items() if value is not None}
+    config, stored = model.config, model.generation_config
+    defaults = DRAWING_DEFAULTS | {name: value for name, value in stored.to_dict().items() if value is not None}
     schedulers = _FLOW_SCHEDULERS if is_flow(model.noise_scheduler) else _SCHEDULERS
     scheduler = defaults["scheduler"] or type(model.noise_scheduler).__name__
-    full = {"fill_height": True, "fill_width": True}
+    full, whole = {"fill_height": True, "fill_width": True}, {"step": 1, "precision": 0}
     # Files are deleted after a day.
     with gr.Blocks(title="Transfusion", analytics_enabled=False, delete_cache=(3600, 86400), **full) as app:
         with gr.Sidebar(width=340):
             settings = [
                 gr.Radio(list(MODES), value="chat", label="mode"),
-                gr.Slider(1, model.config.num_train_timesteps, defaults["num_inference_steps"], step=1, label="steps"),
+                gr.Slider(1, config.num_train_timesteps, defaults["num_inference_steps"], label="steps", **whole),
                 gr.Slider(1, 20, defaults["image_guidance_scale"], step=0.1, label="guidance scale"),
-                gr.Textbox(label="seed", placeholder="random"),
+                gr.Number(label="seed", placeholder="random", precision=0),
                 gr.Dropdown(schedulers, value=scheduler, label="scheduler"),
-                gr.Slider(1, 8192, stored.max_new_tokens or 1024, step=1, label="max new tokens"),
-                gr.Slider(1, 100, 5, step=1, label="preview interval"),
+                gr.Slider(1, 8192, stored.max_new_tokens or 1024, label="max new tokens", **whole),
+                gr.Slider(1, 100, 5, label="preview interval", **whole),
             ]
             gr.Markdown(_HELP)
         files = {"file_types": ["image"], "file_count": "multiple"}
@@ -163,23 +152,13 @@ def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
     return app
 
 
-def launch_app(
-    model: Any,
-    processor: TransfusionProcessor,
-    host: str = "127.0.0.1",
-    port: int | None = None,
-    share: bool = False,
-    **kwargs: Any,
-) -> gr.Blocks:
-    """
-    Starts the page at `port` (default: the first free one from 7860 on) of `host` (`"0.0.0.0"` for other machines),
-    with `share` also at a public address through Gradio's servers. `kwargs` are for Gradio's `launch`.
-    """
+def launch_app(model: Any, processor: TransfusionProcessor, **kwargs: Any) -> gr.Blocks:
+    """Starts the page. `kwargs` are for Gradio's `launch`: `server_name`, `server_port`, `share` …"""
     app = make_app(model, processor)
-    app.queue(default_concurrency_limit=1, api_open=False)
+    app.queue(api_open=False)
     is_small = max(model.config.latent_size) * model.config.vae_scale_factor < 256
     # The browser's own fonts: none are fetched.
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     look = {"theme": theme, "css": _CSS + _SMALL_CSS * is_small, "footer_links": [], "run_history": False}
-    app.launch(server_name=host, server_port=port, share=share, ssr_mode=False, **look, **kwargs)
+    app.launch(ssr_mode=False, **look, **kwargs)
     return app

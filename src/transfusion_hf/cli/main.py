@@ -13,6 +13,7 @@ The command line:
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -38,29 +39,24 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--dtype", default="auto", help="for example 'bfloat16'; default: the checkpoint's")
         return sub
 
-    def drawing(sub: argparse.ArgumentParser, output: str) -> None:
-        sub.add_argument("-o", "--output", type=Path, default=Path(output))
-        sub.add_argument("--num_inference_steps", type=int)
-        sub.add_argument("--guidance_scale", type=float, dest="image_guidance_scale")
-        sub.add_argument("--scheduler", help="a class of diffusers, for example 'DDIMScheduler'")
-        sub.add_argument("--height", type=int)
-        sub.add_argument("--width", type=int)
-
     draw = command("draw", "Draws a picture from a prompt.")
     draw.add_argument("prompt")
-    drawing(draw, "drawing.png")
     caption = command("caption", "Describes a picture, or answers a question about it.")
     caption.add_argument("picture", type=Path)
     caption.add_argument("--prompt", default="", help="text behind the picture, for example a question")
-    caption.add_argument("--max_new_tokens", type=int, default=64)
     edit = command("edit", "Changes a picture as instructed.")
     edit.add_argument("picture", type=Path)
     edit.add_argument("prompt", metavar="instruction")
     edit.add_argument("--input_image_guidance_scale", type=float, help="how closely to follow the picture")
-    drawing(edit, "edited.png")
     chat = command("chat", f"Chats in text and pictures. {_CHAT_HELP}")
-    chat.add_argument("--max_new_tokens", type=int, default=1024)
-    drawing(chat, "chat.png")
+    for sub, num_tokens in ((caption, 64), (chat, 1024)):
+        sub.add_argument("--max_new_tokens", type=int, default=num_tokens)
+    for sub, output in ((draw, "drawing.png"), (edit, "edited.png"), (chat, "chat.png")):
+        sub.add_argument("-o", "--output", type=Path, default=Path(output))
+        sub.add_argument("--guidance_scale", type=float, dest="image_guidance_scale")
+        sub.add_argument("--scheduler", help="a class of diffusers, for example 'DDIMScheduler'")
+        for name in ("num_inference_steps", "height", "width"):
+            sub.add_argument(f"--{name}", type=int)
     for sub in (draw, caption, edit, chat):
         sub.add_argument("--seed", type=int)
     app = command("app", "Opens a page to draw, caption and chat in a browser.")
@@ -84,42 +80,30 @@ def open_picture(file: str | Path) -> Image.Image:
 
 def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
     """The ids and pixels of a conversation, up to where the answer begins."""
-    kwargs = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
-    return processor.apply_chat_template(messages, **kwargs)
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
 
 
-def _drawing_kwargs(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name in DRAWING_DEFAULTS and value is not None}
-
-
-def _save(image: Image.Image, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    image.save(file)
-
-
-def _run_once(args: argparse.Namespace, model: Any, processor: Any, generator: torch.Generator | None) -> None:
+def _run_once(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str, Any]) -> None:
     """Draws, edits or captions."""
-    pictures = [open_picture(args.picture)] if "picture" in args else None
-    text = (processor.image_token if pictures else "") + args.prompt
-    inputs = processor(text=[text], images=pictures).to(model.device)
+    pictures = [open_picture(args.picture)] if "picture" in args else []
+    inputs = processor(text=[processor.image_token * len(pictures) + args.prompt], images=pictures).to(model.device)
     if args.command == "caption":
-        ids = model.generate(**inputs, generation_mode="text", generator=generator, max_new_tokens=args.max_new_tokens)
-        (answer,) = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        print(answer.strip())
+        pieces = TransfusionStreamer(processor).generate(model, **inputs, generation_mode="text", **kwargs)
+        print("".join(map(str, pieces)).strip())
         return
-    kwargs = {"generation_mode": "image", "generator": generator, "progress_bar": True, **_drawing_kwargs(args)}
-    output = model.generate(**inputs, **kwargs)
+    output = model.generate(**inputs, generation_mode="image", progress_bar=True, **kwargs)
     (image,) = processor.post_process_multimodal_output(output, generation_mode="image")
-    _save(image, args.output)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    image.save(args.output)
     print(args.output)
 
 
-def _chat(args: argparse.Namespace, model: Any, processor: Any, generator: torch.Generator | None) -> None:
+def _chat(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str, Any]) -> None:
     print(_CHAT_HELP)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     messages: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
-    num_drawn = 0
-    kwargs = {"max_new_tokens": args.max_new_tokens, "generator": generator, **_drawing_kwargs(args)}
+    files = (args.output.with_stem(f"{args.output.stem}-{i}") for i in count(1))
     for line in filter(None, map(str.strip, sys.stdin)):
         if line == "/quit":
             break
@@ -138,47 +122,46 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, generator: torch
                 answer.append({"type": "text", "text": piece})
                 print(piece, end="", flush=True)
             else:
-                num_drawn += 1
-                file = args.output.with_stem(f"{args.output.stem}-{num_drawn}")
-                _save(piece.image, file)
+                file = next(files)
+                piece.image.save(file)
                 answer.append({"type": "image", "image": piece.image})
                 print(f"[{file}]", end="", flush=True)
         print()
         messages += [question, {"role": "assistant", "content": answer}]
 
 
-def _run(argv: Sequence[str]) -> int:
-    if argv[:1] == ["doctor"]:
-        from ..training import doctor
-
-        return doctor.main(argv[1:])
-    if argv[:1] == ["latents"]:
-        from ..data import latents  # needs datasets, which the others do not
-
-        latents.main(argv[1:])
-        return 0
-    args = _parse_args(argv)
+def _run(args: argparse.Namespace) -> None:
     if args.command == "app":
         from .app import launch_app  # needs Gradio, which the others do not
-    output = getattr(args, "output", None)
-    if output is not None and output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"`--output` {output} has no suffix of a picture; call it, for example, drawing.png.")
+    if "output" in args and args.output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"`--output` {args.output} has no suffix of a picture; call it, for example, drawing.png.")
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         raise ValueError(f"`--dtype` must be 'auto' or a type of torch such as 'bfloat16'; got {args.dtype!r}.")
     model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
     processor = AutoProcessor.from_pretrained(args.model)
     if args.command == "app":
-        launch_app(model, processor, args.host, args.port, args.share)
-        return 0
-    generator = None if args.seed is None else torch.Generator(args.device).manual_seed(args.seed)
-    (_chat if args.command == "chat" else _run_once)(args, model, processor, generator)
-    return 0
+        launch_app(model, processor, server_name=args.host, server_port=args.port, share=args.share)
+        return
+    kwargs = {name: value for name, value in vars(args).items() if name in {*DRAWING_DEFAULTS, "max_new_tokens"}}
+    kwargs["generator"] = None if args.seed is None else torch.Generator(args.device).manual_seed(args.seed)
+    (_chat if args.command == "chat" else _run_once)(args, model, processor, kwargs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns the exit status: 1 after an error, which is printed to stderr in one line."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        return _run(sys.argv[1:] if argv is None else list(argv))
+        if argv[:1] == ["doctor"]:
+            from ..training import doctor
+
+            return doctor.main(argv[1:])
+        if argv[:1] == ["latents"]:
+            from ..data import latents  # needs datasets, which the others do not
+
+            latents.main(argv[1:])
+        else:
+            _run(_parse_args(argv))
+        return 0
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: an unknown device
         print(f"transfusion: {error}", file=sys.stderr)
         return 1

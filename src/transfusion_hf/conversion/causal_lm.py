@@ -2,10 +2,11 @@
 
 import json
 import os
-import shutil
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -25,12 +26,12 @@ from .language_model import causal_lm_config, generation_values, refuse_unfit
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-EMBEDDING, HEAD, HEAD_BIAS = "model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def transfusion_key(key: str) -> str:
     """The name of a language model's tensor in a Transfusion: `model.…` becomes `model.language_model.…`."""
-    return f"model.language_model.{key.removeprefix('model.')}" if key.startswith("model.") else key
+    return re.sub(r"^model\.", "model.language_model.", key)
 
 
 @contextmanager
@@ -41,17 +42,14 @@ def written_whole(folder: Path) -> Iterator[Path]:
         raise ValueError(f"`output_dir` {folder} is a mount point, which cannot be replaced; choose a folder in it.")
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"`output_dir` {folder} is not empty; choose another, or empty it.")
-    temporary = folder.with_name(f".{folder.name}.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as private:  # unlike the folder in it
+        temporary = Path(private, folder.name)
+        temporary.mkdir()
         yield temporary
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 class SafetensorsCheckpoint:
@@ -80,12 +78,11 @@ class SafetensorsCheckpoint:
 
     @staticmethod
     def _find(folder: Path) -> list[Path]:
-        if (folder / INDEX).exists():
+        if (index := folder / INDEX).exists():
             try:
-                weight_map = json.loads((folder / INDEX).read_text())["weight_map"]
-                return sorted({folder / name for name in weight_map.values()})
+                return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
             except (json.JSONDecodeError, KeyError) as error:
-                raise ValueError(f"{folder / INDEX} is cut off or no index: {error!r}. Get it again.") from error
+                raise ValueError(f"{index} is cut off or no index: {error!r}. Get it again.") from error
         if (folder / SINGLE).exists():
             return [folder / SINGLE]
         found = sorted(file.name for file in folder.glob("*") if file.suffix in (".safetensors", ".bin"))
@@ -98,26 +95,51 @@ class SafetensorsCheckpoint:
         with safe_open(self.files[key], framework="pt") as file:  # a memory mapping that ends with the tensor
             return file.get_tensor(key)
 
+    def check(self, expected: dict[str, torch.Tensor], is_tied: bool) -> None:
+        """Leaves what is to convert in `layout`; `ValueError` for tensors missing, unknown or of another shape."""
+        # Older checkpoints hold these, which are computed, not learned.
+        self.layout = {k: tensor for k, tensor in self.layout.items() if not k.endswith("rotary_emb.inv_freq")}
+        if is_tied:
+            expected = {key: tensor for key, tensor in expected.items() if key != HEAD}
+            if self.layout.pop(HEAD, None) is not None and not torch.equal(self[HEAD], self[EMBEDDING]):
+                raise ValueError(
+                    f"`tie_word_embeddings` is true, but {HEAD} differs from {EMBEDDING}; correct the configuration."
+                )
+        found = self.layout
+        misshapen = [key for key in found if key in expected and found[key].shape != expected[key].shape]
+        refuse_unfit(expected.keys() - found.keys(), found.keys() - expected.keys(), misshapen)
 
-def check_keys(checkpoint: SafetensorsCheckpoint, expected: dict[str, torch.Tensor], is_tied: bool) -> list[str]:
-    """The names of the tensors to convert; `ValueError` for those missing, unknown or of another shape."""
-    # Older checkpoints hold these, which are computed, not learned.
-    keys = [key for key in checkpoint.layout if not key.endswith("rotary_emb.inv_freq")]
-    wanted = {key: tensor for key, tensor in expected.items() if not (is_tied and key == HEAD)}
-    if is_tied and HEAD in keys:
-        if not torch.equal(checkpoint[HEAD], checkpoint[EMBEDDING]):
-            raise ValueError(
-                f"`tie_word_embeddings` is true, but {HEAD} differs from {EMBEDDING}; correct the configuration."
-            )
-        keys.remove(HEAD)
-    both = [key for key in keys if key in wanted]
-    misshapen = [key for key in both if checkpoint.layout[key].shape != wanted[key].shape]
-    refuse_unfit(set(wanted) - set(keys), set(keys) - set(wanted), misshapen)
-    return keys
+    def write(self, folder: Path, model: TransfusionForCausalLMAndDiffusion, max_shard_size: int | str | None) -> None:
+        """Writes the tensors in the types of `layout`, and what `model` has beside the meta device."""
+        grown = model.state_dict()
+        parts = {name: value for name, value in grown.items() if not value.is_meta}
+        sources = {transfusion_key(key): key for key in self.layout}
+        # The weights of images begin as copies.
+        sources |= {image_name(name): key for name, key in sources.items() if image_name(name) in grown}
+        layout = {name: grown[name].to(self.layout[key].dtype) for name, key in sources.items()} | parts
+        limit = max_shard_size or max(path.stat().st_size for path in set(self.files.values())) // 2
+        split = split_torch_state_dict_into_shards(layout, max_shard_size=limit)
+        for file, members in tqdm(split.filename_to_tensors.items(), desc="write shards"):
+            tensors = {}
+            # What is copied comes first, while nothing else is in memory.
+            for name in sorted(members, key=lambda name: name not in (HEAD, transfusion_key(EMBEDDING))):
+                tensor = parts[name] if name in parts else self[sources[name]].to(layout[name].dtype)
+                if num_new := len(layout[name]) - len(tensor):
+                    tensor = torch.cat([tensor, mean_row(tensor).expand(num_new, *tensor.shape[1:])])
+                tensors[name] = tensor
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _check_tokenizer(tokenizer: Any, own: Any, tokens: dict[str, str], vocab_size: int) -> None:
-    """`own` is the tokenizer in the model's folder, if there is one."""
+def _load_tokenizer(tokenizer: Any, source: Path, tokens: dict[str, str], vocab_size: int) -> Any:
+    """`tokenizer`, or that in the model's folder `source`; `ValueError` if it does not fit the model or `tokens`."""
+    has_own = tokenizer is None or (source / "tokenizer_config.json").exists()
+    own = AutoTokenizer.from_pretrained(source) if has_own else None
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    tokenizer = own if tokenizer is None else tokenizer
     vocabulary = tokenizer.get_vocab()
     if clashes := [token for token in tokens.values() if token in vocabulary]:
         raise ValueError(
@@ -134,15 +156,7 @@ def _check_tokenizer(tokenizer: Any, own: Any, tokens: dict[str, str], vocab_siz
             f"`tokenizer` is that of another model: {len(differ)} tokens of the model's own have other ids in it, for "
             f"example {differ[0]!r}. Pass the right one, or none."
         )
-
-
-def _copy_generation_config(source: Path, model: TransfusionForCausalLMAndDiffusion) -> None:
-    if (file := source / "generation_config.json").exists():
-        model.generation_config.update(**generation_values(GenerationConfig.from_pretrained(source)))
-        try:
-            model.generation_config.validate(strict=True)
-        except ValueError as error:
-            raise ValueError(f"{file} could not be saved again; correct it. {error}") from error
+    return tokenizer
 
 
 def convert_causal_lm(
@@ -159,7 +173,7 @@ def convert_causal_lm(
 ) -> None:
     r"""
     Converts a language model to a Transfusion and writes it with its processor, shard by shard; the result is that of
-    [`from_causal_lm`].
+    [`from_causal_lm`]. `ValueError`, before anything is written, for what does not fit.
 
     Args:
         pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or a repository of the Hub; safetensors.
@@ -172,9 +186,6 @@ def convert_causal_lm(
         image_tokens (`dict[str, str]`, *optional*):
             Texts other than `<image>`, `<BOI>`, `<EOI>` for `image_token`, `image_start_token`, `image_end_token`.
         kwargs: Fields of [`TransfusionConfig`], such as `latent_channels`.
-
-    Raises:
-        ValueError: before anything is written, if any of these does not fit.
     """
     if unknown := sorted(set(kwargs) - set(TransfusionConfig.__annotations__)):
         raise ValueError(f"TransfusionConfig has no field {', '.join(f'`{name}`' for name in unknown)}.")
@@ -186,13 +197,8 @@ def convert_causal_lm(
         source = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
     text_config = AutoConfig.from_pretrained(source)
     check_text_config(text_config)
-    has_own = tokenizer is None or (source / "tokenizer_config.json").exists()
-    own = AutoTokenizer.from_pretrained(source) if has_own else None
-    if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-    tokenizer = own if tokenizer is None else tokenizer
     tokens: dict[str, Any] = {**IMAGE_TOKENS, **(image_tokens or {})}
-    _check_tokenizer(tokenizer, own, tokens, text_config.vocab_size)
+    tokenizer = _load_tokenizer(tokenizer, source, tokens, text_config.vocab_size)
 
     ids = {f"{name}_id": len(tokenizer) + i for i, name in enumerate(tokens)}  # where `for_model` puts them
     config = causal_lm_config(text_config, **{**ids, **kwargs})
@@ -201,56 +207,27 @@ def convert_causal_lm(
         model = TransfusionForCausalLMAndDiffusion(config)
         expected = AutoModelForCausalLM.from_config(text_config).state_dict()
     checkpoint = SafetensorsCheckpoint(source)
-    keys = check_keys(checkpoint, expected, text_config.tie_word_embeddings)
+    checkpoint.check(expected, text_config.tie_word_embeddings)
     model.init_patch_parts(checkpoint[EMBEDDING])
     if vae is not None:
         attach_vae(model, vae)
     model.grow_vocabulary(config.text_config.vocab_size, pad_to_multiple_of)
     processor = TransfusionProcessor.for_model(model, tokenizer, pad_to_multiple_of=pad_to_multiple_of, **tokens)
-    _copy_generation_config(source, model)
-    config.dtype = dtype or checkpoint.layout[EMBEDDING].dtype
+    if (file := source / "generation_config.json").exists():
+        model.generation_config.update(**generation_values(GenerationConfig.from_pretrained(source)))
+        try:
+            model.generation_config.validate(strict=True)
+        except ValueError as error:
+            raise ValueError(f"{file} could not be saved again; correct it. {error}") from error
+    checkpoint.layout = {key: tensor.to(dtype or tensor.dtype) for key, tensor in checkpoint.layout.items()}
+    config.dtype = checkpoint.layout[EMBEDDING].dtype
     for part in (model.model.patch_encoder, model.model.patch_decoder):
         part.to(config.dtype)
 
     with written_whole(Path(output_dir)) as folder:
-        _write_shards(folder, model, checkpoint, keys, dtype, max_shard_size)
+        checkpoint.write(folder, model, max_shard_size)
         config.architectures = [type(model).__name__]
         base_model = str(pretrained_model_name_or_path) if is_remote else None
         make_model_card(config, Path(output_dir).name, base_model=base_model).save(folder / "README.md")
         for part in (config, model.generation_config, processor):
             part.save_pretrained(folder)
-
-
-def _write_shards(
-    folder: Path,
-    model: TransfusionForCausalLMAndDiffusion,
-    checkpoint: SafetensorsCheckpoint,
-    keys: list[str],
-    dtype: torch.dtype | None,
-    max_shard_size: int | str | None,
-) -> None:
-    """Writes the tensors `keys` of a checkpoint, with the parts of `model` that are not on the meta device."""
-    names = model.state_dict()
-    parts = {name: value for name, value in names.items() if not value.is_meta}
-    sources = {transfusion_key(key): key for key in keys}
-    sources |= {image_name(name): key for name, key in sources.items() if image_name(name) in names}  # begin as copies
-    layout = {}
-    for name, key in sources.items():
-        before = checkpoint.layout[key]
-        num_rows = model.config.text_config.vocab_size if key in (EMBEDDING, HEAD, HEAD_BIAS) else len(before)
-        layout[name] = before.new_empty(num_rows, *before.shape[1:], dtype=dtype)
-    layout |= parts
-    limit = max_shard_size or max(path.stat().st_size for path in set(checkpoint.files.values())) // 2
-    split = split_torch_state_dict_into_shards(layout, max_shard_size=limit)
-    for file, members in tqdm(split.filename_to_tensors.items(), desc="write shards"):
-        tensors = {}
-        # What is copied comes first, while nothing else is in memory.
-        for name in sorted(members, key=lambda name: name not in (HEAD, transfusion_key(EMBEDDING))):
-            tensor = parts[name] if name in parts else checkpoint[sources[name]].to(layout[name].dtype)
-            if num_new := len(layout[name]) - len(tensor):
-                tensor = torch.cat([tensor, mean_row(tensor).expand(num_new, *tensor.shape[1:])])
-            tensors[name] = tensor
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

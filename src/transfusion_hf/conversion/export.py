@@ -10,6 +10,7 @@ from ..configuration_transfusion import vae_arguments
 from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from .causal_lm import transfusion_key
+from .language_model import generation_values
 
 
 def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int | None = None) -> PreTrainedModel:
@@ -22,9 +23,8 @@ def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int
             weights are not those of its `text_config`, for example a quantised one.
     """
     text_config = copy.deepcopy(model.config.text_config)
-    generation_config = model.generation_config.to_dict()
-    for name in ("transformers_version", "_from_model_config", *DRAWING_DEFAULTS):
-        generation_config.pop(name, None)
+    values = generation_values(model.generation_config).items()
+    generation_config = {name: value for name, value in values if name not in DRAWING_DEFAULTS}
     if vocab_size is not None:
         if not 1 <= vocab_size <= text_config.vocab_size:
             raise ValueError(f"`vocab_size` must lie in 1 to {text_config.vocab_size}; got {vocab_size}.")
@@ -36,19 +36,13 @@ def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int
                 if name != "pad_token_id":
                     raise ValueError(f"`vocab_size` is {vocab_size}, but `{name}` is {value}; leave it in.")
                 place[name] = None
-        text_config.vocab_size = vocab_size
 
     text_config._attn_implementation = None  # ours may not fit its own class
     with torch.device("meta"):
         language_model = AutoModelForCausalLM.from_config(text_config)
-    given, weights = model.state_dict(), {}
-    for key, expected in language_model.state_dict().items():
-        tensor = given.get(transfusion_key(key), torch.empty(0))
-        if tensor.ndim and len(tensor) > len(expected):
-            tensor = tensor[: len(expected)].clone()  # safetensors refuses views
-        if tensor.shape == expected.shape:
-            weights[key] = tensor
-    if missing := [key for key in language_model.state_dict() if key not in weights]:
+    given, expected = model.state_dict(), language_model.state_dict()
+    weights = {key: given[transfusion_key(key)] for key in expected if transfusion_key(key) in given}
+    if missing := [key for key in expected if key not in weights or weights[key].shape != expected[key].shape]:
         raise ValueError(
             f"`model` lacks {len(missing)} of the weights of a {text_config.model_type!r}, or has them in another "
             f"shape: {', '.join(missing[:5])}. Merge adapters, and load it without quantisation."
@@ -60,6 +54,8 @@ def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int
             owner, _, attribute = name.rpartition(".")
             value = model.model.language_model.get_buffer(name.removeprefix("model."))
             language_model.get_submodule(owner).register_buffer(attribute, value, persistent=False)
+    if vocab_size is not None:
+        language_model.resize_token_embeddings(vocab_size)
     language_model.generation_config = GenerationConfig(**generation_config)
     return language_model.train(model.training)
 

@@ -1,7 +1,6 @@
 """Uploading a model to the Hub."""
 
 import re
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,14 +19,12 @@ def push_to_hub(
     processor: ProcessorMixin | None = None,
     *,
     repo_id: str,
-    commit_message: str = "Upload a Transfusion model",
-    commit_description: str | None = None,
     private: bool | None = None,
     token: bool | str | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
     max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
+    **kwargs: Any,
 ) -> CommitInfo:
     """
     Uploads a model, its code and its processor in one commit. Creates the repository if it does not exist, keeps its
@@ -37,9 +34,9 @@ def push_to_hub(
         model (`TransfusionForCausalLMAndDiffusion`), processor (`TransfusionProcessor`, *optional*)
         repo_id (`str`): `"name"`, or `"organization/name"`; `private` applies to a new repository.
         revision (`str`, *optional*): The branch; created if it does not exist.
-        create_pr (`bool`, defaults to `False`): Whether to open a pull request instead of committing.
         max_shard_size (`int` or `str`, defaults to `"50GB"`): The size above which weights are split into files.
         tags (`list[str]`, *optional*): Added to the tags of the model card.
+        kwargs: For `HfApi.create_commit`: `commit_message`, `commit_description`, `create_pr` …
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -49,28 +46,19 @@ def push_to_hub(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if processor is not None:
             processor.save_pretrained(folder)
-        card_file = Path(folder, "README.md")
         try:
-            shutil.copyfile(api.hf_hub_download(repo_id, card_file.name, revision=revision), card_file)
+            card_file = api.hf_hub_download(repo_id, "README.md", revision=revision)
+            card = ModelCard.load(card_file, ignore_metadata_errors=True)
         except (EntryNotFoundError, RevisionNotFoundError):
-            make_model_card(model.config, repo_id).save(card_file)
+            card = make_model_card(model.config, repo_id)
         if tags:
-            card = ModelCard.load(card_file)
             card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
-            card.save(card_file)
+        card.save(Path(folder, "README.md"))
         # Not `upload_folder`: it splits large folders into several commits, and a reader could find half a model.
-        files = {f.relative_to(folder).as_posix(): f for f in sorted(Path(folder).rglob("*")) if f.is_file()}
+        files = {file.relative_to(folder).as_posix(): file for file in Path(folder).rglob("*") if file.is_file()}
         operations: list[Any] = [CommitOperationAdd(name, file) for name, file in files.items()]
         # A single old file would be loaded instead of new shards, and old shards would be downloaded for nothing.
-        existing = api.list_repo_files(repo_id, revision=revision)
-        operations += [
-            CommitOperationDelete(name) for name in existing if _WEIGHTS.fullmatch(name) and name not in files
-        ]
-        return api.create_commit(
-            repo_id,
-            operations,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        stale = set(api.list_repo_files(repo_id, revision=revision)) - files.keys()
+        operations += [CommitOperationDelete(name) for name in stale if _WEIGHTS.fullmatch(name)]
+        kwargs = {"commit_message": "Upload a Transfusion model", **kwargs}
+        return api.create_commit(repo_id, operations, revision=revision, **kwargs)

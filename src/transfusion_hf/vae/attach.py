@@ -1,5 +1,6 @@
 """Gives a Transfusion model its autoencoder, and measures the scale of its latents."""
 
+import copy
 import inspect
 import os
 from collections.abc import Iterable
@@ -50,15 +51,12 @@ def attach_vae(
     if vae_config["latent_channels"] == 4:
         vae_config.setdefault("scaling_factor", 0.18215)
 
-    config = model.config
-    before, config.vae_config = config.vae_config, vae_config
-    try:
-        config.validate_transfusion()
-        attached = TransfusionVAE(**vae_config)
-        attached.load_state_dict(vae.state_dict())
-    except Exception:
-        config.vae_config = before
-        raise
+    config = copy.copy(model.config)
+    config.vae_config = vae_config
+    config.validate_transfusion()
+    attached = TransfusionVAE(**vae_config)
+    attached.load_state_dict(vae.state_dict())
+    model.config.vae_config = vae_config
     model.vae = attached.to(model.model.patch_encoder.proj.weight.device)
     model.reset_noise_scheduler()
 

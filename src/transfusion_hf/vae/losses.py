@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.func import functional_call
 from torchvision.models import resnet50
-from torchvision.transforms.functional import normalize, resize
+from torchvision.transforms import Normalize, Resize
 
 
 class PatchDiscriminator(nn.Module):
@@ -67,7 +67,9 @@ class _FrozenLoss(nn.Module):
 
     def _outputs(self, reconstruction: Tensor, pixel_values: Tensor) -> tuple:
         """What the network makes of both; only the first receives gradients."""
-        _check_shapes(reconstruction, pixel_values)
+        if reconstruction.shape != pixel_values.shape:
+            shapes = f"{tuple(reconstruction.shape)} but `pixel_values` {tuple(pixel_values.shape)}"
+            raise ValueError(f"`reconstruction` has shape {shapes}; pass the reconstruction of these images.")
         with torch.no_grad():
             targets = self.network(pixel_values)
         return self.network(reconstruction), targets
@@ -141,7 +143,9 @@ class IdentityLoss(_FrozenLoss):
         network.fc = nn.Identity()  # MoCo's `fc` is the projection head
         encoder = {name: value for name, value in encoder.items() if not name.startswith("fc.")}
         _load_strictly(network, encoder, checkpoint)
-        return cls(_MoCoEmbedding(network))
+        to_unit_range = Normalize([-1.0] * 3, [2.0] * 3)
+        of_imagenet = Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        return cls(nn.Sequential(Resize([224, 224], antialias=True), to_unit_range, of_imagenet, network))
 
     def forward(self, reconstruction: Tensor, pixel_values: Tensor) -> Tensor:
         """A scalar in [0, 2] of two `(batch, channels, height, width)`; gradients reach the first only."""
@@ -160,11 +164,9 @@ class VAELoss(nn.Module):
     Args:
         perceptual, identity (`nn.Module`, *optional*): May be `None` if their weight is 0.
         l1_weight, perceptual_weight, gan_weight, identity_weight, regularizer_weight (`float`):
-            Constant; a term of weight 0 is not computed. The last is that of the KL or commitment loss.
+            Constant; a term of weight 0 is not computed. The last is that of the KL or commitment loss. `ValueError`
+            for a negative weight, or one above 0 without its network.
         gan_start (`int`, defaults to 50000): The first step, counted from 0, with the adversarial term.
-
-    Raises:
-        ValueError: a negative weight, or a weight without its network.
     """
 
     def __init__(
@@ -201,7 +203,6 @@ class VAELoss(nn.Module):
         of the shape of `pixel_values`, and `regularizer`, a scalar: the KL, mean over images, or the commitment loss.
         `discriminator` comes without a wrapper for distributed training, and is called only if `gan_is_on(step)`.
         """
-        _check_shapes(reconstruction, pixel_values)
         terms = {"l1": F.l1_loss(reconstruction.float(), pixel_values.float()), "regularizer": regularizer.float()}
         for name in ("perceptual", "identity"):
             if self.weights[name] > 0:
@@ -220,22 +221,9 @@ class VAELoss(nn.Module):
         return hinge_discriminator_loss(*logits.chunk(2))
 
 
-class _MoCoEmbedding(nn.Sequential):
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        images = resize(pixel_values, [224, 224], antialias=True) / 2 + 0.5
-        images = normalize(images, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-        return super().forward(images)  # (batch, 2048)
-
-
 def _unit(features: Tensor) -> Tensor:
     # Inside the root, so that the gradient of a zero vector is finite; the `lpips` package gives NaN there.
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + 1e-10)
-
-
-def _check_shapes(reconstruction: Tensor, pixel_values: Tensor) -> None:
-    if reconstruction.shape != pixel_values.shape:
-        shapes = f"{tuple(reconstruction.shape)} but `pixel_values` {tuple(pixel_values.shape)}"
-        raise ValueError(f"`reconstruction` has shape {shapes}; pass the reconstruction of these images.")
 
 
 def _read_weights(path: str | Path, argument: str) -> dict[str, Tensor]:
