@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -47,9 +48,9 @@ def _read_text(row: _Row, column: str, image_token: str) -> str:
 def _read_image(value: Any, column: str) -> Image.Image:
     if value is None:
         raise _BrokenRowError(f"`{column}` is empty")
-    if isinstance(value, (bytes, str)):
-        value = {"bytes": None, "path": None, "bytes" if isinstance(value, bytes) else "path": value}
     try:
+        if isinstance(value, (bytes, str)):
+            value = hf_datasets.Image().encode_example(value)
         if isinstance(value, Image.Image):
             value.load()
         image = hf_datasets.Image().decode_example(value)
@@ -124,11 +125,11 @@ def _read_rows(stream: Any) -> Iterator[_Row]:
 
 class ResumableDataset(IterableDataset):
     """
-    A pass through samples that can be interrupted and resumed at exactly the next one. Subclasses define
-    `_first_state()`, and `_samples()`, which continues behind `_state` and keeps it up to date.
+    A pass through samples that can be interrupted and resumed at exactly the next one. Subclasses are dataclasses
+    with `_first_state()`, and `_samples()`, which continues behind `_state` and keeps it up to date.
     """
 
-    def __init__(self) -> None:
+    def __post_init__(self) -> None:
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # reaches workers that outlive an epoch
         self._state: dict[str, Any] = {}  # empty before the first pass
         self._is_loaded = False
@@ -139,11 +140,11 @@ class ResumableDataset(IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """The position behind the last sample of the last pass; each worker has its own."""
-        return dict(self._state or self._first_state())
+        return deepcopy(self._state or self._first_state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes the next pass continue there, in the epoch of the state."""
-        self._state, self._is_loaded = dict(state_dict), True
+        self._state, self._is_loaded = deepcopy(state_dict), True
 
     def __iter__(self) -> Iterator[_Row]:
         # Not a generator, which would set the state only with the first sample.
@@ -185,7 +186,7 @@ class TransfusionDataset(ResumableDataset):
     rows_per_turn: int = 1
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         if not isinstance(self.dataset, (hf_datasets.Dataset, hf_datasets.IterableDataset)):
             got = f"{type(self.dataset).__name__}. If it is a dictionary of splits, pass one of them"
             raise ValueError(f"`dataset` must be a `Dataset` or `IterableDataset`; got {got}.")
