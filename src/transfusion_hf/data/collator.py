@@ -55,15 +55,14 @@ class TransfusionDataCollator:
     `image_loss_mask` (`bool`, `False` for clean context) and `max_timesteps` (`int`).
 
     Text that marks the places of its images with the processor's image token stays as it is. Otherwise it is the
-    caption of one image, and torch's global generator decides: caption first with `caption_first_probability`; else
-    image first, with t below `image_first_max_timesteps` (§3, §4.3.4). A caption that comes first is dropped with
-    `caption_dropout`, which teaches the unconditional context of guidance.
+    caption of one image, and torch's global generator decides which comes first.
 
     Args:
         processor (`TransfusionProcessor`)
-        caption_first_probability (`float`, defaults to 0.8)
-        caption_dropout (`float`, defaults to 0.1): NOTE: the paper does not give a rate; 0.1 is the usual one.
-        image_first_max_timesteps (`int`, defaults to 500)
+        caption_first_probability (`float`, defaults to 0.8): How often a caption precedes its image (§3).
+        caption_dropout (`float`, defaults to 0.1): How often such a caption is dropped, which teaches the
+            unconditional context of guidance. NOTE: the paper does not give a rate; 0.1 is the usual one.
+        image_first_max_timesteps (`int`, defaults to 500): Limit of t for images before their caption (§4.3.4).
         num_train_timesteps (`int`, defaults to 1000): T of the model, the noise limit of all other images.
         max_length (`int`, *optional*): Pack samples into rows of this length.
         truncation (`bool`, defaults to `False`): Cut longer samples, before an image rather than within.
@@ -121,25 +120,20 @@ class TransfusionDataCollator:
         return batch if self.max_length is None else self._pack(batch, [*map(len, limits)], self.max_length)
 
     def _read(self, feature: dict[str, Any]) -> tuple[str, list[Any], list[torch.Tensor], list[int], list[bool]]:
-        """Text, images, latents, noise limits and loss mask of a sample."""
-        images, latents = images_of(feature), latents_of(feature)
-        num_images = len(images) + len(latents)
-        text, limit = self._arrange(feature["text"], num_images)
+        """Text with its markers, images, latents, noise limits and loss mask of a sample."""
+        images, latents, text = images_of(feature), latents_of(feature), feature["text"]
+        num_images, limit, marker = len(images) + len(latents), self.num_train_timesteps, self.processor.image_token
+        if num_images and marker not in text:
+            if num_images > 1:
+                what = f"`text` marks no image but {num_images} images belong to it"
+                raise ValueError(f"{what}; put one {marker} where each stands.")
+            order, dropout = torch.rand(2).tolist()
+            if order >= self.caption_first_probability:
+                text, limit = marker + text, self.image_first_max_timesteps
+            else:
+                text = marker if dropout < self.caption_dropout else text + marker
         limits = _per_image(feature, "max_timesteps", num_images, limit)
         return text + self._end, images, latents, limits, _per_image(feature, "image_loss_mask", num_images, True)
-
-    def _arrange(self, text: str, num_images: int) -> tuple[str, int]:
-        """The text with its marker, and the noise limit of its images."""
-        marker = self.processor.image_token
-        if num_images == 0 or marker in text:
-            return text, self.num_train_timesteps
-        if num_images != 1:
-            what = f"`text` marks no image but {num_images} images belong to it"
-            raise ValueError(f"{what}; put one {marker} where each stands.")
-        order, dropout = torch.rand(2).tolist()
-        if order >= self.caption_first_probability:
-            return marker + text, self.image_first_max_timesteps
-        return marker if dropout < self.caption_dropout else text + marker, self.num_train_timesteps
 
     def _pack(self, batch: dict[str, Any], num_images: list[int], max_length: int) -> dict[str, Any]:
         """Packs whole samples into rows; the images follow the order of their samples."""
@@ -187,9 +181,7 @@ class TransfusionDataCollator:
 
 
 def _per_image(feature: dict[str, Any], name: str, num_images: int, default: Any) -> list[Any]:
-    values = feature.get(name)
-    if values is None:
-        return [default] * num_images
+    values = [default] * num_images if feature.get(name) is None else feature[name]
     values = [values] if isinstance(values, (bool, int)) else list(values)
     if len(values) != num_images:
         raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(values)}.")

@@ -20,14 +20,8 @@ try:
 except ImportError as error:
     raise ImportError("`transfusion_hf.data.dataset` needs datasets; run `pip install datasets`.") from error
 
-# Counters in shared memory have one place per worker, so that workers never overwrite each other's.
-NUM_SLOTS = 256
+NUM_SLOTS = 256  # workers that count broken rows without overwriting each other's number
 _Row = dict[str, Any]  # or a sample
-
-
-def worker_slot() -> int:
-    worker = get_worker_info()
-    return 0 if worker is None else worker.id % NUM_SLOTS
 
 
 class _BrokenRowError(ValueError):
@@ -125,8 +119,8 @@ def _read_rows(stream: Any) -> Iterator[_Row]:
 
 class ResumableDataset(IterableDataset):
     """
-    A pass through samples that can be interrupted and resumed at exactly the next one. Subclasses are dataclasses
-    with `_first_state()`, and `_samples()`, which continues behind `_state` and keeps it up to date.
+    A pass through samples that can be interrupted and resumed at exactly the next one. A subclass, a dataclass, has
+    `_first_state()`, and `_samples()`, which continues behind `_state` and keeps it up to date.
     """
 
     def __post_init__(self) -> None:
@@ -247,9 +241,8 @@ class TransfusionDataset(ResumableDataset):
     def _build(cls, dataset: Any, to_sample: Callable[..., _Row], kwargs: dict[str, Any], **columns: str) -> Self:
         image_token = kwargs.pop("image_token", "<image>")
         made = cls(dataset, partial(to_sample, **columns, image_token=image_token), **kwargs)
-        names = made.dataset.column_names
-        if names is None:  # a stream without declared columns: look at its first row
-            names = list(next(_read_rows(made.dataset), {}))
+        # A stream may not declare its columns: look at its first row.
+        names = made.dataset.column_names or list(next(_read_rows(made.dataset), {}))
         for argument, column in columns.items():
             if column not in names:
                 raise ValueError(f"`{argument}` is {column!r}, but the columns of `dataset` are {names}; name one.")
@@ -278,34 +271,33 @@ class TransfusionDataset(ResumableDataset):
                 yield sample
 
     def _indexed_rows(self) -> Iterator[tuple[int, _Row]]:
-        epoch, length = self._state["epoch"], len(self.dataset)
-        order = np.random.default_rng([self.seed, epoch]).permutation(length) if self.shuffle else np.arange(length)
+        state, order = self._state, np.arange(len(self.dataset))
+        turns = order // self.rows_per_turn
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, state["epoch"]]).permutation(order)
         if (worker := get_worker_info()) is not None:
-            turns = np.arange(length) // self.rows_per_turn
             order = order[turns % worker.num_workers == worker.id]
-        for position in range(self._state["position"], len(order)):
-            self._state = {"epoch": epoch, "position": position + 1, "block": None}
-            yield int(order[position]), self.dataset[int(order[position])]
+        for index in order[state["position"] :].tolist():
+            state["position"] += 1
+            yield index, self.dataset[index]
 
     def _streamed_rows(self) -> Iterator[tuple[int, _Row]]:
         """Shuffles block by block; the state holds the stream's at the start of a block. Workers share the shards."""
-        epoch, position, state = (self._state[name] for name in ("epoch", "position", "block"))
-        size = self.buffer_size if self.shuffle else 1
+        state, size = self._state, self.buffer_size if self.shuffle else 1
+        seeds = [self.seed, state["epoch"]]
         stream = split_dataset_by_node(self.dataset, rank=0, world_size=1)  # a copy with its own state and epoch
         if self.shuffle:
-            stream.set_epoch(int(np.random.default_rng([self.seed, epoch]).integers(1, 2**31)))  # 0 does not shuffle
-        if state is not None:
-            stream.load_state_dict(state)
+            stream.set_epoch(int(np.random.default_rng(seeds).integers(1, 2**31)))  # 0 does not shuffle
+        if state["block"] is not None:
+            stream.load_state_dict(state["block"])
         rows = _read_rows(stream)
         while block := list(islice(rows, size)):
-            number, taken = divmod(position, size)
-            order = np.random.default_rng([self.seed, epoch, number]).permutation(len(block))
-            for i in order[taken:]:
-                position += 1
-                if position % size == 0:
-                    state = stream.state_dict()
-                self._state = {"epoch": epoch, "position": position, "block": state}
-                yield number * size + int(i), block[i]
+            number, taken = divmod(state["position"], size)
+            for i in np.random.default_rng([*seeds, number]).permutation(len(block))[taken:].tolist():
+                state["position"] += 1
+                if state["position"] % size == 0:
+                    state["block"] = stream.state_dict()
+                yield number * size + i, block[i]
 
     def _skip(self, index: int, row: _Row, error: _BrokenRowError) -> None:
         """Counts the row and reports its number (in a stream, the worker's) and its strings, numbers and paths."""
@@ -314,7 +306,7 @@ class TransfusionDataset(ResumableDataset):
         what = f"row {index} of `dataset` {known}: {error}"
         if self.on_error == "raise":
             raise ValueError(f"Broken {what}. Repair it, or pass `on_error='skip'`.") from error
-        slot = worker_slot()
+        slot = 0 if (worker := get_worker_info()) is None else worker.id % NUM_SLOTS
         self._skipped[slot] += 1
         if (count := int(self._skipped[slot])).bit_count() == 1:
             warnings.warn(f"Skipped {count} broken rows so far, the last {what}.", stacklevel=2)

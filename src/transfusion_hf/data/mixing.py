@@ -19,13 +19,13 @@ def count_tokens(sample: dict[str, Any], processor: TransfusionProcessor) -> int
     """
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     ids = tokenizer(sample["text"], verbose=False)["input_ids"]
-    images, side, sizes = images_of(sample), processor.pixels_per_patch, []
+    images, side = images_of(sample), processor.pixels_per_patch
     if latents := latents_of(sample):
         side, sizes = processor.patch_size, [latent.shape[-2:] for latent in latents]
-    elif images and image_processor.do_center_crop:
+    elif image_processor.do_center_crop:
         sizes = [(image_processor.crop_size["height"], image_processor.crop_size["width"])] * len(images)
-    elif images:
-        sizes = [pixels.shape[-2:] for pixels in image_processor(images)["pixel_values"]]
+    else:
+        sizes = [image_processor(image)["pixel_values"][0].shape[-2:] for image in images]
     num_tokens = len(ids) + sum((height // side) * (width // side) + 2 for height, width in sizes)
     num_tokens += tokenizer.eos_token is not None and ids[-1:] != [tokenizer.eos_token_id]
     return num_tokens - sample["text"].count(processor.image_token)  # each marker is one of `ids`
