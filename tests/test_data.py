@@ -676,11 +676,6 @@ def test_bad_mixtures_are_refused(sources, kwargs, message):
         mix_by_tokens(sources, **{"length_fn": len, **kwargs})
 
 
-def test_a_length_below_one_is_refused():
-    with pytest.raises(ValueError, match="`length_fn` must give at least 1; got 0"):
-        list(mix_by_tokens([TransfusionDataset.from_text(text_set())], length_fn=lambda sample: 0))
-
-
 def imported_files(file: Path) -> set[Path]:
     """The files of the package that an import of this one reads, this one included."""
     found = {file}

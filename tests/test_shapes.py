@@ -1,4 +1,3 @@
-import builtins
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 from transformers import AutoProcessor, Trainer, TrainingArguments
+from transformers.utils.import_utils import BACKENDS_MAPPING, SCIPY_IMPORT_ERROR
 
 from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion
 from transfusion_hf.data.shapes import (
@@ -392,13 +392,6 @@ def test_bad_input_is_named():
 
 
 def test_the_reader_says_how_to_get_scipy(monkeypatch):
-    real = builtins.__import__
-
-    def without_scipy(name, *args, **kwargs):
-        if name.startswith("scipy"):
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without_scipy)
-    with pytest.raises(ImportError, match="`read_shapes` needs scipy; run `pip install scipy`"):
+    monkeypatch.setitem(BACKENDS_MAPPING, "scipy", (lambda: False, SCIPY_IMPORT_ERROR))
+    with pytest.raises(ImportError, match=r"(?s)read_shapes requires the scipy library.*`pip install scipy`"):
         read_shapes(Image.new("RGB", (32, 32)))

@@ -45,9 +45,8 @@ def _read_image(value: Any, column: str) -> Image.Image:
     try:
         if isinstance(value, (bytes, str)):
             value = hf_datasets.Image().encode_example(value)
-        if isinstance(value, Image.Image):
-            value.load()
         image = hf_datasets.Image().decode_example(value)
+        image.load()  # if it was opened but not read
     except Exception as error:  # what PIL raises depends on the format: OSError, SyntaxError, struct.error …
         raise _BrokenRowError(f"`{column}` cannot be read: {type(error).__name__}: {error}") from error
     if image.mode == "F":
@@ -111,9 +110,9 @@ def _read_rows(stream: Any) -> Iterator[_Row]:
         if all(frame.f_code is not decoding for frame, _ in walk_tb(error.__traceback__)):
             raise
         raise ValueError(
-            "`dataset` holds an image that cannot be read, and a `map`, `filter` or `rename_column` decoded it before "
-            f"it could be left out ({type(error).__name__}: {error}). Pass the stream without these steps (column "
-            "names and `to_sample` are arguments), or let `stream.decode(False)` come first."
+            "A `map`, `filter` or `rename_column` of `dataset` decoded an image that cannot be read before it could "
+            f"be left out ({type(error).__name__}: {error}). Pass the stream without these steps (columns and "
+            "`to_sample` are arguments), or let `stream.decode(False)` come first."
         ) from error
 
 
@@ -125,8 +124,8 @@ class ResumableDataset(IterableDataset):
 
     def __post_init__(self) -> None:
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # reaches workers that outlive an epoch
-        self._state: dict[str, Any] = {}  # empty before the first pass
-        self._is_loaded = False
+        self._state: dict[str, Any] = {}  # of the last pass; empty before the first
+        self._loaded: dict[str, Any] = {}  # where the next pass begins
 
     def set_epoch(self, epoch: int) -> None:
         """With `shuffle`, gives the next pass another order."""
@@ -134,38 +133,33 @@ class ResumableDataset(IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """The position behind the last sample of the last pass; each worker has its own."""
-        return deepcopy(self._state or self._first_state())
+        return deepcopy(self._loaded or self._state or self._first_state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes the next pass continue there, in the epoch of the state."""
-        self._state, self._is_loaded = deepcopy(state_dict), True
+        self._loaded = deepcopy(state_dict)
 
     def __iter__(self) -> Iterator[_Row]:
         # Not a generator, which would set the state only with the first sample.
-        self._state = self._state if self._is_loaded else self._first_state()
-        self._is_loaded = False
+        self._state, self._loaded = self._loaded or self._first_state(), {}
         return self._samples()
 
 
 @dataclass(eq=False)
 class TransfusionDataset(ResumableDataset):
     r"""
-    Samples for `TransfusionDataCollator` from a map-style or streamed dataset of `datasets`. Make one with
-    `from_text`, `from_captions`, `from_interleaved`, `from_edits` or `from_latents`, which take column names, the
-    processor's `image_token` and the arguments below. docs/data.md explains sharing, shuffling and resuming.
+    Samples for `TransfusionDataCollator` from a map-style or streamed dataset of `datasets`. The methods `from_…` take
+    column names, the processor's `image_token` and the arguments below. docs/data.md explains shuffling and resuming.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`)
         to_sample (`Callable`): From a row to a sample, see `TransfusionDataCollator`.
         shuffle (`bool`, defaults to `False`), seed (`int`, defaults to 0): In another order for each `set_epoch`.
-        buffer_size (`int`, defaults to 1000):
-            A stream is shuffled by shards, then within blocks of so many rows, which each worker keeps undecoded.
-        on_error (`str`, defaults to `"skip"`):
-            What to do with a broken row: an image that cannot be read, or a text that is empty or contains the image
-            token. `"skip"` it, with a warning at a worker's first, second, fourth, eighth …, or `"raise"`.
-        rows_per_turn (`int`, defaults to 1):
-            Rows of a map-style dataset that a worker takes before the next one's turn; workers of a stream take whole
-            shards. `TransfusionTrainer` sets it to batch size times processes: only the last batch is partial.
+        buffer_size (`int`, defaults to 1000): A stream is shuffled by shards, then within blocks of so many rows.
+        on_error (`str`, defaults to `"skip"`): `"skip"` a broken row, with a warning at a worker's first, second,
+            fourth …, or `"raise"`. Its image cannot be read, or its text is empty or contains the image token.
+        rows_per_turn (`int`, defaults to 1): Rows of a map-style dataset that a worker takes before the next one's
+            turn. `TransfusionTrainer` sets it to batch size times processes: only the last batch is partial.
 
     Raises:
         ValueError: an unknown column or option, at once; with `on_error="raise"`, a broken row when it is read.
@@ -209,8 +203,8 @@ class TransfusionDataset(ResumableDataset):
         cls, dataset: Any, texts_column: str = "texts", images_column: str = "images", **kwargs: Any
     ) -> Self:
         """
-        Documents in the format of OBELICS, two lists of equal length with a value in exactly one of them at each
-        place: `texts=["A cat:", None, "asleep."]`, `images=[None, image, None]`. Texts are joined without separator.
+        Documents in the format of OBELICS, two lists of equal length with a value in exactly one at each place:
+        `texts=["A cat:", None, "asleep."]`, `images=[None, image, None]`. Texts are joined without separator.
         """
         return cls._build(dataset, _interleaved_sample, kwargs, texts_column=texts_column, images_column=images_column)
 
@@ -264,11 +258,21 @@ class TransfusionDataset(ResumableDataset):
         is_stream = isinstance(self.dataset, hf_datasets.IterableDataset)
         for index, row in self._streamed_rows() if is_stream else self._indexed_rows():
             try:
-                sample = self.to_sample(row)
+                yield self.to_sample(row)
             except _BrokenRowError as error:
                 self._skip(index, row, error)
-            else:
-                yield sample
+
+    def _skip(self, index: int, row: _Row, error: _BrokenRowError) -> None:
+        """Counts the row and reports its number (in a stream, the worker's) and its strings, numbers and paths."""
+        known = {name: value.get("path") if isinstance(value, dict) else value for name, value in row.items()}
+        known = {name: str(value)[:80] for name, value in known.items() if isinstance(value, (int, str)) and value}
+        what = f"row {index} of `dataset` {known}: {error}"
+        if self.on_error == "raise":
+            raise ValueError(f"Broken {what}. Repair it, or pass `on_error='skip'`.") from error
+        slot = 0 if (worker := get_worker_info()) is None else worker.id % NUM_SLOTS
+        self._skipped[slot] += 1
+        if (count := int(self._skipped[slot])).bit_count() == 1:
+            warnings.warn(f"Skipped {count} broken rows so far, the last {what}.", stacklevel=2)
 
     def _indexed_rows(self) -> Iterator[tuple[int, _Row]]:
         state, order = self._state, np.arange(len(self.dataset))
@@ -298,15 +302,3 @@ class TransfusionDataset(ResumableDataset):
                 if state["position"] % size == 0:
                     state["block"] = stream.state_dict()
                 yield number * size + i, block[i]
-
-    def _skip(self, index: int, row: _Row, error: _BrokenRowError) -> None:
-        """Counts the row and reports its number (in a stream, the worker's) and its strings, numbers and paths."""
-        known = {name: value.get("path") if isinstance(value, dict) else value for name, value in row.items()}
-        known = {name: str(value)[:80] for name, value in known.items() if isinstance(value, (int, str)) and value}
-        what = f"row {index} of `dataset` {known}: {error}"
-        if self.on_error == "raise":
-            raise ValueError(f"Broken {what}. Repair it, or pass `on_error='skip'`.") from error
-        slot = 0 if (worker := get_worker_info()) is None else worker.id % NUM_SLOTS
-        self._skipped[slot] += 1
-        if (count := int(self._skipped[slot])).bit_count() == 1:
-            warnings.warn(f"Skipped {count} broken rows so far, the last {what}.", stacklevel=2)

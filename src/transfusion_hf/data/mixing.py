@@ -64,11 +64,8 @@ class _TokenMixture(ResumableDataset):
         while True:
             behind = min(range(len(tokens)), key=lambda i: tokens[i] / self.ratios[i])
             if (sample := next(sources[behind], None)) is not None:
-                length = self.length_fn(sample)
-                if length < 1:
-                    raise ValueError(f"`length_fn` must give at least 1; got {length} for source {behind}.")
                 is_empty[behind] = False
-                tokens[behind] += length
+                tokens[behind] += self.length_fn(sample)
                 yield sample
             elif is_empty[behind]:
                 raise ValueError(
@@ -99,7 +96,7 @@ def mix_by_tokens(
         datasets (`list[TransfusionDataset]`): The sources, all different objects.
         processor (`TransfusionProcessor`, *optional*): Count tokens with [`count_tokens`].
         ratios (`list[float]`, *optional*): Proportions of the tokens; equal by default.
-        length_fn (`Callable`, *optional*): Count differently: from a sample to an `int` of at least 1.
+        length_fn (`Callable`, *optional*): Count differently: from a sample to a positive `int`.
         stopping_strategy (`str`, defaults to `"first_exhausted"`): End with the first source; `"never"`: repeat each.
 
     Raises:

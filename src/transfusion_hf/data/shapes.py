@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
+from transformers.utils import requires_backends
 
 KINDS = ("circle", "square", "triangle")
 # At least 220 apart from each other and from white.
@@ -130,7 +131,7 @@ def _sorted(shapes: Iterable[Shape]) -> list[Shape]:
     return sorted(shapes, key=lambda shape: (shape.box.top, shape.box.left))
 
 
-def _mask(kind: str, height: int, width: int) -> np.ndarray:
+def _mask(kind: str | None, height: int, width: int) -> np.ndarray:
     """The pixels of a shape that fills its box, (height, width). Integer arithmetic is equal on all platforms."""
     y, x = np.ogrid[1 - height : height : 2, 1 - width : width : 2]  # twice the distance to the center
     if kind == "circle":
@@ -144,7 +145,6 @@ def draw_scene(scene: Scene) -> Image.Image:
     """The RGB picture, without antialiasing: every pixel is white or of one of `COLORS`."""
     pixels = np.full((scene.height, scene.width, 3), 255, dtype=np.uint8)
     for color, kind, (left, top, right, bottom) in scene.shapes:
-        assert kind is not None
         pixels[top:bottom, left:right][_mask(kind, bottom - top, right - left)] = COLORS[color]
     return Image.fromarray(pixels)
 
@@ -233,10 +233,9 @@ def read_shapes(image: Image.Image) -> list[Shape]:
     and within 100 (of 255) times that share. The kind is the one whose drawing overlaps them most, with an
     intersection over union of at least 0.75. Specks, below half of the smallest triangle, are ignored. Needs scipy.
     """
-    try:
-        from scipy import ndimage  # type: ignore[import-untyped]  # scipy has no annotations
-    except ImportError as error:
-        raise ImportError("`read_shapes` needs scipy; run `pip install scipy`.") from error
+    requires_backends(read_shapes, "scipy")
+    from scipy import ndimage  # type: ignore[import-untyped]  # scipy has no annotations
+
     # Each pixel is a share of a color, and white. By color alone, magenta would be nearer to half red than red is.
     ink = 255 - np.asarray(image.convert("RGB"), dtype=np.float32)
     colors = 255 - np.array([*COLORS.values()], dtype=np.float32)
