@@ -236,7 +236,6 @@ def test_streamed_data_sets_and_several_workers_pack_alike(processor):
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        ([], "`features` must hold at least one sample; got none"),
         ([{"text": "a", "images": [RED, BLUE]}], "marks no image but 2 images belong to it; put one <image> where"),
         ([{"text": "a<image><image>", "images": [RED]}], "`text` has 2 markers <image> but `images` holds 1 images"),
         ([{"text": "<image>", "image": RED, "images": [RED]}], "holds its images in `image` or in `images`; got both"),

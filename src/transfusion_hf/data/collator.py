@@ -58,7 +58,7 @@ class TransfusionDataCollator:
 
     Args:
         processor (`TransfusionProcessor`)
-        caption_first_probability (`float`, defaults to 0.8): How often a caption precedes its image (§3).
+        caption_first_probability (`float`, defaults to 0.8): How often a caption precedes its image (§4.1).
         caption_dropout (`float`, defaults to 0.1): How often such a caption is dropped, which teaches the
             unconditional context of guidance. NOTE: the paper does not give a rate; 0.1 is the usual one.
         image_first_max_timesteps (`int`, defaults to 500): Limit of t for images before their caption (§4.3.4).
@@ -73,8 +73,8 @@ class TransfusionDataCollator:
     shape `(num_images,)`, and `pixel_values` of shape `(num_images, channels, height, width)` or `latents`.
 
     Raises:
-        ValueError: no samples, images and latents in one batch, a probability outside of 0 to 1, several unmarked
-            images, a sample or an image longer than `max_length`.
+        ValueError: images and latents in one batch, a probability outside of 0 to 1, several unmarked images, a
+            sample or an image longer than `max_length`.
     """
 
     processor: TransfusionProcessor
@@ -98,8 +98,6 @@ class TransfusionDataCollator:
         self._end = "" if has_eos else tokenizer.eos_token or ""
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if not features:
-            raise ValueError("`features` must hold at least one sample; got none.")
         texts, images, latents, limits, masks = zip(*map(self._read, features), strict=True)
         contents = {"text": list(texts), "images": [*chain(*images)], "latents": [*chain(*latents)]}
         batch = dict(self.processor(**contents, return_labels=True, padding=True, padding_side="right"))

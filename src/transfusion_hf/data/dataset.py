@@ -276,12 +276,12 @@ class TransfusionDataset(ResumableDataset):
 
     def _indexed_rows(self) -> Iterator[tuple[int, _Row]]:
         state, order = self._state, np.arange(len(self.dataset))
-        turns = order // self.rows_per_turn
         if self.shuffle:
             order = np.random.default_rng([self.seed, state["epoch"]]).permutation(order)
         if (worker := get_worker_info()) is not None:
+            turns = np.arange(len(order)) // self.rows_per_turn
             order = order[turns % worker.num_workers == worker.id]
-        for index in order[state["position"] :].tolist():
+        for index in map(int, order[state["position"] :]):
             state["position"] += 1
             yield index, self.dataset[index]
 

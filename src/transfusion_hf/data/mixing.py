@@ -110,9 +110,10 @@ def mix_by_tokens(
     ratios = [1.0] * len(datasets) if ratios is None else ratios
     if len(ratios) != len(datasets) or not all(ratio > 0 for ratio in ratios):
         raise ValueError(f"`ratios` must hold a positive number for each of {len(datasets)} sources; got {ratios}.")
-    if (processor is None) == (length_fn is None):
+    if processor is not None and length_fn is None:
+        length_fn = partial(count_tokens, processor=processor)
+    elif processor is not None or length_fn is None:
         raise ValueError("Pass one of `processor` and `length_fn`, by which tokens are counted.")
-    length_fn = length_fn or partial(count_tokens, processor=processor)
     if stopping_strategy not in ("first_exhausted", "never"):
         raise ValueError(f"`stopping_strategy` must be 'first_exhausted' or 'never'; got {stopping_strategy!r}.")
     return _TokenMixture(datasets, ratios, length_fn, is_endless=stopping_strategy == "never")

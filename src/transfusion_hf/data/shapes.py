@@ -122,8 +122,7 @@ def parse_caption(text: str) -> tuple[tuple[ShapeGroup, ...], str | None]:
     names, relations = (parts := re.split(f" ({'|'.join(RELATIONS)}) ", text))[::2], parts[1::2]
     groups = tuple(_GROUPS[name] for name in names if name in _GROUPS)
     if not len(names) == len({(group.color, group.kind) for group in groups}) <= 2:
-        example = "a red circle left of two blue squares"
-        raise ValueError(f"`text` must be a caption as `Scene.caption` gives it, like '{example}'; got {text!r}.")
+        raise ValueError(f"`text` must be a caption like 'a red circle left of two blue squares'; got {text!r}.")
     return groups, relations[0] if relations else None
 
 
@@ -309,9 +308,8 @@ def check_scene(image: Image.Image, scene: Scene) -> ShapesCheck:
     Whether a picture of the same size shows a scene: its caption must be true, and for `position` each shape's center
     must lie within an eighth of the shorter side of its place (random scenes keep centers twice as far apart).
     """
-    if image.size != (scene.width, scene.height):
-        sizes = f"{scene.height} × {scene.width}; got {image.height} × {image.width}"
-        raise ValueError(f"`image` must have the scene's size, {sizes}. Resize it.")
+    if image.size != (size := (scene.width, scene.height)):
+        raise ValueError(f"`image` must have the scene's width and height, {size}; got {image.size}. Resize it.")
     shapes = read_shapes(image)
     check = _check(shapes, scene.groups, scene.relation)
     in_place = all(
