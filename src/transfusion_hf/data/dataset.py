@@ -20,7 +20,8 @@ try:
 except ImportError as error:
     raise ImportError("`transfusion_hf.data.dataset` needs datasets; run `pip install datasets`.") from error
 
-NUM_SLOTS = 256  # workers that count broken rows without overwriting each other's number
+# Counters in shared memory have one place per worker, so that workers never overwrite each other's.
+NUM_SLOTS = 256
 _Row = dict[str, Any]  # or a sample
 
 
@@ -46,7 +47,7 @@ def _read_image(value: Any, column: str) -> Image.Image:
         if isinstance(value, (bytes, str)):
             value = hf_datasets.Image().encode_example(value)
         image = hf_datasets.Image().decode_example(value)
-        image.load()  # if it was opened but not read
+        image.load()  # an image that was opened may not have been read
     except Exception as error:  # what PIL raises depends on the format: OSError, SyntaxError, struct.error …
         raise _BrokenRowError(f"`{column}` cannot be read: {type(error).__name__}: {error}") from error
     if image.mode == "F":
@@ -118,8 +119,8 @@ def _read_rows(stream: Any) -> Iterator[_Row]:
 
 class ResumableDataset(IterableDataset):
     """
-    A pass through samples that can be interrupted and resumed at exactly the next one. A subclass, a dataclass, has
-    `_first_state()`, and `_samples()`, which continues behind `_state` and keeps it up to date.
+    A pass through samples that can be interrupted and resumed at exactly the next one. Subclasses are dataclasses that
+    define `_first_state()` and `_samples()`, which continues behind `_state` and updates it in place.
     """
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ def _encode(
     if any(images):
         pixel_values = processor.image_processor([*chain(*images)])["pixel_values"]
         stacks = model.encode_images([pixels.to(model.device) for pixels in pixel_values])
-    latents = (latent.float().cpu().numpy() for stack in stacks for latent in stack)
+    latents = (latent for stack in stacks for latent in stack.float().cpu().numpy())
     return [
         {name: sample.get(name) for name in _FEATURES} | {"latents": [*islice(latents, len(own))]}
         for sample, own in zip(samples, images, strict=True)

@@ -50,7 +50,7 @@ class _TokenMixture(ResumableDataset):
         return {"epoch": int(self._epoch), "tokens": [0] * len(self.datasets), "rounds": [0] * len(self.datasets)}
 
     def _begin(self, i: int) -> Iterator[dict[str, Any]]:
-        # Each round has another order.
+        # Another order in each round.
         self.datasets[i].set_epoch(self._state["epoch"] * 2**16 + self._state["rounds"][i])
         return iter(self.datasets[i])
 

@@ -326,7 +326,7 @@ class ShapesDataset(Dataset):
     held-out split, with the same captions but other placements.
 
     Args:
-        num_samples (`int`): Length, at no cost: it may be far more than a training reads.
+        num_samples (`int`): The length. A large number costs nothing.
         sizes (`Sequence[tuple[int, int]]`): Heights and widths of at least 32 to choose from. If they are not those of
             the image processor, it needs `do_resize=False` and `do_center_crop=False`.
         task (`str`, defaults to `"caption"`): For `{"text", "image"}`, or `"edit"` for
