@@ -1,4 +1,3 @@
-import math
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -177,15 +176,6 @@ def test_mixed_lengths_fill_rows_of_4096_to_95_percent():
         assert sum(lengths) / (4096 * len(rows)) >= 0.95
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_fill_rate_is_reported_from_workers_too(processor, workers):
-    collator = TransfusionDataCollator(processor, max_length=64)
-    assert math.isnan(collator.fill_rate)
-    seen = list(DataLoader([{"text": "a" * 20}] * 12, batch_size=6, collate_fn=collator, num_workers=workers))
-    tokens = sum(int((batch["input_ids"] != processor.tokenizer.pad_token_id).sum()) for batch in seen)
-    assert tokens == 12 * 22 and collator.fill_rate == tokens / sum(batch["input_ids"].numel() for batch in seen)
-
-
 def test_packs_of_mixed_samples_fill_rows_of_4096_to_95_percent(processor):
     collator, rng = TransfusionDataCollator(processor, max_length=4096), random.Random(0)
     picture = Image.new("RGB", (64, 64))  # 1,024 patches
@@ -193,8 +183,8 @@ def test_packs_of_mixed_samples_fill_rows_of_4096_to_95_percent(processor):
         {"text": "a" * rng.randrange(20, 3000)} if rng.random() < 0.6 else {"text": "b" * 30, "image": picture}
         for _ in range(60)
     ]
-    collator(samples)
-    assert collator.fill_rate >= 0.95
+    is_real = collator(samples)["input_ids"] != processor.tokenizer.pad_token_id
+    assert is_real.float().mean() >= 0.95
 
 
 def test_packs_come_with_their_plan_through_the_trainer(processor, tmp_path):
@@ -246,7 +236,6 @@ def test_streamed_data_sets_and_several_workers_pack_alike(processor):
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        ([], "`features` must hold at least one sample; got none"),
         ([{"text": "a", "images": [RED, BLUE]}], "marks no image but 2 images belong to it; put one <image> where"),
         ([{"text": "a<image><image>", "images": [RED]}], "`text` has 2 markers <image> but `images` holds 1 images"),
         ([{"text": "<image>", "image": RED, "images": [RED]}], "holds its images in `image` or in `images`; got both"),

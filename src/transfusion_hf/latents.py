@@ -1,8 +1,6 @@
 """`python -m transfusion_hf.latents`, the same as `transfusion latents`."""
 
-from .data.latents import main, write_latents
-
-__all__ = ["main", "write_latents"]
+from .data.latents import main
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,7 @@
 """From texts and images to training batches: order, noise limit, caption dropout, padding or packing."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -55,15 +54,14 @@ class TransfusionDataCollator:
     `image_loss_mask` (`bool`, `False` for clean context) and `max_timesteps` (`int`).
 
     Text that marks the places of its images with the processor's image token stays as it is. Otherwise it is the
-    caption of one image, and torch's global generator decides: caption first with `caption_first_probability`; else
-    image first, with t below `image_first_max_timesteps` (§3, §4.3.4). A caption that comes first is dropped with
-    `caption_dropout`, which teaches the unconditional context of guidance.
+    caption of one image, and torch's global generator decides which comes first.
 
     Args:
         processor (`TransfusionProcessor`)
-        caption_first_probability (`float`, defaults to 0.8)
-        caption_dropout (`float`, defaults to 0.1): NOTE: the paper does not give a rate; 0.1 is the usual one.
-        image_first_max_timesteps (`int`, defaults to 500)
+        caption_first_probability (`float`, defaults to 0.8): How often a caption precedes its image (§4.1).
+        caption_dropout (`float`, defaults to 0.1): How often such a caption is dropped, which teaches the
+            unconditional context of guidance. NOTE: the paper does not give a rate; 0.1 is the usual one.
+        image_first_max_timesteps (`int`, defaults to 500): Limit of t for images before their caption (§4.3.4).
         num_train_timesteps (`int`, defaults to 1000): T of the model, the noise limit of all other images.
         max_length (`int`, *optional*): Pack samples into rows of this length.
         truncation (`bool`, defaults to `False`): Cut longer samples, before an image rather than within.
@@ -75,8 +73,8 @@ class TransfusionDataCollator:
     shape `(num_images,)`, and `pixel_values` of shape `(num_images, channels, height, width)` or `latents`.
 
     Raises:
-        ValueError: no samples, images and latents in one batch, a probability outside of 0 to 1, several unmarked
-            images, a sample or an image longer than `max_length`.
+        ValueError: images and latents in one batch, a probability outside of 0 to 1, several unmarked images, a
+            sample or an image longer than `max_length`.
     """
 
     processor: TransfusionProcessor
@@ -87,10 +85,6 @@ class TransfusionDataCollator:
     max_length: int | None = None
     truncation: bool = False
     return_varlen_plan: bool = False
-    # Tokens and places of the packed rows. Shared, so that the workers of a data loader count here, too.
-    _filled: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(2, dtype=torch.long).share_memory_(), init=False, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         for name in ("return_varlen_plan", "truncation"):
@@ -103,15 +97,7 @@ class TransfusionDataCollator:
         has_eos = tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]
         self._end = "" if has_eos else tokenizer.eos_token or ""
 
-    @property
-    def fill_rate(self) -> float:
-        """Share of the packed rows so far that is not padding, counted in workers, too; NaN before the first row."""
-        tokens, room = self._filled.tolist()
-        return tokens / room if room else math.nan
-
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if not features:
-            raise ValueError("`features` must hold at least one sample; got none.")
         texts, images, latents, limits, masks = zip(*map(self._read, features), strict=True)
         contents = {"text": list(texts), "images": [*chain(*images)], "latents": [*chain(*latents)]}
         batch = dict(self.processor(**contents, return_labels=True, padding=True, padding_side="right"))
@@ -121,25 +107,20 @@ class TransfusionDataCollator:
         return batch if self.max_length is None else self._pack(batch, [*map(len, limits)], self.max_length)
 
     def _read(self, feature: dict[str, Any]) -> tuple[str, list[Any], list[torch.Tensor], list[int], list[bool]]:
-        """Text, images, latents, noise limits and loss mask of a sample."""
-        images, latents = images_of(feature), latents_of(feature)
-        num_images = len(images) + len(latents)
-        text, limit = self._arrange(feature["text"], num_images)
+        """Text with its markers, images, latents, noise limits and loss mask of a sample."""
+        images, latents, text = images_of(feature), latents_of(feature), feature["text"]
+        num_images, limit, marker = len(images) + len(latents), self.num_train_timesteps, self.processor.image_token
+        if num_images and marker not in text:
+            if num_images > 1:
+                what = f"`text` marks no image but {num_images} images belong to it"
+                raise ValueError(f"{what}; put one {marker} where each stands.")
+            order, dropout = torch.rand(2).tolist()
+            if order >= self.caption_first_probability:
+                text, limit = marker + text, self.image_first_max_timesteps
+            else:
+                text = marker if dropout < self.caption_dropout else text + marker
         limits = _per_image(feature, "max_timesteps", num_images, limit)
         return text + self._end, images, latents, limits, _per_image(feature, "image_loss_mask", num_images, True)
-
-    def _arrange(self, text: str, num_images: int) -> tuple[str, int]:
-        """The text with its marker, and the noise limit of its images."""
-        marker = self.processor.image_token
-        if num_images == 0 or marker in text:
-            return text, self.num_train_timesteps
-        if num_images != 1:
-            what = f"`text` marks no image but {num_images} images belong to it"
-            raise ValueError(f"{what}; put one {marker} where each stands.")
-        order, dropout = torch.rand(2).tolist()
-        if order >= self.caption_first_probability:
-            return marker + text, self.image_first_max_timesteps
-        return marker if dropout < self.caption_dropout else text + marker, self.num_train_timesteps
 
     def _pack(self, batch: dict[str, Any], num_images: list[int], max_length: int) -> dict[str, Any]:
         """Packs whole samples into rows; the images follow the order of their samples."""
@@ -161,7 +142,6 @@ class TransfusionDataCollator:
                 packed[name].append(pad(torch.cat([samples[i] for i in row]), (0, padding), value=value))
             packed["position_ids"].append(torch.cat([torch.arange(length) for length in (*lengths, padding)]))
         result: dict[str, Any] = {name: torch.stack(tensors) for name, tensors in packed.items()}
-        self._filled += torch.tensor([sum(map(len, ids)), len(rows) * max_length])
         if self.return_varlen_plan:
             token_id = self.processor.image_token_id
             result["varlen_plan"] = make_packed_plan(result["input_ids"], result["position_ids"], token_id)
@@ -187,9 +167,7 @@ class TransfusionDataCollator:
 
 
 def _per_image(feature: dict[str, Any], name: str, num_images: int, default: Any) -> list[Any]:
-    values = feature.get(name)
-    if values is None:
-        return [default] * num_images
+    values = [default] * num_images if feature.get(name) is None else feature[name]
     values = [values] if isinstance(values, (bool, int)) else list(values)
     if len(values) != num_images:
         raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(values)}.")

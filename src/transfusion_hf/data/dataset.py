@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -24,11 +25,6 @@ NUM_SLOTS = 256
 _Row = dict[str, Any]  # or a sample
 
 
-def worker_slot() -> int:
-    worker = get_worker_info()
-    return 0 if worker is None else worker.id % NUM_SLOTS
-
-
 class _BrokenRowError(ValueError):
     """The row gives no sample."""
 
@@ -47,12 +43,11 @@ def _read_text(row: _Row, column: str, image_token: str) -> str:
 def _read_image(value: Any, column: str) -> Image.Image:
     if value is None:
         raise _BrokenRowError(f"`{column}` is empty")
-    if isinstance(value, (bytes, str)):
-        value = {"bytes": None, "path": None, "bytes" if isinstance(value, bytes) else "path": value}
     try:
-        if isinstance(value, Image.Image):
-            value.load()
+        if isinstance(value, (bytes, str)):
+            value = hf_datasets.Image().encode_example(value)
         image = hf_datasets.Image().decode_example(value)
+        image.load()  # an image that was opened may not have been read
     except Exception as error:  # what PIL raises depends on the format: OSError, SyntaxError, struct.error …
         raise _BrokenRowError(f"`{column}` cannot be read: {type(error).__name__}: {error}") from error
     if image.mode == "F":
@@ -116,22 +111,22 @@ def _read_rows(stream: Any) -> Iterator[_Row]:
         if all(frame.f_code is not decoding for frame, _ in walk_tb(error.__traceback__)):
             raise
         raise ValueError(
-            "`dataset` holds an image that cannot be read, and a `map`, `filter` or `rename_column` decoded it before "
-            f"it could be left out ({type(error).__name__}: {error}). Pass the stream without these steps (column "
-            "names and `to_sample` are arguments), or let `stream.decode(False)` come first."
+            "A `map`, `filter` or `rename_column` of `dataset` decoded an image that cannot be read before it could "
+            f"be left out ({type(error).__name__}: {error}). Pass the stream without these steps (columns and "
+            "`to_sample` are arguments), or let `stream.decode(False)` come first."
         ) from error
 
 
 class ResumableDataset(IterableDataset):
     """
-    A pass through samples that can be interrupted and resumed at exactly the next one. Subclasses define
-    `_first_state()`, and `_samples()`, which continues behind `_state` and keeps it up to date.
+    A pass through samples that can be interrupted and resumed at exactly the next one. Subclasses are dataclasses that
+    define `_first_state()` and `_samples()`, which continues behind `_state` and updates it in place.
     """
 
-    def __init__(self) -> None:
+    def __post_init__(self) -> None:
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # reaches workers that outlive an epoch
-        self._state: dict[str, Any] = {}  # empty before the first pass
-        self._is_loaded = False
+        self._state: dict[str, Any] = {}  # of the last pass; empty before the first
+        self._loaded: dict[str, Any] = {}  # where the next pass begins
 
     def set_epoch(self, epoch: int) -> None:
         """With `shuffle`, gives the next pass another order."""
@@ -139,38 +134,33 @@ class ResumableDataset(IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """The position behind the last sample of the last pass; each worker has its own."""
-        return dict(self._state or self._first_state())
+        return deepcopy(self._loaded or self._state or self._first_state())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Makes the next pass continue there, in the epoch of the state."""
-        self._state, self._is_loaded = dict(state_dict), True
+        self._loaded = deepcopy(state_dict)
 
     def __iter__(self) -> Iterator[_Row]:
         # Not a generator, which would set the state only with the first sample.
-        self._state = self._state if self._is_loaded else self._first_state()
-        self._is_loaded = False
+        self._state, self._loaded = self._loaded or self._first_state(), {}
         return self._samples()
 
 
 @dataclass(eq=False)
 class TransfusionDataset(ResumableDataset):
     r"""
-    Samples for `TransfusionDataCollator` from a map-style or streamed dataset of `datasets`. Make one with
-    `from_text`, `from_captions`, `from_interleaved`, `from_edits` or `from_latents`, which take column names, the
-    processor's `image_token` and the arguments below. docs/data.md explains sharing, shuffling and resuming.
+    Samples for `TransfusionDataCollator` from a map-style or streamed dataset of `datasets`. The methods `from_…` take
+    column names, the processor's `image_token` and the arguments below. docs/data.md explains shuffling and resuming.
 
     Args:
         dataset (`datasets.Dataset` or `datasets.IterableDataset`)
         to_sample (`Callable`): From a row to a sample, see `TransfusionDataCollator`.
         shuffle (`bool`, defaults to `False`), seed (`int`, defaults to 0): In another order for each `set_epoch`.
-        buffer_size (`int`, defaults to 1000):
-            A stream is shuffled by shards, then within blocks of so many rows, which each worker keeps undecoded.
-        on_error (`str`, defaults to `"skip"`):
-            What to do with a broken row: an image that cannot be read, or a text that is empty or contains the image
-            token. `"skip"` it, with a warning at a worker's first, second, fourth, eighth …, or `"raise"`.
-        rows_per_turn (`int`, defaults to 1):
-            Rows of a map-style dataset that a worker takes before the next one's turn; workers of a stream take whole
-            shards. `TransfusionTrainer` sets it to batch size times processes: only the last batch is partial.
+        buffer_size (`int`, defaults to 1000): A stream is shuffled by shards, then within blocks of so many rows.
+        on_error (`str`, defaults to `"skip"`): `"skip"` a broken row, with a warning at a worker's first, second,
+            fourth …, or `"raise"`. Its image cannot be read, or its text is empty or contains the image token.
+        rows_per_turn (`int`, defaults to 1): Rows of a map-style dataset that a worker takes before the next one's
+            turn. `TransfusionTrainer` sets it to batch size times processes: only the last batch is partial.
 
     Raises:
         ValueError: an unknown column or option, at once; with `on_error="raise"`, a broken row when it is read.
@@ -185,7 +175,7 @@ class TransfusionDataset(ResumableDataset):
     rows_per_turn: int = 1
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         if not isinstance(self.dataset, (hf_datasets.Dataset, hf_datasets.IterableDataset)):
             got = f"{type(self.dataset).__name__}. If it is a dictionary of splits, pass one of them"
             raise ValueError(f"`dataset` must be a `Dataset` or `IterableDataset`; got {got}.")
@@ -214,8 +204,8 @@ class TransfusionDataset(ResumableDataset):
         cls, dataset: Any, texts_column: str = "texts", images_column: str = "images", **kwargs: Any
     ) -> Self:
         """
-        Documents in the format of OBELICS, two lists of equal length with a value in exactly one of them at each
-        place: `texts=["A cat:", None, "asleep."]`, `images=[None, image, None]`. Texts are joined without separator.
+        Documents in the format of OBELICS, two lists of equal length with a value in exactly one at each place:
+        `texts=["A cat:", None, "asleep."]`, `images=[None, image, None]`. Texts are joined without separator.
         """
         return cls._build(dataset, _interleaved_sample, kwargs, texts_column=texts_column, images_column=images_column)
 
@@ -246,9 +236,8 @@ class TransfusionDataset(ResumableDataset):
     def _build(cls, dataset: Any, to_sample: Callable[..., _Row], kwargs: dict[str, Any], **columns: str) -> Self:
         image_token = kwargs.pop("image_token", "<image>")
         made = cls(dataset, partial(to_sample, **columns, image_token=image_token), **kwargs)
-        names = made.dataset.column_names
-        if names is None:  # a stream without declared columns: look at its first row
-            names = list(next(_read_rows(made.dataset), {}))
+        # A stream may not declare its columns: look at its first row.
+        names = made.dataset.column_names or list(next(_read_rows(made.dataset), {}))
         for argument, column in columns.items():
             if column not in names:
                 raise ValueError(f"`{argument}` is {column!r}, but the columns of `dataset` are {names}; name one.")
@@ -270,41 +259,9 @@ class TransfusionDataset(ResumableDataset):
         is_stream = isinstance(self.dataset, hf_datasets.IterableDataset)
         for index, row in self._streamed_rows() if is_stream else self._indexed_rows():
             try:
-                sample = self.to_sample(row)
+                yield self.to_sample(row)
             except _BrokenRowError as error:
                 self._skip(index, row, error)
-            else:
-                yield sample
-
-    def _indexed_rows(self) -> Iterator[tuple[int, _Row]]:
-        epoch, length = self._state["epoch"], len(self.dataset)
-        order = np.random.default_rng([self.seed, epoch]).permutation(length) if self.shuffle else np.arange(length)
-        if (worker := get_worker_info()) is not None:
-            turns = np.arange(length) // self.rows_per_turn
-            order = order[turns % worker.num_workers == worker.id]
-        for position in range(self._state["position"], len(order)):
-            self._state = {"epoch": epoch, "position": position + 1, "block": None}
-            yield int(order[position]), self.dataset[int(order[position])]
-
-    def _streamed_rows(self) -> Iterator[tuple[int, _Row]]:
-        """Shuffles block by block; the state holds the stream's at the start of a block. Workers share the shards."""
-        epoch, position, state = (self._state[name] for name in ("epoch", "position", "block"))
-        size = self.buffer_size if self.shuffle else 1
-        stream = split_dataset_by_node(self.dataset, rank=0, world_size=1)  # a copy with its own state and epoch
-        if self.shuffle:
-            stream.set_epoch(int(np.random.default_rng([self.seed, epoch]).integers(1, 2**31)))  # 0 does not shuffle
-        if state is not None:
-            stream.load_state_dict(state)
-        rows = _read_rows(stream)
-        while block := list(islice(rows, size)):
-            number, taken = divmod(position, size)
-            order = np.random.default_rng([self.seed, epoch, number]).permutation(len(block))
-            for i in order[taken:]:
-                position += 1
-                if position % size == 0:
-                    state = stream.state_dict()
-                self._state = {"epoch": epoch, "position": position, "block": state}
-                yield number * size + int(i), block[i]
 
     def _skip(self, index: int, row: _Row, error: _BrokenRowError) -> None:
         """Counts the row and reports its number (in a stream, the worker's) and its strings, numbers and paths."""
@@ -313,7 +270,36 @@ class TransfusionDataset(ResumableDataset):
         what = f"row {index} of `dataset` {known}: {error}"
         if self.on_error == "raise":
             raise ValueError(f"Broken {what}. Repair it, or pass `on_error='skip'`.") from error
-        slot = worker_slot()
+        slot = 0 if (worker := get_worker_info()) is None else worker.id % NUM_SLOTS
         self._skipped[slot] += 1
         if (count := int(self._skipped[slot])).bit_count() == 1:
             warnings.warn(f"Skipped {count} broken rows so far, the last {what}.", stacklevel=2)
+
+    def _indexed_rows(self) -> Iterator[tuple[int, _Row]]:
+        state, order = self._state, np.arange(len(self.dataset))
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, state["epoch"]]).permutation(order)
+        if (worker := get_worker_info()) is not None:
+            turns = np.arange(len(order)) // self.rows_per_turn
+            order = order[turns % worker.num_workers == worker.id]
+        for index in map(int, order[state["position"] :]):
+            state["position"] += 1
+            yield index, self.dataset[index]
+
+    def _streamed_rows(self) -> Iterator[tuple[int, _Row]]:
+        """Shuffles block by block; the state holds the stream's at the start of a block. Workers share the shards."""
+        state, size = self._state, self.buffer_size if self.shuffle else 1
+        seeds = [self.seed, state["epoch"]]
+        stream = split_dataset_by_node(self.dataset, rank=0, world_size=1)  # a copy with its own state and epoch
+        if self.shuffle:
+            stream.set_epoch(int(np.random.default_rng(seeds).integers(1, 2**31)))  # 0 does not shuffle
+        if state["block"] is not None:
+            stream.load_state_dict(state["block"])
+        rows = _read_rows(stream)
+        while block := list(islice(rows, size)):
+            number, taken = divmod(state["position"], size)
+            for i in np.random.default_rng([*seeds, number]).permutation(len(block))[taken:].tolist():
+                state["position"] += 1
+                if state["position"] % size == 0:
+                    state["block"] = stream.state_dict()
+                yield number * size + i, block[i]

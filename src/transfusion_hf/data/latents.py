@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -72,37 +72,33 @@ def write_latents(
         resumable.load_state_dict(manifest["dataset"])
     samples = islice(dataset, num_done, None) if resumable is None else iter(resumable)
     total = length_hint(dataset) or None
-    with logging.tqdm(desc="latents", unit=" samples", initial=num_done, total=total) as progress:
-        while shard := list(islice(samples, shard_size)):
-            rows: list[dict[str, Any]] = []
-            for start in range(0, len(shard), batch_size):
-                rows += _encode(model, processor, shard[start : start + batch_size])
-                progress.update(len(rows) - start)
-            file = folder / f"shard-{manifest['num_shards']:05}.parquet"
-            table = hf_datasets.Dataset.from_list(rows, features=hf_datasets.Features(_FEATURES)).data.table
-            pyarrow.parquet.write_table(table, f"{file}.tmp")  # `to_parquet` shows a progress bar for each file
-            os.replace(f"{file}.tmp", file)
-            manifest["num_shards"] += 1
-            manifest["num_samples"] += len(rows)
-            manifest["dataset"] = None if resumable is None else resumable.state_dict()
-            (folder / f"{MANIFEST}.tmp").write_text(json.dumps(manifest, indent=2))
-            os.replace(folder / f"{MANIFEST}.tmp", folder / MANIFEST)
+    samples = iter(logging.tqdm(samples, desc="latents", unit=" samples", initial=num_done, total=total))
+    while shard := list(islice(samples, shard_size)):
+        batches = (shard[start : start + batch_size] for start in range(0, len(shard), batch_size))
+        rows = [row for batch in batches for row in _encode(model, processor, batch)]
+        table = hf_datasets.Dataset.from_list(rows, features=hf_datasets.Features(_FEATURES)).data.table
+        file = folder / f"shard-{manifest['num_shards']:05}.parquet"
+        pyarrow.parquet.write_table(table, f"{file}.tmp")  # `to_parquet` shows a progress bar for each file
+        os.replace(f"{file}.tmp", file)
+        manifest["num_shards"] += 1
+        manifest["num_samples"] += len(rows)
+        manifest["dataset"] = None if resumable is None else resumable.state_dict()
+        (folder / f"{MANIFEST}.tmp").write_text(json.dumps(manifest, indent=2))
+        os.replace(folder / f"{MANIFEST}.tmp", folder / MANIFEST)
 
 
 def _encode(
     model: TransfusionForCausalLMAndDiffusion, processor: TransfusionProcessor, samples: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     images = [images_of(sample) for sample in samples]
-    latents: Iterable[torch.Tensor] = ()
+    stacks: Iterable[torch.Tensor] = ()
     if any(images):
-        pixel_values = processor.image_processor([image for some in images for image in some])["pixel_values"]
+        pixel_values = processor.image_processor([*chain(*images)])["pixel_values"]
         stacks = model.encode_images([pixels.to(model.device) for pixels in pixel_values])
-        latents = (latent for stack in stacks for latent in stack.float().cpu())
-    remaining = iter(latents)
-    own = [[next(remaining).numpy() for _ in some] for some in images]
+    latents = (latent for stack in stacks for latent in stack.float().cpu().numpy())
     return [
-        {name: sample.get(name) for name in _FEATURES} | {"text": sample["text"], "latents": latents}
-        for sample, latents in zip(samples, own, strict=True)
+        {name: sample.get(name) for name in _FEATURES} | {"latents": [*islice(latents, len(own))]}
+        for sample, own in zip(samples, images, strict=True)
     ]
 
 

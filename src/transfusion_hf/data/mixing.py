@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch.utils.data import IterableDataset
 
 from ..processing_transfusion import TransfusionProcessor
 from .collator import images_of, latents_of
-from .dataset import NUM_SLOTS, ResumableDataset, TransfusionDataset, worker_slot
+from .dataset import ResumableDataset, TransfusionDataset
 
 
 def count_tokens(sample: dict[str, Any], processor: TransfusionProcessor) -> int:
@@ -20,13 +19,13 @@ def count_tokens(sample: dict[str, Any], processor: TransfusionProcessor) -> int
     """
     tokenizer, image_processor = processor.tokenizer, processor.image_processor
     ids = tokenizer(sample["text"], verbose=False)["input_ids"]
-    images, side, sizes = images_of(sample), processor.pixels_per_patch, []
+    images, side = images_of(sample), processor.pixels_per_patch
     if latents := latents_of(sample):
         side, sizes = processor.patch_size, [latent.shape[-2:] for latent in latents]
-    elif images and image_processor.do_center_crop:
+    elif image_processor.do_center_crop:
         sizes = [(image_processor.crop_size["height"], image_processor.crop_size["width"])] * len(images)
-    elif images:
-        sizes = [pixels.shape[-2:] for pixels in image_processor(images)["pixel_values"]]
+    else:
+        sizes = [image_processor(image)["pixel_values"][0].shape[-2:] for image in images]
     num_tokens = len(ids) + sum((height // side) * (width // side) + 2 for height, width in sizes)
     num_tokens += tokenizer.eos_token is not None and ids[-1:] != [tokenizer.eos_token_id]
     return num_tokens - sample["text"].count(processor.image_token)  # each marker is one of `ids`
@@ -39,20 +38,6 @@ class _TokenMixture(ResumableDataset):
     length_fn: Callable[[dict[str, Any]], int]
     is_endless: bool
 
-    def __post_init__(self) -> None:
-        super().__init__()
-        self._tokens = torch.zeros(NUM_SLOTS, len(self.datasets), dtype=torch.long).share_memory_()
-
-    @property
-    def num_tokens(self) -> list[int]:
-        """Tokens drawn from each source in this pass, with those that workers have drawn ahead."""
-        return self._tokens.sum(0).tolist()
-
-    @property
-    def num_skipped(self) -> int:
-        """Broken rows skipped so far, in all sources."""
-        return sum(dataset.num_skipped for dataset in self.datasets)
-
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"datasets": [dataset.state_dict() for dataset in self.datasets]}
 
@@ -62,46 +47,37 @@ class _TokenMixture(ResumableDataset):
             dataset.load_state_dict(state)
 
     def _first_state(self) -> dict[str, Any]:
-        zeros = [0] * len(self.datasets)
-        return {"epoch": int(self._epoch), "tokens": zeros, "rounds": zeros}
+        return {"epoch": int(self._epoch), "tokens": [0] * len(self.datasets), "rounds": [0] * len(self.datasets)}
 
-    def _begin(self, i: int, epoch: int, round: int) -> Iterator[dict[str, Any]]:
-        self.datasets[i].set_epoch(epoch * 2**16 + round)  # another order for each round
+    def _begin(self, i: int) -> Iterator[dict[str, Any]]:
+        # Another order in each round.
+        self.datasets[i].set_epoch(self._state["epoch"] * 2**16 + self._state["rounds"][i])
         return iter(self.datasets[i])
 
     def _samples(self) -> Iterator[dict[str, Any]]:
-        epoch, tokens, rounds = self._state["epoch"], [*self._state["tokens"]], [*self._state["rounds"]]
         # The sources begin before the generator runs, so that their states are right from now on.
-        return self._mix(epoch, tokens, rounds, [self._begin(i, epoch, round) for i, round in enumerate(rounds)])
+        return self._mix([self._begin(i) for i in range(len(self.datasets))])
 
-    def _mix(
-        self, epoch: int, tokens: list[int], rounds: list[int], sources: list[Iterator[dict[str, Any]]]
-    ) -> Iterator[dict[str, Any]]:
-        slot = worker_slot()
-        self._tokens[slot] = torch.tensor(tokens)
+    def _mix(self, sources: list[Iterator[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+        tokens, rounds = self._state["tokens"], self._state["rounds"]
         is_empty = [count == 0 for count in tokens]  # so far in this round
         while True:
             behind = min(range(len(tokens)), key=lambda i: tokens[i] / self.ratios[i])
-            if (sample := next(sources[behind], None)) is None:
-                if is_empty[behind]:
-                    raise ValueError(
-                        f"`datasets[{behind}]` gives no sample: it is empty, all its rows are broken, it can be read "
-                        "only once, or it is a stream with fewer shards than there are workers; use fewer workers."
-                    )
-                if not self.is_endless:
-                    return
+            if (sample := next(sources[behind], None)) is not None:
+                is_empty[behind] = False
+                tokens[behind] += self.length_fn(sample)
+                yield sample
+            elif is_empty[behind]:
+                raise ValueError(
+                    f"`datasets[{behind}]` gives no sample: it is empty, all its rows are broken, it can be read only "
+                    "once, or it is a stream with fewer shards than there are workers; use fewer workers."
+                )
+            elif self.is_endless:
                 rounds[behind] += 1
-                sources[behind] = self._begin(behind, epoch, rounds[behind])
+                sources[behind] = self._begin(behind)
                 is_empty[behind] = True
-                continue
-            length = self.length_fn(sample)
-            if length < 1:
-                raise ValueError(f"`length_fn` must give at least 1; got {length} for a sample of source {behind}.")
-            is_empty[behind] = False
-            tokens[behind] += length
-            self._tokens[slot, behind] = tokens[behind]
-            self._state = {"epoch": epoch, "tokens": [*tokens], "rounds": [*rounds]}
-            yield sample
+            else:
+                return
 
 
 def mix_by_tokens(
@@ -120,7 +96,7 @@ def mix_by_tokens(
         datasets (`list[TransfusionDataset]`): The sources, all different objects.
         processor (`TransfusionProcessor`, *optional*): Count tokens with [`count_tokens`].
         ratios (`list[float]`, *optional*): Proportions of the tokens; equal by default.
-        length_fn (`Callable`, *optional*): Count differently: from a sample to an `int` of at least 1.
+        length_fn (`Callable`, *optional*): Count differently: from a sample to a positive `int`.
         stopping_strategy (`str`, defaults to `"first_exhausted"`): End with the first source; `"never"`: repeat each.
 
     Raises:
