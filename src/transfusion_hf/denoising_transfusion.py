@@ -79,8 +79,6 @@ class DrawingArguments:
             raise ValueError("`init_image` does nothing at a `strength` of 1; lower it, or pass a `mask_image`.")
         if not 0 < self.strength <= 1:
             raise ValueError(f"`strength` must lie above 0 and up to 1; got {self.strength}.")
-        if self.max_images is not None and self.max_images < 0:
-            raise ValueError(f"`max_images` must be 0 or more, or None; got {self.max_images}.")
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` must lie in 0 to 1; got {self.guidance_rescale}.")
         if self.negative_prompt_ids is not None and self.unconditional_scale == 1:
@@ -129,12 +127,16 @@ def positions_of(mask: torch.LongTensor) -> torch.LongTensor:
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def move_columns(states: Sequence[torch.Tensor], length: int, ends: torch.LongTensor | None = None) -> States:
+def cached_length(cache: Cache | None) -> int:
+    return 0 if cache is None else cache.get_seq_length()
+
+
+def move_columns(layer: Any, length: int, rows: Any = slice(None), ends: torch.Tensor | None = None) -> States:
     """
-    The `length` columns before `ends[row]`, by default the last, of each row of keys and values. Columns that would
-    lie before the first repeat it; they are padding.
+    The `length` columns before `ends`, one for each of `rows` and by default the last, of keys and values. Columns that
+    would lie before the first repeat it; they are padding.
     """
-    keys, values = states
+    keys, values = layer.keys[rows], layer.values[rows]
     ends = torch.full((len(keys),), keys.shape[2]) if ends is None else ends
     columns = torch.arange(length, device=keys.device) + (ends.to(keys.device) - length)[:, None]
     columns = columns.clamp(min=0)[:, None, :, None]
@@ -225,10 +227,6 @@ class Prefixes:
     is_bos_alone: bool = False
 
     @property
-    def num_cached(self) -> int:
-        return 0 if self.cache is None else self.cache.get_seq_length()
-
-    @property
     def must_be_read(self) -> bool:
         """Whether anything stands before `<BOI>` that the conditional context has not."""
         return not self.is_bos_alone and any(len(row) > 1 for row in self.ids)
@@ -261,8 +259,7 @@ def guidance_prefixes(
             without images to guide by.
     """
     boi = prompts.ids[0].new_tensor([config.image_start_token_id])
-    has_bos = [bos_token_id is not None and len(row) > 1 and int(row[0]) == bos_token_id for row in prompts.ids]
-    bos = [row[:1] if keep else row[:0] for row, keep in zip(prompts.ids, has_bos, strict=True)]
+    bos = [row[:1] if len(row) > 1 and int(row[0]) == bos_token_id else row[:0] for row in prompts.ids]
     contexts = []
     if arguments.input_image_guidance_scale not in (None, arguments.image_guidance_scale):
         image_ids = boi.new_tensor([config.image_start_token_id, config.image_token_id, config.image_end_token_id])
@@ -356,7 +353,7 @@ class Drawing:
     def __post_init__(self) -> None:
         model, contexts, rows, main = self.model, self.contexts, self.rows, self.contexts[0]
         ids, mask = align([context.ids[row] for context in contexts for row in rows], main.pad_token_id)
-        is_cached = main.num_cached > 0
+        is_cached = cached_length(main.cache) > 0
         # Images that the first pass reads. Behind a cache, the contexts of guidance are in caches of their own.
         self.latents = [main.latents[row] for row in rows]
         self.latents += [[] if is_cached else context.latents[row] for context in contexts[1:] for row in rows]
@@ -383,20 +380,15 @@ class Drawing:
         assert main.cache is not None and self.cache is not None
         for context in others:
             context.read(self.model)
-        index, end = torch.tensor(self.rows, device=self.ids.device), main.num_cached
-        lengths = torch.tensor([len(main.ids[row]) for row in self.rows], device=index.device)
-        first = (end + 1 - lengths).clamp(max=end - 1)  # column of each row's first token
-        for number, layer in enumerate(main.cache.layers):
-            parts: list = [move_columns((layer.keys[index], layer.values[index]), self.num_cached)]
-            for context in others:
-                if context.is_bos_alone:
-                    tokens = [states[index, :, first][:, :, None] for states in (layer.keys, layer.values)]
-                    parts.append([token.expand(-1, -1, self.num_cached, -1) for token in tokens])
-                elif context.cache is not None:
-                    own = context.cache.layers[number]
-                    parts.append(move_columns((own.keys[index], own.values[index]), self.num_cached))
-                else:
-                    parts.append([torch.zeros_like(states) for states in parts[0]])
+        rows, end = torch.tensor(self.rows, device=self.ids.device), main.cache.get_seq_length()
+        lengths = torch.tensor([len(main.ids[row]) for row in self.rows], device=rows.device)
+        # Of a context that is not read, all that is not masked is the first token of the conditional one.
+        behind_first = (end + 2 - lengths).clamp(max=end)
+        for number in range(len(main.cache.layers)):
+            parts = []
+            for context in self.contexts:
+                cache, ends = (main.cache, behind_first) if context.cache is None else (context.cache, None)
+                parts.append(move_columns(cache.layers[number], self.num_cached, rows, ends))
             self.cache.update(*(torch.cat(states) for states in zip(*parts, strict=True)), number)
         self._keep(self.num_cached)
 
@@ -494,13 +486,11 @@ class Drawing:
         options |= {"attention_mask": self._block_mask(len(x)), "position_ids": self.positions[block]}
         return model(self.ids[block], latents=x, timesteps=timesteps, **options).image_predictions
 
-    def read_back(self, x_0: torch.Tensor) -> list[States]:
+    def read_back(self, x_0: torch.Tensor) -> Cache:
         """
-        Reads the finished images at t = 0.
-
-        Returns:
-            Keys and values of each layer, of the conditional context of each row and its image, pads at the left.
+        Reads the finished images at t = 0. The cache returned holds, in its first rows, the conditional context of each
+        row and its image, pads at the left.
         """
         assert self.cache is not None
         self._block_pass(self.model.model, x_0, None)
-        return [(layer.keys[: len(x_0)], layer.values[: len(x_0)]) for layer in self.cache.layers]
+        return self.cache

@@ -594,7 +594,7 @@ class _Decoder:
         length = max(len(row) for row in self.ids) - 1
         assert self.cache is not None
         for layer in self.cache.layers:
-            layer.keys, layer.values = move_columns((layer.keys, layer.values), length, ends)
+            layer.keys, layer.values = move_columns(layer, length, ends=ends)
 
     def _adopt_cache(self, num_uncached: torch.LongTensor) -> None:
         """Reads what of the prompts a cache handed in does not hold yet, and aligns it with the rows."""
@@ -642,16 +642,16 @@ class _Decoder:
         if self.keeps_cache or not (ends_here or self.rows.finished.all()):
             self._commit(rows, drawing.read_back(x_0))
 
-    def _commit(self, rows: list[int], drawn: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _commit(self, rows: list[int], drawn: Cache) -> None:
         """Puts the keys and values of the rows drawn, images included, into the cache, every row aligned."""
         length, all_rows, has_prefixes = max(len(row) for row in self.ids) - 1, len(self.ids), self.num_cached > 0
         assert self.cache is not None
-        for number, states in enumerate(drawn):
-            drawn_part = moved = move_columns(states, length)
+        for number, drawn_layer in enumerate(drawn.layers):
+            drawn_part = moved = move_columns(drawn_layer, length, slice(len(rows)))
             layer: Any = self.cache.layers[number] if number < len(self.cache.layers) else None
             if len(rows) < all_rows:
                 if has_prefixes:
-                    moved = move_columns((layer.keys, layer.values), length)
+                    moved = move_columns(layer, length)
                 else:  # none of any token but <BOI>
                     moved = tuple(part.new_zeros(all_rows, *part.shape[1:]) for part in moved)
                 for target, source in zip(moved, drawn_part, strict=True):
