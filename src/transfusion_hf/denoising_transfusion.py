@@ -15,6 +15,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn.functional import max_pool2d
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
@@ -79,6 +80,8 @@ class DrawingArguments:
             raise ValueError("`init_image` does nothing at a `strength` of 1; lower it, or pass a `mask_image`.")
         if not 0 < self.strength <= 1:
             raise ValueError(f"`strength` must lie above 0 and up to 1; got {self.strength}.")
+        if self.max_images is not None and self.max_images < 0:
+            raise ValueError(f"`max_images` must be 0 or more, or None; got {self.max_images}.")
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` must lie in 0 to 1; got {self.guidance_rescale}.")
         if self.negative_prompt_ids is not None and self.unconditional_scale == 1:
@@ -127,13 +130,9 @@ def positions_of(mask: torch.LongTensor) -> torch.LongTensor:
     return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def cached_length(cache: Cache | None) -> int:
-    return 0 if cache is None else cache.get_seq_length()
-
-
 def move_columns(layer: Any, length: int, rows: Any = slice(None), ends: torch.Tensor | None = None) -> States:
     """
-    The `length` columns before `ends`, one for each of `rows` and by default the last, of keys and values. Columns that
+    The `length` columns before `ends` (one for each of `rows`; by default the last) of keys and values. Columns that
     would lie before the first repeat it; they are padding.
     """
     keys, values = layer.keys[rows], layer.values[rows]
@@ -225,6 +224,10 @@ class Prefixes:
     pad_token_id: int
     cache: DynamicCache | None = None
     is_bos_alone: bool = False
+
+    @property
+    def num_cached(self) -> int:
+        return 0 if self.cache is None else self.cache.get_seq_length()
 
     @property
     def must_be_read(self) -> bool:
@@ -335,10 +338,11 @@ class Drawing:
     Args:
         model (`TransfusionForCausalLMAndDiffusion`)
         arguments ([`DrawingArguments`])
-        contexts (`list[Prefixes]`): The conditional context of all rows, then those of guidance.
+        contexts (`list[Prefixes]`):
+            The conditional context of all rows, then those of guidance. Without a cache in the first, each pass
+            computes all.
         rows (`list[int]`): The rows to draw for.
         size (`tuple[int, int]`): Height and width of their latents.
-        use_cache (`bool`)
         compile_config (`CompileConfig`, *optional*): Compiles the steps behind the first.
     """
 
@@ -347,16 +351,14 @@ class Drawing:
     contexts: list[Prefixes]
     rows: list[int]
     size: tuple[int, int]
-    use_cache: bool = True
     compile_config: CompileConfig | None = None
 
     def __post_init__(self) -> None:
         model, contexts, rows, main = self.model, self.contexts, self.rows, self.contexts[0]
         ids, mask = align([context.ids[row] for context in contexts for row in rows], main.pad_token_id)
-        is_cached = cached_length(main.cache) > 0
+        is_cached = main.num_cached > 0
         # Images that the first pass reads. Behind a cache, the contexts of guidance are in caches of their own.
-        self.latents = [main.latents[row] for row in rows]
-        self.latents += [[] if is_cached else context.latents[row] for context in contexts[1:] for row in rows]
+        self.latents = [[] if is_cached else context.latents[row] for context in contexts for row in rows]
         self.columns = ids.shape[1]
         self.num_cached = self.columns - 1 if is_cached else 0
         num_patches = model.config.num_patches(*self.size)
@@ -365,11 +367,10 @@ class Drawing:
         self.mask = torch.cat([mask, torch.ones_like(block)], dim=-1)
         self.positions = positions_of(self.mask)
         self.cache: Cache | None = None
-        if self.use_cache:
+        if main.cache is not None:
             self.cache = Cache(layer_class_to_replicate=partial(DrawingLayer, self.columns + num_patches))
         if is_cached:
             self._copy_prefixes()
-        self.num_steps = 0  # taken by `run`
         self._block_masks: dict[int, Any] = {}
         self._step_model = model.model
         if self.compile_config is not None:
@@ -380,7 +381,7 @@ class Drawing:
         assert main.cache is not None and self.cache is not None
         for context in others:
             context.read(self.model)
-        rows, end = torch.tensor(self.rows, device=self.ids.device), main.cache.get_seq_length()
+        rows, end = torch.tensor(self.rows, device=self.ids.device), main.num_cached
         lengths = torch.tensor([len(main.ids[row]) for row in self.rows], device=rows.device)
         # Of a context that is not read, all that is not masked is the first token of the conditional one.
         behind_first = (end + 2 - lengths).clamp(max=end)
@@ -398,20 +399,42 @@ class Drawing:
         for layer in self.cache.layers:
             layer.prefix_length = num_columns
 
-    def run(self, generators, known=None, mask=None, streamer: Any = None) -> torch.Tensor:
+    def _known(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The latents of `init_image`, and where they are to be redrawn, by `mask_image`."""
+        arguments = self.arguments
+        image, mask, config, vae = arguments.init_image, arguments.mask_image, self.model.config, self.model.vae
+        if image is None:
+            return None, None
+        height, width = (side * config.vae_scale_factor for side in self.size)
+        num_channels = config.latent_channels if vae is None else vae.config.in_channels
+        for name, given, channels in (("init_image", image, num_channels), ("mask_image", mask, 1)):
+            wanted = (len(self.rows), channels, height, width)
+            if given is not None and tuple(given.shape) not in (wanted, (1, *wanted[1:])):
+                raise ValueError(
+                    f"`{name}` must have shape {wanted}, one for each row in the size of the drawing, or hold one for "
+                    f"all; got {tuple(given.shape)}."
+                )
+        (known,) = self.model.encode_images(image.to(self.ids.device))
+        if mask is None:
+            return known, None
+        # A latent pixel is redrawn if one of its pixels is.
+        mask = max_pool2d((mask != 0).float().to(known.device), config.vae_scale_factor) > 0
+        return known, mask
+
+    def run(self, streamer: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         From pure noise to x_0, float32 throughout.
 
         Args:
-            generators (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all rows, or one for each.
-            known (`torch.FloatTensor` of shape `(rows, channels, height, width)`, *optional*): Latents to begin with.
-            mask (`torch.BoolTensor` of shape `(rows, 1, height, width)`, *optional*): Where to draw; default all over.
-            streamer (*optional*): Gets previews at its `preview_interval`.
+            streamer (*optional*): Gets the first row's image and, at its `preview_interval`, previews of it.
 
         Returns:
-            `torch.FloatTensor` of shape `(rows, channels, height, width)`.
+            x_0, `torch.FloatTensor` of shape `(rows, channels, height, width)`, and the images.
         """
-        arguments, num_contexts = self.arguments, len(self.contexts)
+        arguments, num_contexts, generators = self.arguments, len(self.contexts), self.arguments.generator
+        if isinstance(generators, list):
+            generators = [generators[row] for row in self.rows]
+        known, mask = self._known()
         scheduler = make_sampling_scheduler(
             self.model.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.ids.device
         )
@@ -424,7 +447,7 @@ class Drawing:
                 scheduler.set_begin_index(start)
             timesteps = timesteps[start:]
             x_t = at_timestep(scheduler, known, noise, timesteps[0])
-        self.num_steps = num_steps = len(timesteps)
+        num_steps = len(timesteps)
         for i, t in enumerate(logging.tqdm(timesteps, desc="draw", leave=False, disable=not arguments.progress_bar)):
             # Some schedulers keep x_t at another scale than the model was trained on.
             x_in = scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
@@ -440,7 +463,10 @@ class Drawing:
             if arguments.callback_on_step_end is not None:
                 changed = arguments.callback_on_step_end(self.model, i, t, {"latents": x_t})
                 x_t = (changed or {}).get("latents", x_t)
-        return x_t
+        images = self.model.decode_latents(x_t)
+        if hasattr(streamer, "put_image"):
+            streamer.put_image(images[0], num_steps, num_steps)
+        return x_t, images
 
     def _preview(self, streamer: Any, step: int, num_steps: int, x_in, prediction, t) -> None:
         if hasattr(streamer, "check"):
@@ -488,8 +514,8 @@ class Drawing:
 
     def read_back(self, x_0: torch.Tensor) -> Cache:
         """
-        Reads the finished images at t = 0. The cache returned holds, in its first rows, the conditional context of each
-        row and its image, pads at the left.
+        Reads the finished images at t = 0. The first rows of the cache then hold the conditional context of each row
+        and its image, pads at the left.
         """
         assert self.cache is not None
         self._block_pass(self.model.model, x_0, None)
