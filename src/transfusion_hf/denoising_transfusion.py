@@ -5,6 +5,7 @@ Time runs from t = T − 1, noise, down to t = 0. Each step overwrites the patch
 and in the cache. Guidance adds further contexts of the same images; all contexts go through one pass.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -71,9 +72,8 @@ class DrawingArguments:
         start, end = self.guidance_start, self.guidance_end
         if not 0 <= start <= end <= 1:
             raise ValueError(f"`guidance_start`, `guidance_end`: expected 0 ≤ start ≤ end ≤ 1; got {start} and {end}.")
-        for name in ("init_image", "mask_image"):
-            if getattr(self, name) is not None and self.generation_mode != "image":
-                raise ValueError(f"`{name}` belongs to one drawing of each row; pass `generation_mode='image'`.")
+        if self.init_image is not None and self.generation_mode != "image":
+            raise ValueError("`init_image` belongs to one drawing of each row; pass `generation_mode='image'`.")
         if self.init_image is None and (self.mask_image is not None or self.strength != 1):
             raise ValueError("`mask_image` and `strength` need an `init_image` to begin with.")
         if self.init_image is not None and self.mask_image is None and self.strength == 1:
@@ -88,46 +88,24 @@ class DrawingArguments:
             raise ValueError("`negative_prompt_ids` does nothing at a guidance scale of 1; raise it or drop them.")
 
     def sizes(self, config: TransfusionConfig, num_rows: int) -> list[tuple[int, int]]:
-        """
-        Height and width of the latents that each row draws.
-
-        Raises:
-            ValueError: a side that is no positive multiple of a patch, or a list that has not one for each row.
-        """
-        sides = []
+        """Height and width of the latents that each row draws. Raises `ValueError` if patches do not fill them."""
+        unit, both = config.pixels_per_patch, []
         for name, default in zip(("height", "width"), config.latent_size, strict=True):
             given = getattr(self, name)
-            given = list(given) if isinstance(given, (list, tuple)) else [given] * num_rows
-            if len(given) != num_rows:
+            sides = list(given) if isinstance(given, (list, tuple)) else [given] * num_rows
+            are_patches = (x is None or (isinstance(x, int) and x > 0 and x % unit == 0) for x in sides)
+            if len(sides) != num_rows or not all(are_patches):
                 raise ValueError(
-                    f"`{name}` must be a number, or a list with one for each of {num_rows} rows; got {len(given)}."
+                    f"`{name}` must be a positive multiple of {unit} pixels (VAE factor × patch), or a list with one "
+                    f"for each of {num_rows} rows; got {given!r}."
                 )
-            unit = config.pixels_per_patch
-            for side in given:
-                if side is not None and not (isinstance(side, int) and side > 0 and side % unit == 0):
-                    raise ValueError(
-                        f"`{name}` must be a positive multiple of {unit} pixels (VAE factor × patch); got {side!r}."
-                    )
-            sides.append([default if side is None else side // config.vae_scale_factor for side in given])
-        return list(zip(*sides, strict=True))
+            both.append([default if side is None else side // config.vae_scale_factor for side in sides])
+        return list(zip(*both, strict=True))
 
 
 # What `generation_config.json` may hold.
 _NAMES = [field.name for field in fields(DrawingArguments)]
 DRAWING_DEFAULTS = {name: getattr(DrawingArguments, name) for name in _NAMES[: _NAMES.index("generator")]}
-
-
-def align(rows: Sequence[torch.LongTensor], pad_token_id: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Rows of ids as `(rows, columns)`, padded at the left, and their attention mask."""
-    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_token_id, padding_side="left")
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths)[:, None]
-    return ids, mask.long()
-
-
-def positions_of(mask: torch.LongTensor) -> torch.LongTensor:
-    """Positions `(rows, columns)` that count from each row's first token."""
-    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def move_columns(layer: Any, length: int, rows: Any = slice(None), ends: torch.Tensor | None = None) -> States:
@@ -142,28 +120,22 @@ def move_columns(layer: Any, length: int, rows: Any = slice(None), ends: torch.T
     return tuple(part.gather(2, columns.expand(-1, part.shape[1], -1, part.shape[3])) for part in (keys, values))
 
 
-def read_prefixes(model: PreTrainedModel, ids, mask, latents: list[list[torch.Tensor]], cache: Cache) -> None:
-    """Reads what the cache does not hold yet, of ids and mask `(rows, columns)` and each row's further images."""
-    start, positions = cache.get_seq_length(), positions_of(mask)
-    images = [image for row in latents for image in row] or None
-    options = {"cache": cache, "use_cache": True, "logits_to_keep": 1}
-    model(ids[:, start:], latents=images, attention_mask=mask, position_ids=positions[:, start:], **options)
-
-
 @contextmanager
-def undone_on_error(cache: Cache | None) -> Iterator[None]:
+def undo_on_error(cache: Cache | None) -> Iterator[None]:
     """Restores a `DynamicCache` if the enclosed call raises, so that the same call can be made again."""
     layers: list[Any] = cache.layers if isinstance(cache, DynamicCache) else []
-    # Keys and values are replaced, never written to: remembering them costs nothing.
-    before = [dict(vars(layer)) for layer in layers]
+    # Keys and values are replaced, never written to: shallow copies keep them, and cost nothing.
+    before = [copy.copy(layer) for layer in layers]
     try:
         yield
     except BaseException:
-        del layers[len(before) :]
-        for layer, state in zip(layers, before, strict=True):
-            vars(layer).clear()
-            vars(layer).update(state)
+        layers[:] = before
         raise
+
+
+def positions_of(mask: torch.Tensor) -> torch.LongTensor:
+    """Positions `(rows, columns)` that count from each row's first token."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 class DrawingLayer(CacheLayerMixin):
@@ -188,7 +160,6 @@ class DrawingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, end = len(key_states), self.prefix_length + key_states.shape[2]
-        assert self.keys is not None and self.values is not None
         self.keys[:rows, :, self.prefix_length : end] = key_states
         self.values[:rows, :, self.prefix_length : end] = value_states
         return self.keys[:rows, :, :end], self.values[:rows, :, :end]
@@ -234,14 +205,27 @@ class Prefixes:
         """Whether anything stands before `<BOI>` that the conditional context has not."""
         return not self.is_bos_alone and any(len(row) > 1 for row in self.ids)
 
+    def align(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+        """Rows of ids as `(rows, columns)`, padded at the left, with their attention mask and their positions."""
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths)[:, None]
+        return ids, mask.long(), positions_of(mask)
+
     def read(self, model: PreTrainedModel) -> None:
         """Fills the cache of all rows, once, however many images are drawn."""
-        if self.cache is not None or not self.must_be_read:
-            return
-        ids, mask = align([row[:-1] for row in self.ids], self.pad_token_id)
-        mask[mask.sum(dim=-1) == 0, -1] = 1  # a row without prefix sees a pad here, which its drawing will not see
-        self.cache = DynamicCache()
-        read_prefixes(model, ids, mask, self.latents, self.cache)
+        if self.cache is None and self.must_be_read:
+            ids, mask, _ = self.align([row[:-1] for row in self.ids])
+            mask[mask.sum(dim=-1) == 0, -1] = 1  # a row without prefix sees a pad here; its drawing will not see it
+            self.cache = DynamicCache()
+            self.read_columns(model, ids, mask)
+
+    def read_columns(self, model: PreTrainedModel, ids: torch.LongTensor, mask: torch.LongTensor) -> None:
+        """Reads what the cache does not hold yet, of ids and mask `(rows, columns)` and the images."""
+        start, positions = self.num_cached, positions_of(mask)
+        images = [image for row in self.latents for image in row] or None
+        options = {"cache": self.cache, "use_cache": True, "logits_to_keep": 1}
+        model(ids[:, start:], latents=images, attention_mask=mask, position_ids=positions[:, start:], **options)
 
 
 def guidance_prefixes(
@@ -355,20 +339,17 @@ class Drawing:
 
     def __post_init__(self) -> None:
         model, contexts, rows, main = self.model, self.contexts, self.rows, self.contexts[0]
-        ids, mask = align([context.ids[row] for context in contexts for row in rows], main.pad_token_id)
-        is_cached = main.num_cached > 0
+        num_patches = model.config.num_patches(*self.size)
+        block = main.ids[0].new_full((num_patches,), model.config.image_token_id)
+        all_ids = [torch.cat([context.ids[row], block]) for context in contexts for row in rows]
+        self.ids, self.mask, self.positions = main.align(all_ids)
+        self.columns, is_cached = self.ids.shape[1] - num_patches, main.num_cached > 0
+        self.num_cached = self.columns - 1 if is_cached else 0
         # Images that the first pass reads. Behind a cache, the contexts of guidance are in caches of their own.
         self.latents = [[] if is_cached else context.latents[row] for context in contexts for row in rows]
-        self.columns = ids.shape[1]
-        self.num_cached = self.columns - 1 if is_cached else 0
-        num_patches = model.config.num_patches(*self.size)
-        block = ids.new_full((len(ids), num_patches), model.config.image_token_id)
-        self.ids = torch.cat([ids, block], dim=-1)
-        self.mask = torch.cat([mask, torch.ones_like(block)], dim=-1)
-        self.positions = positions_of(self.mask)
-        self.cache: Cache | None = None
+        self.cache: Any = None
         if main.cache is not None:
-            self.cache = Cache(layer_class_to_replicate=partial(DrawingLayer, self.columns + num_patches))
+            self.cache = Cache(layer_class_to_replicate=partial(DrawingLayer, self.ids.shape[1]))
         if is_cached:
             self._copy_prefixes()
         self._block_masks: dict[int, Any] = {}
@@ -377,14 +358,12 @@ class Drawing:
             self._step_model = torch.compile(model.model, **self.compile_config.to_dict())
 
     def _copy_prefixes(self) -> None:
-        main, *others = self.contexts
-        assert main.cache is not None and self.cache is not None
-        for context in others:
+        main = self.contexts[0]
+        for context in self.contexts[1:]:
             context.read(self.model)
-        rows, end = torch.tensor(self.rows, device=self.ids.device), main.num_cached
-        lengths = torch.tensor([len(main.ids[row]) for row in self.rows], device=rows.device)
+        rows, lengths = torch.tensor(self.rows, device=self.ids.device), self.positions[: len(self.rows), self.columns]
         # Of a context that is not read, all that is not masked is the first token of the conditional one.
-        behind_first = (end + 2 - lengths).clamp(max=end)
+        behind_first = (main.num_cached + 2 - lengths).clamp(max=main.num_cached)
         for number in range(len(main.cache.layers)):
             parts = []
             for context in self.contexts:
@@ -395,11 +374,10 @@ class Drawing:
 
     def _keep(self, num_columns: int) -> None:
         """Makes the first columns the prefix, behind which the next pass writes."""
-        assert self.cache is not None
         for layer in self.cache.layers:
             layer.prefix_length = num_columns
 
-    def _known(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _known(self) -> tuple[Any, Any]:
         """The latents of `init_image`, and where they are to be redrawn, by `mask_image`."""
         arguments = self.arguments
         image, mask, config, vae = arguments.init_image, arguments.mask_image, self.model.config, self.model.vae
@@ -411,15 +389,13 @@ class Drawing:
             wanted = (len(self.rows), channels, height, width)
             if given is not None and tuple(given.shape) not in (wanted, (1, *wanted[1:])):
                 raise ValueError(
-                    f"`{name}` must have shape {wanted}, one for each row in the size of the drawing, or hold one for "
-                    f"all; got {tuple(given.shape)}."
+                    f"`{name}` must have shape {wanted}, or hold one for all rows; got {tuple(given.shape)}."
                 )
         (known,) = self.model.encode_images(image.to(self.ids.device))
         if mask is None:
             return known, None
         # A latent pixel is redrawn if one of its pixels is.
-        mask = max_pool2d((mask != 0).float().to(known.device), config.vae_scale_factor) > 0
-        return known, mask
+        return known, max_pool2d((mask != 0).float().to(known.device), config.vae_scale_factor) > 0
 
     def run(self, streamer: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -456,7 +432,7 @@ class Drawing:
             prediction = predictions[0] if len(predictions) == 1 else combine(predictions, arguments)
             self._preview(streamer, i + 1, num_steps, x_in, prediction, t)
             x_t = scheduler.step(prediction, t, x_t, **step_kwargs).prev_sample
-            if mask is not None and known is not None:
+            if mask is not None:
                 is_last = i + 1 == num_steps
                 kept = known if is_last else at_timestep(scheduler, known, noise, timesteps[i + 1])
                 x_t = torch.where(mask, x_t, kept)
@@ -517,6 +493,5 @@ class Drawing:
         Reads the finished images at t = 0. The first rows of the cache then hold the conditional context of each row
         and its image, pads at the left.
         """
-        assert self.cache is not None
         self._block_pass(self.model.model, x_0, None)
         return self.cache

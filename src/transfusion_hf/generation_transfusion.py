@@ -24,17 +24,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .denoising_transfusion import (
-    Drawing,
-    DrawingArguments,
-    Prefixes,
-    align,
-    guidance_prefixes,
-    move_columns,
-    positions_of,
-    read_prefixes,
-    undone_on_error,
-)
+from .denoising_transfusion import Drawing, DrawingArguments, Prefixes, guidance_prefixes, move_columns, undo_on_error
 from .diffusion_transfusion import make_sampling_scheduler
 from .masking_transfusion import check_num_images, image_block_ids
 from .patching_transfusion import stack_images
@@ -52,8 +42,7 @@ _TEXT_ONLY = {
         ("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens"),
         "counts columns, which is meaningless once images are drawn",
     ),
-    "guidance_scale": "guides text, by a second language model context that knows no images; to guide images pass "
-    "`image_guidance_scale`",
+    "guidance_scale": "guides text, by a context without images; to guide images pass `image_guidance_scale`",
     "prefill_chunk_size": "could cut an image in two",
     "cache_implementation": "cannot give up the keys of a denoising step",
 }
@@ -106,17 +95,17 @@ class TransfusionGenerationMixin(GenerationMixin):
                 Classifier-free guidance of images; 1 is off and costs nothing. The unconditional context is `<BOI>`,
                 after the beginning-of-sequence token if the prompt begins with it. (`guidance_scale` guides *text*.)
             input_image_guidance_scale (`float`, *optional*):
-                A separate scale for the images of the prompt (InstructPix2Pix, arXiv 2211.09800): how closely a
-                drawing keeps to them. Adds a third context, the images without the text, to each pass.
+                How closely a drawing keeps to the images of the prompt (InstructPix2Pix, arXiv 2211.09800). Adds a
+                third context, the images without the text, to each pass.
             negative_prompt_ids (`torch.LongTensor` of shape `(batch, seq)` or `(1, seq)`, *optional*):
                 Replaces the unconditional context: what not to draw. With `negative_prompt_attention_mask`.
             guidance_start (`float`, defaults to 0.0), guidance_end (`float`, defaults to 1.0):
                 The fractions of the steps between which guidance is on; the other steps cost one context.
             guidance_rescale (`float`, defaults to 0.0): φ of arXiv 2305.08891, against overexposure.
-            init_image (`torch.FloatTensor` of shape `(batch, channels, height, width)`, *optional*):
+            init_image (`torch.FloatTensor` of shape `(batch, channels, height, width)` or `(1, …)`, *optional*):
                 In `"image"` mode: what to begin with, in [−1, 1], in the size of the drawing. With `strength`: a
                 variation of it. With `mask_image`: inpainting.
-            mask_image (`torch.Tensor` of shape `(batch, 1, height, width)` or `(1, 1, height, width)`, *optional*):
+            mask_image (`torch.Tensor` of shape `(batch, 1, height, width)` or `(1, …)`, *optional*):
                 Not 0 where to draw; elsewhere `init_image` stays as it is, latent pixel by latent pixel.
             strength (`float`, defaults to 1.0): Share of the steps to take, from `init_image` under noise; above 0.
             max_images (`int`, *optional*): Images that a row may draw; after that `<BOI>` is suppressed in it.
@@ -125,13 +114,9 @@ class TransfusionGenerationMixin(GenerationMixin):
                 Called after each denoising step as in diffusers: with the model, the number of the step, t, and
                 `{"latents": x_t}` of the rows that draw. Latents that it returns replace x_t.
             height (`int` or `list[int]`, *optional*), width (`int` or `list[int]`, *optional*):
-                Pixels of the drawn images, multiples of `config.pixels_per_patch`; default `config.sample_size`. A
-                list has one for each row; rows of one size are drawn together.
-            scheduler (`SchedulerMixin` or `str`, *optional*):
-                A diffusers scheduler, or its class name, such as `"DDIMScheduler"`; default the paper's DDPM sampler.
-            compile_config (`CompileConfig`, *optional*):
-                Compiles the single steps of text and of denoising, on any device; prompts are read uncompiled. With
-                `dynamic=True` nothing is recompiled for further prompts and images.
+                Pixels, multiples of `config.pixels_per_patch`; default `config.sample_size`. A list has one per row.
+            scheduler (`SchedulerMixin` or `str`, *optional*): Of diffusers, or its class name; default DDPM.
+            compile_config (`CompileConfig`, *optional*): Compiles the single steps of text and of denoising.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
                 For noise, and for text with `do_sample=True`. One per row: then each row comes out as it does alone.
 
@@ -163,40 +148,34 @@ class TransfusionGenerationMixin(GenerationMixin):
 
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         num_rows = 1 if input_ids is None else self._expand_images(input_ids, settings, kwargs)
-        if isinstance(arguments.generator, list) and len(arguments.generator) != num_rows:
-            raise ValueError(
-                f"`generator` holds {len(arguments.generator)} generators for {num_rows} rows; pass one each."
-            )
+        generator = arguments.generator
+        if isinstance(generator, list) and len(generator) != num_rows:
+            raise ValueError(f"`generator` holds {len(generator)} generators for {num_rows} rows; pass one each.")
         # Placeholders and <EOI> are appended by the decoder, never sampled (§3).
         never = [self.config.image_token_id, self.config.image_end_token_id]
         if arguments.generation_mode == "text":
             never.append(self.config.image_start_token_id)
         logits_processor = LogitsProcessorList([*(logits_processor or []), _never(never, self.device)])
         kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-        with undone_on_error(kwargs.get("cache")):
+        with undo_on_error(kwargs.get("cache")):
             if arguments.generation_mode != "text":
                 sizes = arguments.sizes(self.config, num_rows)
                 return self._generate_interleaved(inputs, settings, arguments, sizes, kwargs)
             kwargs["negative_prompt_ids"] = arguments.negative_prompt_ids
             kwargs["negative_prompt_attention_mask"] = arguments.negative_prompt_attention_mask
-            if arguments.generator is not None and settings.do_sample:
+            if generator is not None and settings.do_sample:
                 if settings.output_scores:
                     raise ValueError("`output_scores` would show the token that `generator` drew; pass only one.")
-                kwargs["custom_generate"] = self._with_generator(arguments.generator, kwargs)
+                kwargs["custom_generate"] = self._with_generator(generator, kwargs)
             return super().generate(inputs, settings, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any):
-        raise ValueError(
-            f"Continuous batching is not supported by {type(self).__name__}: its loop cannot draw. Use `generate()`."
-        )
+        raise ValueError("Continuous batching is not supported: its loop cannot draw. Use `generate()`.")
 
     def _expand_images(self, input_ids: torch.LongTensor, settings: GenerationConfig, kwargs: dict[str, Any]) -> int:
         """Repeats the images of each prompt for the rows that beams or several sequences make of it; counts them."""
         if input_ids.ndim == 2 and input_ids.numel() and (input_ids[:, -1] == self.config.image_token_id).any():
-            raise ValueError(
-                "`input_ids` ends among the patches of an image; end a prompt with text, with `<EOI>` after an image, "
-                "or with `<BOI>` to draw one."
-            )
+            raise ValueError("`input_ids` ends among the patches of an image; end a prompt with text, <EOI> or <BOI>.")
         expand_size = max(settings.num_beams or 1, settings.num_return_sequences or 1)
         for name in ("pixel_values", "latents"):  # the library would repeat them one by one
             if expand_size > 1 and kwargs.get(name) is not None:
@@ -266,8 +245,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         # Asked for with static caches. The library knows no image blocks here: `forward` makes the mask of a prompt.
         if config.get_text_config()._attn_implementation == "flex_attention":
             raise ValueError(
-                "transformers' `generate()` takes no `flex_attention` with a static cache; use `sdpa`, or a "
-                "`DynamicCache()`."
+                "`generate()` takes no `flex_attention` with a static cache; use `sdpa`, or no such cache."
             )
         if is_first_iteration:
             return attention_mask
@@ -293,8 +271,7 @@ def _resolved_mode(arguments: DrawingArguments, settings: GenerationConfig, assi
         raise ValueError(f"`generator` is not used by {decoding.value}; seed torch's global generator.")
     if mode not in (None, "text"):
         raise ValueError(
-            f"`generation_mode={mode!r}` draws, which {decoding.value} cannot; use greedy search or sampling, or "
-            "`generation_mode='text'`."
+            f"`generation_mode={mode!r}` draws, which {decoding.value} cannot; use greedy search, sampling or 'text'."
         )
     return "text"
 
@@ -401,22 +378,19 @@ class _Decoder:
         pad_token_id = self.generation_config._pad_token_tensor
         if pad_token_id is None:
             raise ValueError(
-                "Neither `pad_token_id` nor `eos_token_id` is set: rows that stop have nothing to be filled up with. "
-                "Pass `pad_token_id` or set it in `model.generation_config`."
+                "Neither `pad_token_id` nor `eos_token_id` is set, to fill up rows that stop; pass `pad_token_id`."
             )
         mask = model_kwargs.pop("attention_mask", None)
         self.mask = mask = torch.ones_like(prompts) if mask is None else mask
         if mask.shape != prompts.shape or (mask[:, :-1] > mask[:, 1:]).any() or not mask[:, -1].all():
             raise ValueError(
-                "`attention_mask` must have the shape of `input_ids` and be 0 at left padding only; use "
-                "`padding_side='left'`."
+                "`attention_mask` must match `input_ids` and be 0 at left padding only; use `padding_side='left'`."
             )
         ids = [row[row_mask.bool()] for row, row_mask in zip(prompts, mask, strict=True)]
         cache = model_kwargs.pop("cache", None)
         if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [])):
             raise ValueError(
-                "`cache` must be a `DynamicCache()` without config, all of whose layers keep their full length: the "
-                f"keys of a denoising step are given up again. Got {cache!r}."
+                f"`cache` must be a `DynamicCache()` without config, whose layers keep full length; got {cache!r}."
             )
         # What stands before the next token of each row; without a cache, all its images are read in every pass.
         self.context = Prefixes(ids, [[] for _ in ids], int(pad_token_id), cache)
@@ -468,9 +442,9 @@ class _Decoder:
     def _write(self) -> None:
         """One stretch of text for all running rows, by the library's loop; then every row aligned again."""
         context = self.context
-        ids, mask = align(context.ids, context.pad_token_id)
+        ids, mask, positions = context.align(context.ids)
         columns, before = ids.shape[1], self.rows.num_new.clone()
-        model_kwargs = {**self.model_kwargs, "position_ids": positions_of(mask), "cache": context.cache}
+        model_kwargs = {**self.model_kwargs, "position_ids": positions, "cache": context.cache}
         model_kwargs["attention_mask"] = None if mask.all() else mask
         self.generation_config._mask_length = columns  # the library looks up how long a mask of ones would be
         if any(context.latents):
@@ -502,12 +476,11 @@ class _Decoder:
 
     def _align_cache(self, ends: torch.LongTensor) -> None:
         """Moves what ends at these columns to the last one. The cache then holds all images read so far."""
-        if self.context.cache is None:
-            return
-        self.context.latents = [[] for _ in self.context.ids]
-        length = max(len(row) for row in self.context.ids) - 1
-        for layer in self.context.cache.layers:
-            layer.keys, layer.values = move_columns(layer, length, ends=ends)
+        if self.context.cache is not None:
+            self.context.latents = [[] for _ in self.context.ids]
+            length = max(len(row) for row in self.context.ids) - 1
+            for layer in self.context.cache.layers:
+                layer.keys, layer.values = move_columns(layer, length, ends=ends)
 
     def _adopt_cache(self) -> None:
         """Reads what of the prompts a cache handed in does not hold yet, and aligns it with the rows."""
@@ -519,10 +492,9 @@ class _Decoder:
             )
         if num_cached and not self.mask[:, 0].any():
             raise ValueError(
-                "`input_ids` begins with columns that are padding in every row, which `cache` may or may not hold; "
-                "drop those columns."
+                "`input_ids` begins with columns that are padding in every row; drop them: `cache` may lack them."
             )
-        read_prefixes(self.model, self.prompts, self.mask, context.latents, context.cache)
+        context.read_columns(self.model, self.prompts, self.mask)
         # A row's last token, in the prompt or the <BOI> appended to it, counts as not yet cached.
         self._align_cache(self.prompt_length - 1 + self.rows.num_new)
 

@@ -25,12 +25,15 @@ def _writing(generate_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"generation_mode": given or "text", **generate_kwargs}
 
 
+def _ours_or_the_librarys(cls: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    is_ours = model.config.model_type == "transfusion"
+    return object.__new__(cls) if is_ours else cls.__base__(model, *args, **kwargs)
+
+
 class TransfusionTextGenerationPipeline(TextGenerationPipeline):
     """The task `"text-generation"`; other models get the library's own pipeline."""
 
-    def __new__(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        is_ours = model.config.model_type == "transfusion"
-        return super().__new__(cls) if is_ours else TextGenerationPipeline(model, *args, **kwargs)
+    __new__ = _ours_or_the_librarys
 
     def forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
         return super().forward(model_inputs, **_writing(generate_kwargs))
@@ -39,9 +42,7 @@ class TransfusionTextGenerationPipeline(TextGenerationPipeline):
 class TransfusionAnyToAnyPipeline(AnyToAnyPipeline):
     """The task `"any-to-any"`, also for batches of images; other models get the library's own pipeline."""
 
-    def __new__(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        is_ours = model.config.model_type == "transfusion"
-        return super().__new__(cls) if is_ours else AnyToAnyPipeline(model, *args, **kwargs)
+    __new__ = _ours_or_the_librarys
 
     def forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         outputs = super().forward(model_inputs, generate_kwargs=_writing(generate_kwargs or {}))
@@ -66,12 +67,8 @@ class _GeneratingPipeline(Pipeline):
     generation_mode: str
 
     def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> Any:
-        """
-        Processes prompts and the `images` that they mark, in order, as one batch; `kwargs` go to `generate()`. Returns
-        one result for one prompt, a list for a list of prompts.
-        """
-        prompts = [text] if isinstance(text, str) else list(text)
-        results = super().__call__({"text": prompts, "images": images}, **kwargs)
+        """Processes prompts and the `images` that they mark, in order, as one batch: a result for each prompt."""
+        results = super().__call__({"text": text, "images": images}, **kwargs)
         return results[0] if isinstance(text, str) and len(results) == 1 else results
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -84,12 +81,10 @@ class _GeneratingPipeline(Pipeline):
         generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         output = self.model.generate(**model_inputs, generation_mode=self.generation_mode, **generate_kwargs)
         output.sequences = output.sequences[:, model_inputs["input_ids"].shape[1] :]
-        return {"output": output}
+        return {"generated_outputs": output}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[Any]:
-        return self.processor.post_process_multimodal_output(
-            model_outputs["output"], generation_mode=self.generation_mode
-        )
+        return self.processor.post_process_multimodal_output(**model_outputs, generation_mode=self.generation_mode)
 
 
 class TextToImagePipeline(_GeneratingPipeline):
@@ -102,11 +97,6 @@ class InterleavedGenerationPipeline(_GeneratingPipeline):
     """The task `"interleaved-generation"`: per prompt a list of texts and `PIL.Image.Image`, in order."""
 
     generation_mode = "interleaved"
-
-
-_MASK_PROCESSOR = VaeImageProcessor(
-    vae_scale_factor=1, resample="nearest", do_normalize=False, do_binarize=True, do_convert_grayscale=True
-)
 
 
 class TransfusionPipeline:
@@ -172,26 +162,26 @@ class TransfusionPipeline:
             progress_bar (`bool`, defaults to `True`)
             kwargs: Arguments of `generate()`.
         """
-        config = self.model.config
         if output_type not in ("pil", "pt"):
             raise ValueError(f"`output_type` must be 'pil' or 'pt'; got {output_type!r}.")
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be at least 1; got {num_images_per_prompt}.")
+        config, per_row = self.model.config, {}
         default_height, default_width = (side * config.vae_scale_factor for side in config.latent_size)
         height, width = height or default_height, width or default_width
-        per_row: dict[str, torch.Tensor] = {}
         if negative_prompt is not None:
-            inputs = self.processor(text=_as_list(negative_prompt))
+            inputs = self.processor(text=negative_prompt)
             per_row["negative_prompt_ids"] = inputs["input_ids"]
             per_row["negative_prompt_attention_mask"] = inputs["attention_mask"]
         if init_image is not None:
-            pictures = [
-                x.resize((width, height), Image.Resampling.BICUBIC) for x in make_flat_list_of_images(init_image)
-            ]
+            pictures, size = make_flat_list_of_images(init_image), (width, height)
+            pictures = [picture.resize(size, Image.Resampling.BICUBIC) for picture in pictures]
             inputs = self.processor.image_processor(pictures, do_resize=False, do_center_crop=False)
             per_row["init_image"] = inputs["pixel_values"]
         if mask_image is not None:
-            per_row["mask_image"] = _MASK_PROCESSOR.preprocess(mask_image, height, width)
+            black_or_white = {"do_normalize": False, "do_convert_grayscale": True, "do_binarize": True}
+            mask_processor = VaeImageProcessor(vae_scale_factor=1, resample="nearest", **black_or_white)
+            per_row["mask_image"] = mask_processor.preprocess(mask_image, height, width)
         for name, rows in per_row.items():  # one for all, or one for each image
             rows = rows if len(rows) == 1 else rows.repeat_interleave(num_images_per_prompt, dim=0)
             kwargs[name] = rows.to(self.model.device)
@@ -199,7 +189,7 @@ class TransfusionPipeline:
             kwargs["callback_on_step_end"] = lambda _, *args: callback_on_step_end(self, *args)
         # The library returns several sequences only where it samples; in this mode there is no text to sample.
         output = self.model.generate(
-            **self.processor(text=_as_list(prompt), images=image).to(self.model.device),
+            **self.processor(text=prompt, images=image).to(self.model.device),
             generation_mode="image", do_sample=True, num_return_sequences=num_images_per_prompt, height=height,
             width=width, num_inference_steps=num_inference_steps, image_guidance_scale=guidance_scale,
             generator=generator, progress_bar=progress_bar, **kwargs,
@@ -210,7 +200,3 @@ class TransfusionPipeline:
         else:
             images = torch.stack(images).add(1).div(2).clamp(0, 1)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def _as_list(texts: str | list[str]) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
