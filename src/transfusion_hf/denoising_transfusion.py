@@ -186,8 +186,7 @@ class Prefixes:
         cache (`DynamicCache`, *optional*):
             Keys and values of all ids but the last, pads at the left. Empty or `None`: they are still to be read.
         is_bos_alone (`bool`, defaults to `False`):
-            Whether at most the first token of the conditional context stands before `<BOI>`: seen from position 0, it
-            has the same keys and values in either context.
+            Whether at most the first token of the conditional context, with its keys and values, is before `<BOI>`.
     """
 
     ids: list[torch.LongTensor]
@@ -233,8 +232,7 @@ def guidance_prefixes(
 ) -> list[Prefixes]:
     """
     The further contexts of guidance, for all rows: the images of the prompt without its text, with an
-    `input_image_guidance_scale`, then the unconditional context. A context that the scales leave nothing of is left
-    out.
+    `input_image_guidance_scale`, then the unconditional context. What the scales leave nothing of is left out.
 
     Args:
         prompts ([`Prefixes`]): The prompts, with or without `<BOI>` at their end, and all their images.
@@ -242,8 +240,7 @@ def guidance_prefixes(
         bos_token_id (`int`, *optional*)
 
     Raises:
-        ValueError: negative prompts that are not as many as the prompts, hold images or are too long; prompts
-            without images to guide by.
+        ValueError: negative prompts of another number, with images or too long; no images to guide by.
     """
     boi = prompts.ids[0].new_tensor([config.image_start_token_id])
     bos = [row[:1] if len(row) > 1 and int(row[0]) == bos_token_id else row[:0] for row in prompts.ids]
@@ -276,9 +273,7 @@ def _negative_prompts(config: TransfusionConfig, arguments: DrawingArguments, si
     if ids is None:
         return None
     if len(ids) not in (1, num_rows):
-        raise ValueError(
-            f"`negative_prompt_ids` has {len(ids)} rows for {num_rows} prompts; pass one for all or one for each."
-        )
+        raise ValueError(f"`negative_prompt_ids` has {len(ids)} rows for {num_rows} prompts; pass 1 or {num_rows}.")
     ids = ids.to(boi.device).expand(num_rows, -1)
     mask = torch.ones_like(ids) if mask is None else mask.to(boi.device).expand(num_rows, -1)
     if (ids == config.image_token_id).any():
@@ -323,8 +318,7 @@ class Drawing:
         model (`TransfusionForCausalLMAndDiffusion`)
         arguments ([`DrawingArguments`])
         contexts (`list[Prefixes]`):
-            The conditional context of all rows, then those of guidance. Without a cache in the first, each pass
-            computes all.
+            The conditional one of all rows, then those of guidance. If the first has no cache, each pass computes all.
         rows (`list[int]`): The rows to draw for.
         size (`tuple[int, int]`): Height and width of their latents.
         compile_config (`CompileConfig`, *optional*): Compiles the steps behind the first.
@@ -358,8 +352,9 @@ class Drawing:
             self._step_model = torch.compile(model.model, **self.compile_config.to_dict())
 
     def _copy_prefixes(self) -> None:
-        main = self.contexts[0]
-        for context in self.contexts[1:]:
+        main, *others = self.contexts
+        assert main.cache is not None
+        for context in others:
             context.read(self.model)
         rows, lengths = torch.tensor(self.rows, device=self.ids.device), self.positions[: len(self.rows), self.columns]
         # Of a context that is not read, all that is not masked is the first token of the conditional one.
@@ -388,9 +383,7 @@ class Drawing:
         for name, given, channels in (("init_image", image, num_channels), ("mask_image", mask, 1)):
             wanted = (len(self.rows), channels, height, width)
             if given is not None and tuple(given.shape) not in (wanted, (1, *wanted[1:])):
-                raise ValueError(
-                    f"`{name}` must have shape {wanted}, or hold one for all rows; got {tuple(given.shape)}."
-                )
+                raise ValueError(f"`{name}` must have shape {wanted}, or one row for all; got {tuple(given.shape)}.")
         (known,) = self.model.encode_images(image.to(self.ids.device))
         if mask is None:
             return known, None
@@ -399,10 +392,8 @@ class Drawing:
 
     def run(self, streamer: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        From pure noise to x_0, float32 throughout.
-
-        Args:
-            streamer (*optional*): Gets the first row's image and, at its `preview_interval`, previews of it.
+        From pure noise to x_0, float32 throughout. A `streamer` gets the first row's image and, at its
+        `preview_interval`, previews of it.
 
         Returns:
             x_0, `torch.FloatTensor` of shape `(rows, channels, height, width)`, and the images.
@@ -489,9 +480,6 @@ class Drawing:
         return model(self.ids[block], latents=x, timesteps=timesteps, **options).image_predictions
 
     def read_back(self, x_0: torch.Tensor) -> Cache:
-        """
-        Reads the finished images at t = 0. The first rows of the cache then hold the conditional context of each row
-        and its image, pads at the left.
-        """
+        """Reads the finished images at t = 0. Returns the cache; its first rows hold each row's prefix and image."""
         self._block_pass(self.model.model, x_0, None)
         return self.cache

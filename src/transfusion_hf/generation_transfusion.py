@@ -32,7 +32,7 @@ from .patching_transfusion import stack_images
 logger = logging.get_logger(__name__)
 
 _MODES = ("interleaved", "text", "image")
-# Settings of the library that have no meaning beside images, and why.
+# Settings of the library that have no meaning beside images, why, and the values that do no harm.
 _TEXT_ONLY = {
     **dict.fromkeys(
         ("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
@@ -244,9 +244,7 @@ class TransfusionGenerationMixin(GenerationMixin):
     def create_masks_for_generate(config, attention_mask, is_first_iteration=False, **kwargs):
         # Asked for with static caches. The library knows no image blocks here: `forward` makes the mask of a prompt.
         if config.get_text_config()._attn_implementation == "flex_attention":
-            raise ValueError(
-                "`generate()` takes no `flex_attention` with a static cache; use `sdpa`, or no such cache."
-            )
+            raise ValueError("`generate()` takes no `flex_attention` with a static cache; use `sdpa`.")
         if is_first_iteration:
             return attention_mask
         return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
@@ -270,9 +268,7 @@ def _resolved_mode(arguments: DrawingArguments, settings: GenerationConfig, assi
     if arguments.generator is not None:
         raise ValueError(f"`generator` is not used by {decoding.value}; seed torch's global generator.")
     if mode not in (None, "text"):
-        raise ValueError(
-            f"`generation_mode={mode!r}` draws, which {decoding.value} cannot; use greedy search, sampling or 'text'."
-        )
+        raise ValueError(f"`generation_mode={mode!r}` draws, which {decoding.value} cannot; sample, or use 'text'.")
     return "text"
 
 
@@ -303,10 +299,7 @@ class _Rows(generation.StoppingCriteria):
 
 
 def _never(ids: list[int], device: torch.device, is_banned: Callable[[], torch.BoolTensor] | None = None) -> Callable:
-    """
-    Keeps ids out of all rows, or of those for which `is_banned`, called at each token, is `True`. (The library's
-    `SuppressTokensLogitsProcessor` searches the whole vocabulary each time.)
-    """
+    """Keeps ids out of all rows, or those in `is_banned()`. (`SuppressTokensLogitsProcessor` searches all words.)"""
     index = torch.tensor(ids, device=device)
 
     def process(input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -403,11 +396,9 @@ class _Decoder:
     def _take_rules(self, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList) -> None:
         """The rules given, with those of the library that count columns replaced: a row's own tokens count."""
         config, arguments, device = self.generation_config, self.arguments, self.prompts.device
-        criteria = StoppingCriteriaList(
-            c for c in stopping_criteria if not isinstance(c, generation.MaxLengthCriteria)
-        )
-        boi = self.config.image_start_token_id
-        rows = self.rows = _Rows(self.prompts, criteria, config.max_length - self.prompt_length, boi)
+        criteria = (c for c in stopping_criteria if not isinstance(c, generation.MaxLengthCriteria))
+        boi, max_new_tokens = self.config.image_start_token_id, config.max_length - self.prompt_length
+        rows = self.rows = _Rows(self.prompts, StoppingCriteriaList(criteria), max_new_tokens, boi)
         self.stopping_criteria = StoppingCriteriaList([rows])
         by_column = (generation.MinLengthLogitsProcessor, generation.MinNewTokensLengthLogitsProcessor)
         self.logits_processor = LogitsProcessorList(p for p in logits_processor if not isinstance(p, by_column))

@@ -25,24 +25,21 @@ def _writing(generate_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"generation_mode": given or "text", **generate_kwargs}
 
 
-def _ours_or_the_librarys(cls: Any, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    is_ours = model.config.model_type == "transfusion"
-    return object.__new__(cls) if is_ours else cls.__base__(model, *args, **kwargs)
+class _OursOrTheLibrarys:
+    def __new__(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        is_ours = model.config.model_type == "transfusion"
+        return super().__new__(cls) if is_ours else cls.__bases__[-1](model, *args, **kwargs)
 
 
-class TransfusionTextGenerationPipeline(TextGenerationPipeline):
+class TransfusionTextGenerationPipeline(_OursOrTheLibrarys, TextGenerationPipeline):
     """The task `"text-generation"`; other models get the library's own pipeline."""
-
-    __new__ = _ours_or_the_librarys
 
     def forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
         return super().forward(model_inputs, **_writing(generate_kwargs))
 
 
-class TransfusionAnyToAnyPipeline(AnyToAnyPipeline):
+class TransfusionAnyToAnyPipeline(_OursOrTheLibrarys, AnyToAnyPipeline):
     """The task `"any-to-any"`, also for batches of images; other models get the library's own pipeline."""
-
-    __new__ = _ours_or_the_librarys
 
     def forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         outputs = super().forward(model_inputs, generate_kwargs=_writing(generate_kwargs or {}))
@@ -146,8 +143,7 @@ class TransfusionPipeline:
         Args:
             prompt (`str` or `list[str]`)
             height (`int`, *optional*), width (`int`, *optional*): Pixels; default to the model's size.
-            num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*):
-                Default to those of the model's generation config.
+            num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): By default the model's.
             negative_prompt (`str` or `list[str]`, *optional*): One for all or one per prompt.
             num_images_per_prompt (`int`, defaults to 1): The images of one prompt follow each other.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all, or one per image.
