@@ -367,6 +367,12 @@ def test_inpainting_keeps_what_is_not_masked_and_draws_the_rest(scheduler):
     weak = generate(model, prompts(rows[1]), mask_image=mask, strength=0.5, generator=generators(1), **kwargs)
     assert torch.equal(weak.images[0][0][~is_masked[1]], known[1][~is_masked[1]])
     assert not torch.isclose(weak.images[0][0][is_masked[1]], known[1][is_masked[1]], atol=1e-3).all()
+    # One image for all rows.
+    kwargs |= {"mask_image": mask, "strength": 0.5}
+    one = generate(model, prompts(*rows), generator=generators(2), **kwargs)
+    kwargs["init_image"] = known[1:].expand(2, -1, -1, -1)
+    each = generate(model, prompts(*rows), generator=generators(2), **kwargs)
+    assert all(torch.equal(x, y) for (x,), (y,) in zip(one.images, each.images, strict=True))
 
 
 @pytest.mark.parametrize("scheduler", [*SCHEDULERS, "FlowMatchEulerDiscreteScheduler"])

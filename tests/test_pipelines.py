@@ -200,7 +200,7 @@ def test_the_diffusers_like_pipeline(model, processor, tmp_path):
     pixels = torch.tensor(list(inpainted.tobytes())).view(8, 8, 3)
     assert (pixels[:, :4] == torch.tensor([255, 0, 0])).all() and not (pixels[:, 4:] == pixels[0, 0]).all()
     assert len(pipe(["a", "b"], init_image=[RED, RED], strength=0.4, num_images_per_prompt=2, **QUICK).images) == 4
-    with pytest.raises(ValueError, match="`mask_image` needs an `init_image`"):
+    with pytest.raises(ValueError, match="`mask_image` and `strength` need an `init_image`"):
         pipe("draw", mask_image=mask)
     pipe.save_pretrained(tmp_path)
     again = TransfusionPipeline.from_pretrained(tmp_path).to("cpu")
@@ -230,8 +230,8 @@ def test_a_chat_template_of_the_tokenizer_gets_images_in_both_directions():
 def test_images_and_markers_must_be_as_many(model, processor):
     pipe = TransfusionPipeline(model, processor)
     for prompt, number, message in (
-        ("draw", 2, "`image` holds 1 images but `prompt` marks 0 by <image>"),
-        ("<image><image>", 2, "`image` holds 1 images but `prompt` marks 2 by <image>"),
+        ("draw", 2, "`text` has 0 markers <image> but `images` holds 1 images"),
+        ("<image><image>", 2, "`text` has 2 markers <image> but `images` holds 1 images"),
         ("<image>", 0, "`num_images_per_prompt` must be at least 1; got 0"),
     ):
         with pytest.raises(ValueError, match=message):

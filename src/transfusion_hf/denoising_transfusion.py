@@ -5,6 +5,7 @@ Time runs from t = T − 1, noise, down to t = 0. Each step overwrites the patch
 and in the cache. Guidance adds further contexts of the same images; all contexts go through one pass.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ import torch
 from diffusers import SchedulerMixin
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
+from torch.nn.functional import max_pool2d
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
@@ -70,9 +72,8 @@ class DrawingArguments:
         start, end = self.guidance_start, self.guidance_end
         if not 0 <= start <= end <= 1:
             raise ValueError(f"`guidance_start`, `guidance_end`: expected 0 ≤ start ≤ end ≤ 1; got {start} and {end}.")
-        for name in ("init_image", "mask_image"):
-            if getattr(self, name) is not None and self.generation_mode != "image":
-                raise ValueError(f"`{name}` belongs to one drawing of each row; pass `generation_mode='image'`.")
+        if self.init_image is not None and self.generation_mode != "image":
+            raise ValueError("`init_image` belongs to one drawing of each row; pass `generation_mode='image'`.")
         if self.init_image is None and (self.mask_image is not None or self.strength != 1):
             raise ValueError("`mask_image` and `strength` need an `init_image` to begin with.")
         if self.init_image is not None and self.mask_image is None and self.strength == 1:
@@ -87,28 +88,19 @@ class DrawingArguments:
             raise ValueError("`negative_prompt_ids` does nothing at a guidance scale of 1; raise it or drop them.")
 
     def sizes(self, config: TransfusionConfig, num_rows: int) -> list[tuple[int, int]]:
-        """
-        Height and width of the latents that each row draws.
-
-        Raises:
-            ValueError: a side that is no positive multiple of a patch, or a list that has not one for each row.
-        """
-        sides = []
+        """Height and width of the latents that each row draws. Raises `ValueError` if patches do not fill them."""
+        unit, both = config.pixels_per_patch, []
         for name, default in zip(("height", "width"), config.latent_size, strict=True):
             given = getattr(self, name)
-            given = list(given) if isinstance(given, (list, tuple)) else [given] * num_rows
-            if len(given) != num_rows:
+            sides = list(given) if isinstance(given, (list, tuple)) else [given] * num_rows
+            are_patches = (x is None or (isinstance(x, int) and x > 0 and x % unit == 0) for x in sides)
+            if len(sides) != num_rows or not all(are_patches):
                 raise ValueError(
-                    f"`{name}` must be a number, or a list with one for each of {num_rows} rows; got {len(given)}."
+                    f"`{name}` must be a positive multiple of {unit} pixels (VAE factor × patch), or a list with one "
+                    f"for each of {num_rows} rows; got {given!r}."
                 )
-            unit = config.pixels_per_patch
-            for side in given:
-                if side is not None and not (isinstance(side, int) and side > 0 and side % unit == 0):
-                    raise ValueError(
-                        f"`{name}` must be a positive multiple of {unit} pixels (VAE factor × patch); got {side!r}."
-                    )
-            sides.append([default if side is None else side // config.vae_scale_factor for side in given])
-        return list(zip(*sides, strict=True))
+            both.append([default if side is None else side // config.vae_scale_factor for side in sides])
+        return list(zip(*both, strict=True))
 
 
 # What `generation_config.json` may hold.
@@ -116,53 +108,34 @@ _NAMES = [field.name for field in fields(DrawingArguments)]
 DRAWING_DEFAULTS = {name: getattr(DrawingArguments, name) for name in _NAMES[: _NAMES.index("generator")]}
 
 
-def align(rows: Sequence[torch.LongTensor], pad_token_id: int) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """Rows of ids as `(rows, columns)`, padded at the left, and their attention mask."""
-    ids = pad_sequence(list(rows), batch_first=True, padding_value=pad_token_id, padding_side="left")
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths)[:, None]
-    return ids, mask.long()
-
-
-def positions_of(mask: torch.LongTensor) -> torch.LongTensor:
-    """Positions `(rows, columns)` that count from each row's first token."""
-    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
-
-
-def move_columns(states: Sequence[torch.Tensor], length: int, ends: torch.LongTensor | None = None) -> States:
+def move_columns(layer: Any, length: int, rows: Any = slice(None), ends: torch.Tensor | None = None) -> States:
     """
-    The `length` columns before `ends[row]`, by default the last, of each row of keys and values. Columns that would
-    lie before the first repeat it; they are padding.
+    The `length` columns before `ends` (one for each of `rows`; by default the last) of keys and values. Columns that
+    would lie before the first repeat it; they are padding.
     """
-    keys, values = states
+    keys, values = layer.keys[rows], layer.values[rows]
     ends = torch.full((len(keys),), keys.shape[2]) if ends is None else ends
     columns = torch.arange(length, device=keys.device) + (ends.to(keys.device) - length)[:, None]
     columns = columns.clamp(min=0)[:, None, :, None]
     return tuple(part.gather(2, columns.expand(-1, part.shape[1], -1, part.shape[3])) for part in (keys, values))
 
 
-def read_prefixes(model: PreTrainedModel, ids, mask, latents: list[list[torch.Tensor]], cache: Cache) -> None:
-    """Reads what the cache does not hold yet, of ids and mask `(rows, columns)` and each row's further images."""
-    start, positions = cache.get_seq_length(), positions_of(mask)
-    images = [image for row in latents for image in row] or None
-    options = {"cache": cache, "use_cache": True, "logits_to_keep": 1}
-    model(ids[:, start:], latents=images, attention_mask=mask, position_ids=positions[:, start:], **options)
-
-
 @contextmanager
-def undone_on_error(cache: Cache | None) -> Iterator[None]:
+def undo_on_error(cache: Cache | None) -> Iterator[None]:
     """Restores a `DynamicCache` if the enclosed call raises, so that the same call can be made again."""
     layers: list[Any] = cache.layers if isinstance(cache, DynamicCache) else []
-    # Keys and values are replaced, never written to: remembering them costs nothing.
-    before = [dict(vars(layer)) for layer in layers]
+    # Keys and values are replaced, never written to: shallow copies keep them, and cost nothing.
+    before = [copy.copy(layer) for layer in layers]
     try:
         yield
     except BaseException:
-        del layers[len(before) :]
-        for layer, state in zip(layers, before, strict=True):
-            vars(layer).clear()
-            vars(layer).update(state)
+        layers[:] = before
         raise
+
+
+def positions_of(mask: torch.Tensor) -> torch.LongTensor:
+    """Positions `(rows, columns)` that count from each row's first token."""
+    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
 
 
 class DrawingLayer(CacheLayerMixin):
@@ -187,7 +160,6 @@ class DrawingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         rows, end = len(key_states), self.prefix_length + key_states.shape[2]
-        assert self.keys is not None and self.values is not None
         self.keys[:rows, :, self.prefix_length : end] = key_states
         self.values[:rows, :, self.prefix_length : end] = value_states
         return self.keys[:rows, :, :end], self.values[:rows, :, :end]
@@ -214,8 +186,7 @@ class Prefixes:
         cache (`DynamicCache`, *optional*):
             Keys and values of all ids but the last, pads at the left. Empty or `None`: they are still to be read.
         is_bos_alone (`bool`, defaults to `False`):
-            Whether at most the first token of the conditional context stands before `<BOI>`: seen from position 0, it
-            has the same keys and values in either context.
+            Whether at most the first token of the conditional context, with its keys and values, is before `<BOI>`.
     """
 
     ids: list[torch.LongTensor]
@@ -233,14 +204,27 @@ class Prefixes:
         """Whether anything stands before `<BOI>` that the conditional context has not."""
         return not self.is_bos_alone and any(len(row) > 1 for row in self.ids)
 
+    def align(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+        """Rows of ids as `(rows, columns)`, padded at the left, with their attention mask and their positions."""
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id, padding_side="left")
+        lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths)[:, None]
+        return ids, mask.long(), positions_of(mask)
+
     def read(self, model: PreTrainedModel) -> None:
         """Fills the cache of all rows, once, however many images are drawn."""
-        if self.cache is not None or not self.must_be_read:
-            return
-        ids, mask = align([row[:-1] for row in self.ids], self.pad_token_id)
-        mask[mask.sum(dim=-1) == 0, -1] = 1  # a row without prefix sees a pad here, which its drawing will not see
-        self.cache = DynamicCache()
-        read_prefixes(model, ids, mask, self.latents, self.cache)
+        if self.cache is None and self.must_be_read:
+            ids, mask, _ = self.align([row[:-1] for row in self.ids])
+            mask[mask.sum(dim=-1) == 0, -1] = 1  # a row without prefix sees a pad here; its drawing will not see it
+            self.cache = DynamicCache()
+            self.read_columns(model, ids, mask)
+
+    def read_columns(self, model: PreTrainedModel, ids: torch.LongTensor, mask: torch.LongTensor) -> None:
+        """Reads what the cache does not hold yet, of ids and mask `(rows, columns)` and the images."""
+        start, positions = self.num_cached, positions_of(mask)
+        images = [image for row in self.latents for image in row] or None
+        options = {"cache": self.cache, "use_cache": True, "logits_to_keep": 1}
+        model(ids[:, start:], latents=images, attention_mask=mask, position_ids=positions[:, start:], **options)
 
 
 def guidance_prefixes(
@@ -248,8 +232,7 @@ def guidance_prefixes(
 ) -> list[Prefixes]:
     """
     The further contexts of guidance, for all rows: the images of the prompt without its text, with an
-    `input_image_guidance_scale`, then the unconditional context. A context that the scales leave nothing of is left
-    out.
+    `input_image_guidance_scale`, then the unconditional context. What the scales leave nothing of is left out.
 
     Args:
         prompts ([`Prefixes`]): The prompts, with or without `<BOI>` at their end, and all their images.
@@ -257,12 +240,10 @@ def guidance_prefixes(
         bos_token_id (`int`, *optional*)
 
     Raises:
-        ValueError: negative prompts that are not as many as the prompts, hold images or are too long; prompts
-            without images to guide by.
+        ValueError: negative prompts of another number, with images or too long; no images to guide by.
     """
     boi = prompts.ids[0].new_tensor([config.image_start_token_id])
-    has_bos = [bos_token_id is not None and len(row) > 1 and int(row[0]) == bos_token_id for row in prompts.ids]
-    bos = [row[:1] if keep else row[:0] for row, keep in zip(prompts.ids, has_bos, strict=True)]
+    bos = [row[:1] if len(row) > 1 and int(row[0]) == bos_token_id else row[:0] for row in prompts.ids]
     contexts = []
     if arguments.input_image_guidance_scale not in (None, arguments.image_guidance_scale):
         image_ids = boi.new_tensor([config.image_start_token_id, config.image_token_id, config.image_end_token_id])
@@ -292,9 +273,7 @@ def _negative_prompts(config: TransfusionConfig, arguments: DrawingArguments, si
     if ids is None:
         return None
     if len(ids) not in (1, num_rows):
-        raise ValueError(
-            f"`negative_prompt_ids` has {len(ids)} rows for {num_rows} prompts; pass one for all or one for each."
-        )
+        raise ValueError(f"`negative_prompt_ids` has {len(ids)} rows for {num_rows} prompts; pass 1 or {num_rows}.")
     ids = ids.to(boi.device).expand(num_rows, -1)
     mask = torch.ones_like(ids) if mask is None else mask.to(boi.device).expand(num_rows, -1)
     if (ids == config.image_token_id).any():
@@ -338,10 +317,10 @@ class Drawing:
     Args:
         model (`TransfusionForCausalLMAndDiffusion`)
         arguments ([`DrawingArguments`])
-        contexts (`list[Prefixes]`): The conditional context of all rows, then those of guidance.
+        contexts (`list[Prefixes]`):
+            The conditional one of all rows, then those of guidance. If the first has no cache, each pass computes all.
         rows (`list[int]`): The rows to draw for.
         size (`tuple[int, int]`): Height and width of their latents.
-        use_cache (`bool`)
         compile_config (`CompileConfig`, *optional*): Compiles the steps behind the first.
     """
 
@@ -350,29 +329,23 @@ class Drawing:
     contexts: list[Prefixes]
     rows: list[int]
     size: tuple[int, int]
-    use_cache: bool = True
     compile_config: CompileConfig | None = None
 
     def __post_init__(self) -> None:
         model, contexts, rows, main = self.model, self.contexts, self.rows, self.contexts[0]
-        ids, mask = align([context.ids[row] for context in contexts for row in rows], main.pad_token_id)
-        is_cached = main.num_cached > 0
-        # Images that the first pass reads. Behind a cache, the contexts of guidance are in caches of their own.
-        self.latents = [main.latents[row] for row in rows]
-        self.latents += [[] if is_cached else context.latents[row] for context in contexts[1:] for row in rows]
-        self.columns = ids.shape[1]
-        self.num_cached = self.columns - 1 if is_cached else 0
         num_patches = model.config.num_patches(*self.size)
-        block = ids.new_full((len(ids), num_patches), model.config.image_token_id)
-        self.ids = torch.cat([ids, block], dim=-1)
-        self.mask = torch.cat([mask, torch.ones_like(block)], dim=-1)
-        self.positions = positions_of(self.mask)
-        self.cache: Cache | None = None
-        if self.use_cache:
-            self.cache = Cache(layer_class_to_replicate=partial(DrawingLayer, self.columns + num_patches))
+        block = main.ids[0].new_full((num_patches,), model.config.image_token_id)
+        all_ids = [torch.cat([context.ids[row], block]) for context in contexts for row in rows]
+        self.ids, self.mask, self.positions = main.align(all_ids)
+        self.columns, is_cached = self.ids.shape[1] - num_patches, main.num_cached > 0
+        self.num_cached = self.columns - 1 if is_cached else 0
+        # Images that the first pass reads. Behind a cache, the contexts of guidance are in caches of their own.
+        self.latents = [[] if is_cached else context.latents[row] for context in contexts for row in rows]
+        self.cache: Any = None
+        if main.cache is not None:
+            self.cache = Cache(layer_class_to_replicate=partial(DrawingLayer, self.ids.shape[1]))
         if is_cached:
             self._copy_prefixes()
-        self.num_steps = 0  # taken by `run`
         self._block_masks: dict[int, Any] = {}
         self._step_model = model.model
         if self.compile_config is not None:
@@ -380,46 +353,55 @@ class Drawing:
 
     def _copy_prefixes(self) -> None:
         main, *others = self.contexts
-        assert main.cache is not None and self.cache is not None
+        assert main.cache is not None
         for context in others:
             context.read(self.model)
-        index, end = torch.tensor(self.rows, device=self.ids.device), main.num_cached
-        lengths = torch.tensor([len(main.ids[row]) for row in self.rows], device=index.device)
-        first = (end + 1 - lengths).clamp(max=end - 1)  # column of each row's first token
-        for number, layer in enumerate(main.cache.layers):
-            parts: list = [move_columns((layer.keys[index], layer.values[index]), self.num_cached)]
-            for context in others:
-                if context.is_bos_alone:
-                    tokens = [states[index, :, first][:, :, None] for states in (layer.keys, layer.values)]
-                    parts.append([token.expand(-1, -1, self.num_cached, -1) for token in tokens])
-                elif context.cache is not None:
-                    own = context.cache.layers[number]
-                    parts.append(move_columns((own.keys[index], own.values[index]), self.num_cached))
-                else:
-                    parts.append([torch.zeros_like(states) for states in parts[0]])
+        rows, lengths = torch.tensor(self.rows, device=self.ids.device), self.positions[: len(self.rows), self.columns]
+        # Of a context that is not read, all that is not masked is the first token of the conditional one.
+        behind_first = (main.num_cached + 2 - lengths).clamp(max=main.num_cached)
+        for number in range(len(main.cache.layers)):
+            parts = []
+            for context in self.contexts:
+                cache, ends = (main.cache, behind_first) if context.cache is None else (context.cache, None)
+                parts.append(move_columns(cache.layers[number], self.num_cached, rows, ends))
             self.cache.update(*(torch.cat(states) for states in zip(*parts, strict=True)), number)
         self._keep(self.num_cached)
 
     def _keep(self, num_columns: int) -> None:
         """Makes the first columns the prefix, behind which the next pass writes."""
-        assert self.cache is not None
         for layer in self.cache.layers:
             layer.prefix_length = num_columns
 
-    def run(self, generators, known=None, mask=None, streamer: Any = None) -> torch.Tensor:
-        """
-        From pure noise to x_0, float32 throughout.
+    def _known(self) -> tuple[Any, Any]:
+        """The latents of `init_image`, and where they are to be redrawn, by `mask_image`."""
+        arguments = self.arguments
+        image, mask, config, vae = arguments.init_image, arguments.mask_image, self.model.config, self.model.vae
+        if image is None:
+            return None, None
+        height, width = (side * config.vae_scale_factor for side in self.size)
+        num_channels = config.latent_channels if vae is None else vae.config.in_channels
+        for name, given, channels in (("init_image", image, num_channels), ("mask_image", mask, 1)):
+            wanted = (len(self.rows), channels, height, width)
+            if given is not None and tuple(given.shape) not in (wanted, (1, *wanted[1:])):
+                raise ValueError(f"`{name}` must have shape {wanted}, or one row for all; got {tuple(given.shape)}.")
+        (known,) = self.model.encode_images(image.to(self.ids.device))
+        if mask is None:
+            return known, None
+        # A latent pixel is redrawn if one of its pixels is.
+        return known, max_pool2d((mask != 0).float().to(known.device), config.vae_scale_factor) > 0
 
-        Args:
-            generators (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all rows, or one for each.
-            known (`torch.FloatTensor` of shape `(rows, channels, height, width)`, *optional*): Latents to begin with.
-            mask (`torch.BoolTensor` of shape `(rows, 1, height, width)`, *optional*): Where to draw; default all over.
-            streamer (*optional*): Gets previews at its `preview_interval`.
+    def run(self, streamer: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        From pure noise to x_0, float32 throughout. A `streamer` gets the first row's image and, at its
+        `preview_interval`, previews of it.
 
         Returns:
-            `torch.FloatTensor` of shape `(rows, channels, height, width)`.
+            x_0, `torch.FloatTensor` of shape `(rows, channels, height, width)`, and the images.
         """
-        arguments, num_contexts = self.arguments, len(self.contexts)
+        arguments, num_contexts, generators = self.arguments, len(self.contexts), self.arguments.generator
+        if isinstance(generators, list):
+            generators = [generators[row] for row in self.rows]
+        known, mask = self._known()
         scheduler = make_sampling_scheduler(
             self.model.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.ids.device
         )
@@ -432,7 +414,7 @@ class Drawing:
                 scheduler.set_begin_index(start)
             timesteps = timesteps[start:]
             x_t = at_timestep(scheduler, known, noise, timesteps[0])
-        self.num_steps = num_steps = len(timesteps)
+        num_steps = len(timesteps)
         for i, t in enumerate(logging.tqdm(timesteps, desc="draw", leave=False, disable=not arguments.progress_bar)):
             # Some schedulers keep x_t at another scale than the model was trained on.
             x_in = scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
@@ -441,14 +423,17 @@ class Drawing:
             prediction = predictions[0] if len(predictions) == 1 else combine(predictions, arguments)
             self._preview(streamer, i + 1, num_steps, x_in, prediction, t)
             x_t = scheduler.step(prediction, t, x_t, **step_kwargs).prev_sample
-            if mask is not None and known is not None:
+            if mask is not None:
                 is_last = i + 1 == num_steps
                 kept = known if is_last else at_timestep(scheduler, known, noise, timesteps[i + 1])
                 x_t = torch.where(mask, x_t, kept)
             if arguments.callback_on_step_end is not None:
                 changed = arguments.callback_on_step_end(self.model, i, t, {"latents": x_t})
                 x_t = (changed or {}).get("latents", x_t)
-        return x_t
+        images = self.model.decode_latents(x_t)
+        if hasattr(streamer, "put_image"):
+            streamer.put_image(images[0], num_steps, num_steps)
+        return x_t, images
 
     def _preview(self, streamer: Any, step: int, num_steps: int, x_in, prediction, t) -> None:
         if hasattr(streamer, "check"):
@@ -494,13 +479,7 @@ class Drawing:
         options |= {"attention_mask": self._block_mask(len(x)), "position_ids": self.positions[block]}
         return model(self.ids[block], latents=x, timesteps=timesteps, **options).image_predictions
 
-    def read_back(self, x_0: torch.Tensor) -> list[States]:
-        """
-        Reads the finished images at t = 0.
-
-        Returns:
-            Keys and values of each layer, of the conditional context of each row and its image, pads at the left.
-        """
-        assert self.cache is not None
+    def read_back(self, x_0: torch.Tensor) -> Cache:
+        """Reads the finished images at t = 0. Returns the cache; its first rows hold each row's prefix and image."""
         self._block_pass(self.model.model, x_0, None)
-        return [(layer.keys[: len(x_0)], layer.values[: len(x_0)]) for layer in self.cache.layers]
+        return self.cache

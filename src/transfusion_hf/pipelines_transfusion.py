@@ -5,14 +5,14 @@ what a Transfusion needs of the library's `"any-to-any"` and `"text-generation"`
 
 import os
 from collections.abc import Callable
-from itertools import islice
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
-from torchvision.transforms.v2 import functional as F
 from transformers import AutoModelForMultimodalLM, AutoProcessor, Pipeline, PreTrainedModel
+from transformers.image_utils import make_flat_list_of_images
 from transformers.pipelines import AnyToAnyPipeline, TextGenerationPipeline
 
 from .processing_transfusion import TransfusionProcessor
@@ -25,32 +25,30 @@ def _writing(generate_kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"generation_mode": given or "text", **generate_kwargs}
 
 
-class TransfusionTextGenerationPipeline(TextGenerationPipeline):
-    """The task `"text-generation"`; other models get the library's own pipeline."""
-
+class _OursOrTheLibrarys:
     def __new__(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         is_ours = model.config.model_type == "transfusion"
-        return super().__new__(cls) if is_ours else TextGenerationPipeline(model, *args, **kwargs)
+        return super().__new__(cls) if is_ours else cls.__bases__[-1](model, *args, **kwargs)
+
+
+class TransfusionTextGenerationPipeline(_OursOrTheLibrarys, TextGenerationPipeline):
+    """The task `"text-generation"`; other models get the library's own pipeline."""
 
     def forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
         return super().forward(model_inputs, **_writing(generate_kwargs))
 
 
-class TransfusionAnyToAnyPipeline(AnyToAnyPipeline):
+class TransfusionAnyToAnyPipeline(_OursOrTheLibrarys, AnyToAnyPipeline):
     """The task `"any-to-any"`, also for batches of images; other models get the library's own pipeline."""
-
-    def __new__(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        is_ours = model.config.model_type == "transfusion"
-        return super().__new__(cls) if is_ours else AnyToAnyPipeline(model, *args, **kwargs)
 
     def forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         outputs = super().forward(model_inputs, generate_kwargs=_writing(generate_kwargs or {}))
         images = getattr(outputs["generated_sequence"], "images", None)
         if images is not None:
-            if len(images) != (num_prompts := len(outputs["input_ids"])):
+            if len(images) != len(outputs["input_ids"]):
                 raise ValueError(
-                    f"`num_return_sequences` made {len(images)} images for {num_prompts} prompts, but this task "
-                    "returns one per prompt; use the task 'text-to-image'."
+                    f"`num_return_sequences` made {len(images)} images for {len(outputs['input_ids'])} prompts, but "
+                    "this task returns one per prompt; use the task 'text-to-image'."
                 )
             # A form that the library can split into rows again.
             outputs["generated_sequence"] = [image for row in images for image in row]
@@ -66,12 +64,8 @@ class _GeneratingPipeline(Pipeline):
     generation_mode: str
 
     def __call__(self, text: str | list[str], images: Any = None, **kwargs: Any) -> Any:
-        """
-        Processes prompts and the `images` that they mark, in order, as one batch; `kwargs` go to `generate()`. Returns
-        one result for one prompt, a list for a list of prompts.
-        """
-        prompts = [text] if isinstance(text, str) else list(text)
-        results = super().__call__({"text": prompts, "images": images}, **kwargs)
+        """Processes prompts and the `images` that they mark, in order, as one batch: a result for each prompt."""
+        results = super().__call__({"text": text, "images": images}, **kwargs)
         return results[0] if isinstance(text, str) and len(results) == 1 else results
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
@@ -83,7 +77,11 @@ class _GeneratingPipeline(Pipeline):
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
         generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         output = self.model.generate(**model_inputs, generation_mode=self.generation_mode, **generate_kwargs)
-        return {"output": output, "prompt_length": model_inputs["input_ids"].shape[1]}
+        output.sequences = output.sequences[:, model_inputs["input_ids"].shape[1] :]
+        return {"generated_outputs": output}
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[Any]:
+        return self.processor.post_process_multimodal_output(**model_outputs, generation_mode=self.generation_mode)
 
 
 class TextToImagePipeline(_GeneratingPipeline):
@@ -91,18 +89,11 @@ class TextToImagePipeline(_GeneratingPipeline):
 
     generation_mode = "image"
 
-    def postprocess(self, model_outputs: dict[str, Any]) -> list[Image.Image]:
-        return self.processor.post_process_multimodal_output(model_outputs["output"], generation_mode="image")
-
 
 class InterleavedGenerationPipeline(_GeneratingPipeline):
     """The task `"interleaved-generation"`: per prompt a list of texts and `PIL.Image.Image`, in order."""
 
     generation_mode = "interleaved"
-
-    def postprocess(self, model_outputs: dict[str, Any]) -> list[list[str | Image.Image]]:
-        output = model_outputs["output"]
-        return self.processor.decode_interleaved(output.sequences[:, model_outputs["prompt_length"] :], output.images)
 
 
 class TransfusionPipeline:
@@ -152,8 +143,7 @@ class TransfusionPipeline:
         Args:
             prompt (`str` or `list[str]`)
             height (`int`, *optional*), width (`int`, *optional*): Pixels; default to the model's size.
-            num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*):
-                Default to those of the model's generation config.
+            num_inference_steps (`int`, *optional*), guidance_scale (`float`, *optional*): By default the model's.
             negative_prompt (`str` or `list[str]`, *optional*): One for all or one per prompt.
             num_images_per_prompt (`int`, defaults to 1): The images of one prompt follow each other.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*): One for all, or one per image.
@@ -172,24 +162,33 @@ class TransfusionPipeline:
             raise ValueError(f"`output_type` must be 'pil' or 'pt'; got {output_type!r}.")
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be at least 1; got {num_images_per_prompt}.")
-        if mask_image is not None and init_image is None:
-            raise ValueError("`mask_image` needs an `init_image`, the image that it marks.")
-        prompts, repeats = _as_list(prompt), num_images_per_prompt
-        if image is not None:
-            image = self._repeat_marked(prompts, _as_list(image), repeats)
+        config, per_row = self.model.config, {}
+        default_height, default_width = (side * config.vae_scale_factor for side in config.latent_size)
+        height, width = height or default_height, width or default_width
         if negative_prompt is not None:
-            texts = _as_list(negative_prompt)
-            inputs = self.processor(text=_repeat(texts, repeats) if len(texts) > 1 else texts).to(self.model.device)
-            kwargs["negative_prompt_ids"] = inputs["input_ids"]
-            kwargs["negative_prompt_attention_mask"] = inputs["attention_mask"]
+            inputs = self.processor(text=negative_prompt)
+            per_row["negative_prompt_ids"] = inputs["input_ids"]
+            per_row["negative_prompt_attention_mask"] = inputs["attention_mask"]
         if init_image is not None:
-            kwargs |= self._init_image(init_image, mask_image, height, width, repeats)
+            pictures, size = make_flat_list_of_images(init_image), (width, height)
+            pictures = [picture.resize(size, Image.Resampling.BICUBIC) for picture in pictures]
+            inputs = self.processor.image_processor(pictures, do_resize=False, do_center_crop=False)
+            per_row["init_image"] = inputs["pixel_values"]
+        if mask_image is not None:
+            black_or_white = {"do_normalize": False, "do_convert_grayscale": True, "do_binarize": True}
+            mask_processor = VaeImageProcessor(vae_scale_factor=1, resample="nearest", **black_or_white)
+            per_row["mask_image"] = mask_processor.preprocess(mask_image, height, width)
+        for name, rows in per_row.items():  # one for all, or one for each image
+            rows = rows if len(rows) == 1 else rows.repeat_interleave(num_images_per_prompt, dim=0)
+            kwargs[name] = rows.to(self.model.device)
         if callback_on_step_end is not None:
             kwargs["callback_on_step_end"] = lambda _, *args: callback_on_step_end(self, *args)
+        # The library returns several sequences only where it samples; in this mode there is no text to sample.
         output = self.model.generate(
-            **self.processor(text=_repeat(prompts, repeats), images=image).to(self.model.device),
-            generation_mode="image", height=height, width=width, num_inference_steps=num_inference_steps,
-            image_guidance_scale=guidance_scale, generator=generator, progress_bar=progress_bar, **kwargs,
+            **self.processor(text=prompt, images=image).to(self.model.device),
+            generation_mode="image", do_sample=True, num_return_sequences=num_images_per_prompt, height=height,
+            width=width, num_inference_steps=num_inference_steps, image_guidance_scale=guidance_scale,
+            generator=generator, progress_bar=progress_bar, **kwargs,
         )  # fmt: skip
         images: Any = [row[0] for row in output.images]
         if output_type == "pil":
@@ -197,36 +196,3 @@ class TransfusionPipeline:
         else:
             images = torch.stack(images).add(1).div(2).clamp(0, 1)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _repeat_marked(self, prompts: list[str], pictures: list[Any], repeats: int) -> list[Any]:
-        """The images in the order of the repeated prompts, which mark them."""
-        token = self.processor.image_token
-        counts = [text.count(token) for text in prompts]
-        if len(pictures) != sum(counts):
-            raise ValueError(
-                f"`image` holds {len(pictures)} images but `prompt` marks {sum(counts)} by {token}; pass one image "
-                "per marker."
-            )
-        remaining = iter(pictures)
-        return [picture for count in counts for picture in list(islice(remaining, count)) * repeats]
-
-    def _init_image(self, image: Any, mask: Any, height: int | None, width: int | None, repeats: int) -> dict:
-        config = self.model.config
-        rows, columns = (side * config.vae_scale_factor for side in config.latent_size)
-        size = (width or columns, height or rows)  # as PIL counts
-        pictures = [picture.resize(size, Image.Resampling.BICUBIC) for picture in _as_list(image)]
-        features = self.processor.image_processor(pictures, do_resize=False, do_center_crop=False, return_tensors="pt")
-        arguments = {"init_image": features["pixel_values"].repeat_interleave(repeats, dim=0)}
-        if mask is not None:
-            masks = [F.pil_to_tensor(m.convert("L").resize(size, Image.Resampling.NEAREST)) for m in _as_list(mask)]
-            masks = _repeat(masks, repeats) if len(masks) > 1 else masks
-            arguments["mask_image"] = torch.stack(masks) > 127
-        return arguments
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-def _repeat(values: list[Any], repeats: int) -> list[Any]:
-    return [value for value in values for _ in range(repeats)]
