@@ -7,7 +7,14 @@ import torch
 import transformers
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from tiny import BOI, BOS, EOI, EOS, IMG, PAD
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache, StoppingCriteria
+from transformers import (
+    DynamicCache,
+    ForcedEOSTokenLogitsProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 STEPS = 4
@@ -662,6 +669,7 @@ def test_bfloat16_stays_within_its_error_through_a_whole_drawing():
         ([4, 30], {"cache_implementation": "static"}, "`cache_implementation='static'` cannot give up the keys"),
         ([4, 30], {"cache_implementation": "quantized"}, "`cache_implementation='quantized'` cannot give up the keys"),
         ([4, 30], {"exponential_decay_length_penalty": (2, 1.1)}, "decay_length_penalty=.* counts columns"),
+        ([4, 30], {"logits_processor": [ForcedEOSTokenLogitsProcessor(9, EOS)]}, "ForcedEOSToken.* counts columns"),
         ([4, 30], {"prefill_chunk_size": 2}, "`prefill_chunk_size=2` could cut an image in two"),
         ([4, 30], {"latents": torch.zeros(1, 2, 4, 4)}, "hold 1 images but `input_ids` has 0 image blocks"),
         ([4, *IMAGE, 5], {}, "`input_ids` has 1 image blocks but no images were passed"),

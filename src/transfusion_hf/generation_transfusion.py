@@ -20,6 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig, GenerationMixin, generation
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation import GenerationMode, LogitsProcessorList, StoppingCriteriaList
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
@@ -47,6 +49,13 @@ _TEXT_ONLY = {
     "cache_implementation": "cannot give up the keys of a denoising step",
 }
 _HARMLESS = {"guidance_scale": 1, "cache_implementation": "dynamic"}
+_COLUMN_COUNTING = (
+    generation.ExponentialDecayLengthPenalty,
+    generation.ForcedBOSTokenLogitsProcessor,
+    generation.ForcedEOSTokenLogitsProcessor,
+    generation.SuppressTokensAtBeginLogitsProcessor,
+    generation.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 
 @dataclass
@@ -214,7 +223,10 @@ class TransfusionGenerationMixin(GenerationMixin):
 
     def _is_synced(self, kwargs: dict[str, Any]) -> bool:
         """Whether processes wait for the longest of their texts, which the library does not tell `custom_generate`."""
-        return self._extract_generation_mode_kwargs(None, {}, kwargs.get("synced_gpus"), None, None)["synced_gpus"]
+        if (given := kwargs.get("synced_gpus")) is not None:
+            return given
+        is_sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
+        return is_sharded and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
     def _with_generator(self, generator: torch.Generator | list[torch.Generator], kwargs: dict[str, Any]) -> Callable:
         """Text that is sampled by the user's generator: the last of all rules, behind the temperature."""
@@ -395,6 +407,10 @@ class _Decoder:
 
     def _take_rules(self, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList) -> None:
         """The rules given, with those of the library that count columns replaced: a row's own tokens count."""
+        for rule in logits_processor:
+            if isinstance(rule, _COLUMN_COUNTING):
+                why = _TEXT_ONLY["forced_eos_token_id"]
+                raise ValueError(f"`{type(rule).__name__}` {why}; use `generation_mode='text'`.")
         config, arguments, device = self.generation_config, self.arguments, self.prompts.device
         criteria = (c for c in stopping_criteria if not isinstance(c, generation.MaxLengthCriteria))
         boi, max_new_tokens = self.config.image_start_token_id, config.max_length - self.prompt_length
