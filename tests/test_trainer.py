@@ -434,7 +434,7 @@ def test_under_zero_3_the_average_is_refused_and_the_flops_are_counted_by_the_wh
         parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
     assert _flops_per_token(model) == whole > 0
     args = SimpleNamespace(load_best_model_at_end=False)
-    with pytest.raises(ValueError, match="empty parameters under DeepSpeed ZeRO-3; take ZeRO-2 or FSDP2"):
+    with pytest.raises(ValueError, match="Under DeepSpeed ZeRO-3 parameters are empty; take ZeRO-2 or FSDP2"):
         TransfusionEMACallback().on_train_begin(args, None, None, model=model)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -34,8 +35,7 @@ class TransfusionEMACallback(TrainerCallback):
         self.decay = decay
         self.power = power
         self.resume_from_checkpoint = resume_from_checkpoint
-        self._is_training = False
-        self._saved_step: int | None = None
+        self._ema: Any = None  # only during a training
 
     def on_train_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
@@ -44,19 +44,17 @@ class TransfusionEMACallback(TrainerCallback):
             )
         if any(hasattr(parameter, "ds_numel") for parameter in model.parameters()):
             raise ValueError(
-                "`TransfusionEMACallback` finds empty parameters under DeepSpeed ZeRO-3; take ZeRO-2 or FSDP2, or "
-                "drop the callback."
+                "Under DeepSpeed ZeRO-3 parameters are empty; take ZeRO-2 or FSDP2, or drop the EMA callback."
             )
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._is_training, self._saved_step = True, None
+        self._saved_step: int | None = None
         self._ema = EMAModel(self._parameters, decay=self.decay, use_ema_warmup=True, power=self.power)
         if state.global_step > 0:
             file = Path(self.resume_from_checkpoint or self._folder(args, state), self.FILE_NAME)
             if not file.exists():
                 raise ValueError(
                     f"No average to resume with: {file} does not exist. Pass the checkpoint's folder to "
-                    "`TransfusionEMACallback(resume_from_checkpoint=...)`. If its run had no such callback, drop the "
-                    "callback or start a new run."
+                    "`TransfusionEMACallback(resume_from_checkpoint=...)`, or drop the callback if its run had none."
                 )
             stored = load_file(file)
             self._ema.optimization_step = state.global_step
@@ -78,7 +76,7 @@ class TransfusionEMACallback(TrainerCallback):
         self._ema.copy_to(self._parameters)
 
     def on_evaluate(self, args, state, control, **kwargs: Any) -> None:
-        if not self._is_training:
+        if self._ema is None:
             return
         if self._ema.temp_stored_params is None:
             raise ValueError(
@@ -101,8 +99,8 @@ class TransfusionEMACallback(TrainerCallback):
             self.save(self._folder(args, state), state)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
-        self._is_training = False
         self._ema.copy_to(self._parameters)
+        self._ema = None
 
     def _folder(self, args, state) -> Path:
         return Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -114,10 +112,8 @@ def _whole(parameter: torch.Tensor) -> torch.Tensor:
 
 def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Sharded like a parameter, on its device."""
-    whole = whole.to(parameter.device)
-    if not isinstance(parameter, DTensor):
-        return whole
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    whole, is_sharded = whole.to(parameter.device), isinstance(parameter, DTensor)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements) if is_sharded else whole
 
 
 class TransfusionSamplesCallback(TrainerCallback):
@@ -197,11 +193,7 @@ class TransfusionSamplesCallback(TrainerCallback):
     def _report(self, folder: Path, step: int, drawn: list[Image.Image], captions: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if drawn:
-            width, height = (max(getattr(image, side) for image in drawn) for side in ("width", "height"))
-            grid = Image.new("RGB", (width * len(drawn), height))
-            for i, image in enumerate(drawn):
-                grid.paste(image, (i * width, 0))
-            grid.save(folder / f"step-{step}.png")
+            make_image_grid(drawn, rows=1, cols=len(drawn)).save(folder / f"step-{step}.png")
         if captions:
             (folder / f"step-{step}.txt").write_text("\n".join(captions) + "\n")
         pictures = {f"samples/{prompt}": (image, prompt) for prompt, image in zip(self.prompts, drawn, strict=True)}

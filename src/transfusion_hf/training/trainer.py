@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,11 @@ def _prepare_fsdp2(accelerator: Accelerator, model: torch.nn.Module) -> None:
     plugin.ignored_modules = r"(.*\.)?vae"
 
 
-def _images_of(batch: dict[str, Any]) -> list[torch.Tensor]:
-    images = batch.get("pixel_values")
-    images = batch.get("latents") if images is None else images
-    return [] if images is None else [images] if isinstance(images, torch.Tensor) else list(images)
-
-
-def _count_images(batch: dict[str, Any]) -> int:
-    return sum(len(stack) if stack.ndim == 4 else 1 for stack in _images_of(batch))
-
-
-def _count_noised(batch: dict[str, Any]) -> int:
-    mask = batch.get("image_loss_mask")
-    return _count_images(batch) if mask is None else int(torch.as_tensor(mask).sum())
+def _count_images(batch: dict[str, Any], only_noised: bool = False) -> int:
+    if only_noised and batch.get("image_loss_mask") is not None:
+        return int(torch.as_tensor(batch["image_loss_mask"]).sum())
+    images = batch.get("pixel_values", batch.get("latents"))
+    return 0 if images is None else sum(len(one) if one.ndim == 4 else 1 for one in images)
 
 
 class _Sums:
@@ -68,8 +61,7 @@ class _Sums:
     def __init__(self, num_bands: int, num_timesteps: int, pad_token_id: int | None, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         self.totals = torch.zeros(4 + 2 * num_bands, dtype=dtype, device=device)
-        self.num_timesteps = num_timesteps
-        self.pad_token_id = pad_token_id
+        self.num_timesteps, self.pad_token_id = num_timesteps, pad_token_id
         self.start_time = time.perf_counter()
 
     def add(self, inputs: dict[str, Any], outputs: Any, num_items: Any) -> None:
@@ -90,17 +82,14 @@ class _Sums:
     def means(self, totals: torch.Tensor) -> tuple[dict[str, float], float, float]:
         """Both losses, the latter by band of t too, the number of tokens and that of images, from reduced totals."""
         nll, labels, tokens, images = totals[:4].tolist()
-        errors, counts = totals[4:].view(2, -1)
-        means = {}
-        if labels:
-            means["lm_loss"] = nll / labels
-        if counts.sum():
-            means["diffusion_loss"] = float(errors.sum() / counts.sum())
+        errors, counts = totals[4:].view(2, -1).tolist()
+        means = {"lm_loss": nll / labels} if labels else {}
+        if any(counts):
+            means["diffusion_loss"] = sum(errors) / sum(counts)
         edges = [round(i * self.num_timesteps / len(counts)) for i in range(len(counts) + 1)]
-        for i, (error, count) in enumerate(zip(errors.tolist(), counts.tolist(), strict=True)):
-            if count:
-                means[f"diffusion_loss/t_{edges[i]}_{edges[i + 1]}"] = error / count
-        return means, tokens, images
+        names = [f"diffusion_loss/t_{low}_{high}" for low, high in pairwise(edges)]
+        bands = {n: error / count for n, error, count in zip(names, errors, counts, strict=True) if count}
+        return means | bands, tokens, images
 
 
 def _flops_per_token(model: torch.nn.Module) -> int:
@@ -155,9 +144,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             raise ValueError("`average_tokens_across_devices=False` weighs processes unequally; leave it on.")
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"One process has {self.args.n_gpu} GPUs, and `nn.DataParallel` would cut batches along their first "
-                "dimension, which parts images from their texts; start one process for each by `torchrun` or "
-                "`accelerate launch`, or show one GPU by CUDA_VISIBLE_DEVICES=0."
+                f"One process has {self.args.n_gpu} GPUs, and `nn.DataParallel` parts images from their texts; start "
+                "one process for each by `torchrun`, or show one GPU by CUDA_VISIBLE_DEVICES=0."
             )
         if self.args.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` takes the labels away from the model; leave it at 0.")
@@ -169,13 +157,14 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             for module in self.model.modules():
                 if isinstance(module, TransfusionForCausalLMAndDiffusion):
                     module.use_liger_loss = True
-        if self.is_fsdp_enabled:
-            kind = self.accelerator.state.fsdp_plugin.state_dict_type.name
-            if kind != "FULL_STATE_DICT":  # the library then saves no model, without a warning
-                raise ValueError(
-                    f"`fsdp_state_dict_type` is {kind}, with which no loadable model is saved; set it to "
-                    "FULL_STATE_DICT in accelerate's configuration, or `state_dict_type` in `fsdp_config`."
-                )
+        if (
+            self.is_fsdp_enabled
+            and (kind := self.accelerator.state.fsdp_plugin.state_dict_type.name) != "FULL_STATE_DICT"
+        ):
+            # The library then saves no model, without a warning.
+            raise ValueError(
+                f"`fsdp_state_dict_type` is {kind}, which saves no loadable model; set it to FULL_STATE_DICT."
+            )
         if self.accelerator.is_fsdp2:
             _prepare_fsdp2(self.accelerator, self.model)
         self.num_timestep_bands = num_timestep_bands
@@ -210,7 +199,9 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
 
     def _count_noised(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """Number of noised images in the batches of all processes."""
-        num_images = torch.tensor(sum(map(_count_noised, batches)), device=self.args.device)
+        num_images = torch.tensor(
+            sum(_count_images(one, only_noised=True) for one in batches), device=self.args.device
+        )
         if self.args.world_size > 1:
             num_images = self.accelerator.gather(num_images).sum()
         return (num_images / self._num_replicas).clamp(min=1)
@@ -245,13 +236,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             means, tokens, images = self._means(self._train_sums)
             seconds = time.perf_counter() - self._train_sums.start_time
             flops_per_second = _flops_per_token(self._unwrapped()) * tokens / seconds
-            logs = {
-                **logs,
-                **means,
-                "tokens_per_second": tokens / seconds,
-                "images_per_second": images / seconds,
-                "model_tflops_per_second": flops_per_second / 1e12,
-            }
+            logs = logs | means | {"tokens_per_second": tokens / seconds, "images_per_second": images / seconds}
+            logs["model_tflops_per_second"] = flops_per_second / 1e12
             if self.peak_flops_per_second is not None:
                 logs["mfu"] = flops_per_second / (self.peak_flops_per_second * self.args.world_size)
             self._train_sums = self._new_sums()
