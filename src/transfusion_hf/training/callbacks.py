@@ -21,30 +21,27 @@ class TransfusionEMACallback(TrainerCallback):
     Args:
         decay (`float`, defaults to 0.9999): Largest weight of the past; smaller in the first steps.
         power (`float`, defaults to 2/3): Exponent of that warm-up, 1 − (1 + step)^−power.
-        resume_from_checkpoint (`str`, *optional*):
-            The checkpoint that a run resumes from, if it is not in `args.output_dir`.
+        resume_from_checkpoint (`str`, *optional*): The checkpoint to resume from, if not in `args.output_dir`.
 
     Raises:
-        ValueError: with `load_best_model_at_end`, under DeepSpeed ZeRO-3, with several evaluation sets, or when
-            resuming from a checkpoint without an average.
+        ValueError: with `load_best_model_at_end`, under DeepSpeed ZeRO-3, or resuming where no average was saved.
+        RuntimeError: with several evaluation sets, which the `Trainer` does not announce.
     """
 
     FILE_NAME = "ema.safetensors"
 
     def __init__(self, decay: float = 0.9999, power: float = 2 / 3, resume_from_checkpoint: str | None = None):
-        self.decay = decay
-        self.power = power
-        self.resume_from_checkpoint = resume_from_checkpoint
+        self.decay, self.power, self.resume_from_checkpoint = decay, power, resume_from_checkpoint
         self._ema: Any = None  # only during a training
 
     def on_train_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
             raise ValueError(
-                "`load_best_model_at_end` and an average at the end exclude each other; drop one of them."
+                "An average at the end and `load_best_model_at_end` exclude each other; drop one of them."
             )
         if any(hasattr(parameter, "ds_numel") for parameter in model.parameters()):
             raise ValueError(
-                "Under DeepSpeed ZeRO-3 parameters are empty; take ZeRO-2 or FSDP2, or drop the EMA callback."
+                "Under DeepSpeed ZeRO-3 parameters are empty; take ZeRO-2 or FSDP2, or drop the callback."
             )
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._saved_step: int | None = None
@@ -53,8 +50,8 @@ class TransfusionEMACallback(TrainerCallback):
             file = Path(self.resume_from_checkpoint or self._folder(args, state), self.FILE_NAME)
             if not file.exists():
                 raise ValueError(
-                    f"No average to resume with: {file} does not exist. Pass the checkpoint's folder to "
-                    "`TransfusionEMACallback(resume_from_checkpoint=...)`, or drop the callback if its run had none."
+                    f"{file} does not exist. Pass `TransfusionEMACallback(resume_from_checkpoint=...)`, or drop the "
+                    "callback if the run had none."
                 )
             stored = load_file(file)
             self._ema.optimization_step = state.global_step
@@ -76,16 +73,8 @@ class TransfusionEMACallback(TrainerCallback):
         self._ema.copy_to(self._parameters)
 
     def on_evaluate(self, args, state, control, **kwargs: Any) -> None:
-        if self._ema is None:
-            return
-        if self._ema.temp_stored_params is None:
-            raise ValueError(
-                "An evaluation during the training ran without the averaged weights, because the Trainer did not "
-                "announce it: the second of several sets in `eval_dataset`, or one by another callback. Concatenate "
-                "the sets, or evaluate after the training."
-            )
-        # Here, because a checkpoint may be saved next.
-        self._ema.restore(self._parameters)
+        if self._ema is not None:  # in a training; now, because a checkpoint may be saved next
+            self._ema.restore(self._parameters)
 
     def save(self, folder: Path, state: TrainerState) -> None:
         """Writes the average into a checkpoint's folder. Every process must call it: parameters may be sharded."""
@@ -144,8 +133,6 @@ class TransfusionSamplesCallback(TrainerCallback):
         max_new_tokens: int = 32,
         **generate_kwargs: Any,
     ):
-        if interval < 1:
-            raise ValueError(f"`interval` must be at least 1 step; got {interval}.")
         self.trainer = trainer
         self.processor = processor
         self.prompts = list(prompts)
@@ -201,13 +188,7 @@ class TransfusionSamplesCallback(TrainerCallback):
         self.log_pictures(pictures | {f"samples/read {i}": pair for i, pair in enumerate(pairs)}, step)
 
     def log_pictures(self, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
-        """
-        Sends pictures to the trainer's TensorBoard and Weights & Biases. Override it for another tracker.
-
-        Args:
-            pictures (`dict[str, tuple[PIL.Image.Image, str]]`): Pictures with their captions, by name.
-            step (`int`)
-        """
+        """Sends pictures, with captions and by name, to TensorBoard and Weights & Biases. Override it for others."""
         for callback in self.trainer.callback_handler.callbacks:
             # The names under which transformers' own callbacks keep their trackers.
             writer, wandb = getattr(callback, "tb_writer", None), getattr(callback, "_wandb", None)

@@ -84,8 +84,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         config = self.accelerator.dataloader_config
         if config.dispatch_batches:
             raise ValueError(
-                "`dispatch_batches=True` cuts batches along their first dimension, which parts images from their "
-                "texts; leave it out of `accelerator_config`."
+                "`dispatch_batches=True` parts images from their texts; drop it from `accelerator_config`."
             )
         config.dispatch_batches = False  # accelerate would choose True for streams
         if config.data_seed is None:
@@ -107,9 +106,6 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
 
     def get_eval_dataloader(self, eval_dataset=None):
         return self._repeatable(super().get_eval_dataloader(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset):
-        return self._repeatable(super().get_test_dataloader(test_dataset))
 
     def _repeatable(self, loader: Any) -> Any:
         base = getattr(loader, "base_dataloader", loader)
@@ -309,11 +305,9 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         training = {"steps": state.global_step, "epochs": f"{state.epoch or 0:.4g}"}
         training |= extract_hyperparameters_from_trainer(self)
         training |= {name: version(name) for name in ("transformers", "torch", "diffusers")}
-        evaluations = [log for log in state.log_history if any(name.startswith("eval_") for name in log)]
-        evaluation = {  # of the last step that has one, on all its data sets
+        evaluation = {  # the last value of each
             name.removeprefix("eval_"): value
-            for log in evaluations
-            if log["step"] == evaluations[-1]["step"]
+            for log in state.log_history
             for name, value in log.items()
             if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
         }

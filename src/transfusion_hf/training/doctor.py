@@ -198,28 +198,21 @@ def check_attention_mask(base: Any) -> Iterator[Finding]:
 
 @torch.no_grad()
 def check_noise_schedule(base: Any) -> Iterator[Finding]:
-    """The model gets a clean image at the first t, noise at the last one, and is told the right t."""
+    """The model gets a clean image at the first t and noise at the last one."""
     config = base.config
     first, last = config.first_timestep, config.num_train_timesteps - 1 + config.first_timestep
-    timesteps = torch.linspace(first, last, 5).long()
     ids, x_0 = _layout(base, 5)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def watch(_: Any, args: Any) -> None:
-        seen.append((torch.cat(list(args[0])).float(), args[1].cpu()))
-
-    with base.model.patch_encoder.register_forward_pre_hook(watch):
+    seen: list[torch.Tensor] = []
+    kwargs = {"timesteps": torch.linspace(first, last, 5).long(), "noise_seeds": range(5), "labels": ids}
+    with base.model.patch_encoder.register_forward_pre_hook(lambda _, args: seen.append(torch.cat(list(args[0])))):
         for latents in (x_0, -x_0):  # under the same noise, half their difference is what is left of the image
-            base(input_ids=ids, latents=latents, timesteps=timesteps, noise_seeds=range(5), labels=ids)
-    (plus, told), (minus, _) = seen
-    shares = ((plus - minus) * x_0).sum((1, 2, 3)) / (2 * x_0.square().sum((1, 2, 3)))
+            base(input_ids=ids, latents=latents, **kwargs)
+    shares = ((seen[0] - seen[1]).float() * x_0).sum((1, 2, 3)) / (2 * x_0.square().sum((1, 2, 3)))
     clean, noisy = (round(float(share), 2) + 0.0 for share in (shares[0], shares[-1]))
     what = f"at t = {first} {clean:.2f} of the clean image is left, at t = {last} {noisy:.2f}"
     if config.num_train_timesteps > 1 and (clean < 0.7 or noisy > 0.3 or (shares.diff() > 1e-3).any()):
         remedy = "take `beta_schedule` of a published schedule; t = 0 is clean here"
         yield _error(f"the schedule does not go from clean to noise: {what}", remedy)
-    if not torch.equal(told.long(), timesteps):
-        yield _error(f"images are noised to t = {timesteps.tolist()}, but the model is told {told.tolist()}")
     yield _ok(what)
 
 
@@ -370,10 +363,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.data is not None:
         from ..data.dataset import TransfusionDataset, hf_datasets  # needs datasets, which the other checks do not
 
-        source = (
-            {"path": "parquet", "data_files": args.data} if args.data.endswith(".parquet") else {"path": args.data}
-        )
-        rows = hf_datasets.load_dataset(**source, split=args.split, streaming=True)
+        path, files = ("parquet", args.data) if args.data.endswith(".parquet") else (args.data, None)
+        rows = hf_datasets.load_dataset(path, data_files=files, split=args.split, streaming=True)
         columns = args.image_column, args.caption_column
         dataset = TransfusionDataset.from_captions(rows, *columns, image_token=processor.image_token)
     options = {name: getattr(args, name) for name in ("overfit", "steps", "learning_rate", "batch_size")}
