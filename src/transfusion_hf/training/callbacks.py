@@ -133,13 +133,9 @@ class TransfusionSamplesCallback(TrainerCallback):
         max_new_tokens: int = 32,
         **generate_kwargs: Any,
     ):
-        self.trainer = trainer
-        self.processor = processor
-        self.prompts = list(prompts)
-        self.images = list(images or [])
-        self.interval = interval
-        self.seed = seed
-        self.max_new_tokens = max_new_tokens
+        self.trainer, self.processor = trainer, processor
+        self.prompts, self.images = list(prompts), list(images or [])
+        self.interval, self.seed, self.max_new_tokens = interval, seed, max_new_tokens
         self.generate_kwargs = generate_kwargs
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:

@@ -288,12 +288,9 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
         Writes `README.md` into the output folder: [`make_model_card`] with the state of the training and the last
-        picture of [`TransfusionSamplesCallback`]. An adapter's card is the library's. `push_to_hub` calls it.
-
-        Args:
-            args, kwargs:
-                Those of `Trainer.create_model_card`; `tasks` and `dataset_args` are ignored. `dataset_tags` are
-                repositories of training data, `dataset` says in words what the model was evaluated on.
+        picture of [`TransfusionSamplesCallback`]. An adapter's card is the library's. `push_to_hub` calls it. Takes
+        what the library takes: `dataset_tags` are repositories of training data, `dataset` says in words what the
+        model was evaluated on; `tasks` and `dataset_args` are ignored.
         """
         model = self._unwrapped()
         if not isinstance(model, PreTrainedModel):
@@ -312,6 +309,11 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
             if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
         }
         picture = max(folder.glob("samples/step-*.png"), key=lambda file: int(file.stem.split("-")[1]), default=None)
+        name, base_model = model.config._name_or_path, None
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
+            base_model = name
+        elif name and (card := Path(name, "README.md")).exists():  # the base model that the card of a folder names
+            base_model = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
         tags, dataset = ([x] if isinstance(x, str) else x or [] for x in (given.get("tags"), given.get("dataset")))
         make_model_card(
             model.config,
@@ -319,7 +321,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
             num_parameters=model.num_parameters(),
             license=given.get("license"),
             language=given.get("language"),
-            base_model=given.get("finetuned_from") or _base_model(model.config._name_or_path),
+            base_model=given.get("finetuned_from") or base_model,
             datasets=given.get("dataset_tags"),
             dataset_name=", ".join(dataset),
             tags=tags,
@@ -327,14 +329,6 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
             evaluation=evaluation,
             samples=picture.relative_to(folder).as_posix() if picture else None,
         ).save(folder / "README.md")
-
-
-def _base_model(name: str) -> str | list[str] | None:
-    """The repository that a model was loaded from; if it was a folder, the base model that its card names."""
-    if name and Path(name).is_dir():
-        card = Path(name, "README.md")
-        return ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.exists() else None
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
 
 
 # Fields of a model's or an adapter's configuration that may change between runs, or that say nothing of the weights.

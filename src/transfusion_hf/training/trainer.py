@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from ..configuration_transfusion import TransfusionConfig
 from ..modality_transfusion import image_parameters
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..patching_transfusion import TransfusionTimestepEmbedding
@@ -19,12 +20,9 @@ from .checkpoints import WholeCheckpointsTrainer
 
 def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) -> set[torch.nn.Parameter]:
     """
-    Prepares a model for `fully_shard` in lower precision: shards the timestep embedding, which computes in float32, as
-    its own group, because a group has one dtype. [`TransfusionTrainer`] calls it itself.
-
-    Args:
-        model (`TransfusionForCausalLMAndDiffusion`)
-        mesh (`torch.distributed.DeviceMesh`, *optional*): As in `fully_shard`; all processes if `None`.
+    Prepares a model for `fully_shard` in lower precision, as [`TransfusionTrainer`] does itself: shards the timestep
+    embedding, which computes in float32, as its own group, because a group has one dtype. `mesh` is as in
+    `fully_shard`; all processes if `None`.
 
     Returns:
         `set[torch.nn.Parameter]`: the VAE's parameters, to pass as `ignored_params`. Each process keeps the whole VAE,
@@ -58,10 +56,10 @@ def _count_images(batch: dict[str, Any], only_noised: bool = False) -> int:
 class _Sums:
     """Sums since the last log: both losses, the counts they are divided by, and the diffusion loss by band of t."""
 
-    def __init__(self, num_bands: int, num_timesteps: int, pad_token_id: int | None, device: torch.device):
+    def __init__(self, num_bands: int, config: TransfusionConfig, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         self.totals = torch.zeros(4 + 2 * num_bands, dtype=dtype, device=device)
-        self.num_timesteps, self.pad_token_id = num_timesteps, pad_token_id
+        self.num_timesteps, self.pad_token_id = config.num_train_timesteps, config.text_config.pad_token_id
         self.start_time = time.perf_counter()
 
     def add(self, inputs: dict[str, Any], outputs: Any, num_items: Any) -> None:
@@ -133,11 +131,7 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
     """
 
     def __init__(
-        self,
-        *args: Any,
-        num_timestep_bands: int = 4,
-        peak_flops_per_second: float | None = None,
-        **kwargs: Any,
+        self, *args: Any, num_timestep_bands: int = 4, peak_flops_per_second: float | None = None, **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
         if not self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -157,25 +151,18 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             for module in self.model.modules():
                 if isinstance(module, TransfusionForCausalLMAndDiffusion):
                     module.use_liger_loss = True
-        if (
-            self.is_fsdp_enabled
-            and (kind := self.accelerator.state.fsdp_plugin.state_dict_type.name) != "FULL_STATE_DICT"
-        ):
-            # The library then saves no model, without a warning.
-            raise ValueError(
-                f"`fsdp_state_dict_type` is {kind}, which saves no loadable model; set it to FULL_STATE_DICT."
-            )
+        if self.is_fsdp_enabled:
+            kind = self.accelerator.state.fsdp_plugin.state_dict_type.name
+            if kind != "FULL_STATE_DICT":  # the library then saves no model, without a warning
+                raise ValueError(f"`fsdp_state_dict_type` is {kind}, which saves no model; set it to FULL_STATE_DICT.")
         if self.accelerator.is_fsdp2:
             _prepare_fsdp2(self.accelerator, self.model)
         self.num_timestep_bands = num_timestep_bands
         self.peak_flops_per_second = peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
-        self._num_images: torch.Tensor | None = None
 
     def _new_sums(self) -> _Sums:
-        config = self._unwrapped().config
-        pad_token_id = config.text_config.pad_token_id
-        return _Sums(self.num_timestep_bands, config.num_train_timesteps, pad_token_id, self.args.device)
+        return _Sums(self.num_timestep_bands, self._unwrapped().config, self.args.device)
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -199,11 +186,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
 
     def _count_noised(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """Number of noised images in the batches of all processes."""
-        num_images = torch.tensor(
-            sum(_count_images(one, only_noised=True) for one in batches), device=self.args.device
-        )
-        if self.args.world_size > 1:
-            num_images = self.accelerator.gather(num_images).sum()
+        count = sum(_count_images(batch, only_noised=True) for batch in batches)
+        num_images = self.accelerator.gather(torch.tensor(count, device=self.args.device)).sum()
         return (num_images / self._num_replicas).clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
