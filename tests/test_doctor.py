@@ -345,8 +345,8 @@ def test_7_an_adapter_that_learns_less_than_a_whole_model_is_a_warning():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"do_rescale": False, "do_normalize": False}, ["makes white 255", "lie in 0 to 255"]),
-        ({"do_normalize": False}, ["makes black 0,", "lie in 0 to 1,"]),
+        ({"do_rescale": False, "do_normalize": False}, ["and white 255", "lie in 0 to 255"]),
+        ({"do_normalize": False}, ["makes black 0 and", "lie in 0 to 1,"]),
         ({"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}, ["makes black -1.", "lie in -1."]),
     ],
 )

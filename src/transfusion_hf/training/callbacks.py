@@ -36,23 +36,16 @@ class TransfusionEMACallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
-            raise ValueError(
-                "An average at the end and `load_best_model_at_end` exclude each other; drop one of them."
-            )
+            raise ValueError("An average at the end and `load_best_model_at_end` exclude each other; drop one.")
         if any(hasattr(parameter, "ds_numel") for parameter in model.parameters()):
-            raise ValueError(
-                "Under DeepSpeed ZeRO-3 parameters are empty; take ZeRO-2 or FSDP2, or drop the callback."
-            )
+            raise ValueError("DeepSpeed ZeRO-3 leaves parameters empty; take ZeRO-2 or FSDP2, or drop the callback.")
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._saved_step: int | None = None
         self._ema = EMAModel(self._parameters, decay=self.decay, use_ema_warmup=True, power=self.power)
         if state.global_step > 0:
             file = Path(self.resume_from_checkpoint or self._folder(args, state), self.FILE_NAME)
             if not file.exists():
-                raise ValueError(
-                    f"{file} does not exist. Pass `TransfusionEMACallback(resume_from_checkpoint=...)`, or drop the "
-                    "callback if the run had none."
-                )
+                raise ValueError(f"{file} does not exist; pass `resume_from_checkpoint` to the callback, or drop it.")
             stored = load_file(file)
             self._ema.optimization_step = state.global_step
             self._ema.shadow_params = [_like(stored[str(i)], p) for i, p in enumerate(self._parameters)]
@@ -79,7 +72,8 @@ class TransfusionEMACallback(TrainerCallback):
     def save(self, folder: Path, state: TrainerState) -> None:
         """Writes the average into a checkpoint's folder. Every process must call it: parameters may be sharded."""
         self._saved_step = state.global_step
-        average = {str(i): _whole(parameter).contiguous() for i, parameter in enumerate(self._ema.shadow_params)}
+        whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in self._ema.shadow_params)
+        average = {str(i): parameter.contiguous() for i, parameter in enumerate(whole)}
         if state.is_world_process_zero:
             save_file(average, folder / self.FILE_NAME)
 
@@ -93,10 +87,6 @@ class TransfusionEMACallback(TrainerCallback):
 
     def _folder(self, args, state) -> Path:
         return Path(args.output_dir, f"checkpoint-{state.global_step}")
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -149,8 +139,17 @@ class TransfusionSamplesCallback(TrainerCallback):
             drawn, captions = self._draw(model), self._caption(model)
         finally:
             model.train(was_training)
-        if state.is_world_process_zero:
-            self._report(Path(args.output_dir, "samples"), state.global_step, drawn, captions)
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir, "samples")
+        folder.mkdir(parents=True, exist_ok=True)
+        if drawn:
+            make_image_grid(drawn, rows=1, cols=len(drawn)).save(folder / f"step-{state.global_step}.png")
+        if captions:
+            (folder / f"step-{state.global_step}.txt").write_text("\n".join(captions) + "\n")
+        pictures = {f"samples/{prompt}": (image, prompt) for image, prompt in zip(drawn, self.prompts, strict=True)}
+        pictures |= {f"samples/read {i}": pair for i, pair in enumerate(zip(self.images, captions, strict=True))}
+        self.log_pictures(pictures, state.global_step)
 
     def _draw(self, model: Any) -> list[Image.Image]:
         if not self.prompts:
@@ -172,16 +171,6 @@ class TransfusionSamplesCallback(TrainerCallback):
         )
         texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
-
-    def _report(self, folder: Path, step: int, drawn: list[Image.Image], captions: list[str]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if drawn:
-            make_image_grid(drawn, rows=1, cols=len(drawn)).save(folder / f"step-{step}.png")
-        if captions:
-            (folder / f"step-{step}.txt").write_text("\n".join(captions) + "\n")
-        pictures = {f"samples/{prompt}": (image, prompt) for prompt, image in zip(self.prompts, drawn, strict=True)}
-        pairs = zip(self.images, captions, strict=True)
-        self.log_pictures(pictures | {f"samples/read {i}": pair for i, pair in enumerate(pairs)}, step)
 
     def log_pictures(self, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
         """Sends pictures, with captions and by name, to TensorBoard and Weights & Biases. Override it for others."""

@@ -8,7 +8,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,6 @@ from transformers.utils import CONFIG_NAME, PushInProgress, flatten_dict
 
 from ..hub.card import make_model_card
 from .callbacks import TransfusionEMACallback
-
-# Files of a checkpoint that are not part of the model, or that are written for the whole run.
-_OF_THE_RUN = (TRAINER_STATE_NAME, TransfusionEMACallback.FILE_NAME, "README.md")
 
 
 def _seed_of(*entropy: int) -> int:
@@ -83,9 +79,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         super().create_accelerator_and_postprocess()
         config = self.accelerator.dataloader_config
         if config.dispatch_batches:
-            raise ValueError(
-                "`dispatch_batches=True` parts images from their texts; drop it from `accelerator_config`."
-            )
+            raise ValueError("`dispatch_batches=True` parts images from their texts; leave it out.")
         config.dispatch_batches = False  # accelerate would choose True for streams
         if config.data_seed is None:
             # Otherwise the order comes from each process's global generator, and these differ after a training.
@@ -274,8 +268,8 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         # A copy of the model, because the checkpoint may be deleted before the upload ends.
-        ignored = shutil.ignore_patterns("*.pt", "*.pth", "*.bin", *_OF_THE_RUN)
-        shutil.copytree(folder, args.output_dir, ignore=ignored, dirs_exist_ok=True)
+        others = ["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME, TransfusionEMACallback.FILE_NAME, "README.md"]
+        shutil.copytree(folder, args.output_dir, ignore=shutil.ignore_patterns(*others), dirs_exist_ok=True)
         to: dict[str, Any] = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
         to |= {"commit_message": f"Training in progress, step {self.state.global_step}", "run_as_future": True}
         not_pushed = ["_*", "incomplete/*", "checkpoint-*"]
@@ -288,9 +282,8 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
         Writes `README.md` into the output folder: [`make_model_card`] with the state of the training and the last
-        picture of [`TransfusionSamplesCallback`]. An adapter's card is the library's. `push_to_hub` calls it. Takes
-        what the library takes: `dataset_tags` are repositories of training data, `dataset` says in words what the
-        model was evaluated on; `tasks` and `dataset_args` are ignored.
+        picture of [`TransfusionSamplesCallback`]; for an adapter, the library's card. Arguments are the library's:
+        `dataset_tags` are repositories of training data, `dataset` says what the model was evaluated on.
         """
         model = self._unwrapped()
         if not isinstance(model, PreTrainedModel):
@@ -299,9 +292,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
             return
         given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
         state, folder = self.state, Path(self.args.output_dir)
-        training = {"steps": state.global_step, "epochs": f"{state.epoch or 0:.4g}"}
-        training |= extract_hyperparameters_from_trainer(self)
-        training |= {name: version(name) for name in ("transformers", "torch", "diffusers")}
+        progress = {"steps": state.global_step, "epochs": f"{state.epoch or 0:.4g}"}
         evaluation = {  # the last value of each
             name.removeprefix("eval_"): value
             for log in state.log_history
@@ -325,7 +316,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
             datasets=given.get("dataset_tags"),
             dataset_name=", ".join(dataset),
             tags=tags,
-            training=training,
+            training=progress | extract_hyperparameters_from_trainer(self),
             evaluation=evaluation,
             samples=picture.relative_to(folder).as_posix() if picture else None,
         ).save(folder / "README.md")
@@ -335,7 +326,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
 _MAY_DIFFER = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "diffusion_loss_weight", "dtype",
     "eos_token_id", "initializer_range", "pad_token_id", "transformers_version", "use_cache",
-    # Of an adapter.
+    # Of an adapter:
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
     "task_type",
 }  # fmt: skip

@@ -18,11 +18,8 @@ def set_trainable(model: TransfusionForCausalLMAndDiffusion, plan: str) -> list[
             - `"image_weights"`: these and the image weights of `untied_modalities`. Text logits do not change.
             - `"all"`: everything.
 
-    Returns:
-        `list[str]`: names of the trained parameters.
-
-    Raises:
-        ValueError: an unknown plan, or `"image_weights"` for a model that has none.
+    Returns the names of the trained parameters. Raises a `ValueError` for an unknown plan, or for `"image_weights"`
+    where a model has none.
     """
     if plan not in TRAINING_PLANS:
         raise ValueError(f"`plan` must be one of {', '.join(TRAINING_PLANS)}; got {plan!r}.")
@@ -30,8 +27,7 @@ def set_trainable(model: TransfusionForCausalLMAndDiffusion, plan: str) -> list[
     image_weights = {name for name, _, _ in image_parameters(model)}
     if plan == "image_weights" and not image_weights:
         raise ValueError(
-            "`plan` 'image_weights' needs a model with weights for images; set `untied_modalities=['image']` in its "
-            "config, or take 'image_parts'."
+            "`plan` 'image_weights' needs `untied_modalities=['image']` in the config; or take 'image_parts'."
         )
     if plan != "all":
         parts = {name for name in names if name.startswith(("model.patch_encoder.", "model.patch_decoder."))}

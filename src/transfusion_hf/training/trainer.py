@@ -35,11 +35,9 @@ def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) 
 
 def _prepare_fsdp2(accelerator: Accelerator, model: torch.nn.Module) -> None:
     plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
-    if plugin.mixed_precision_policy is not None:
+    if (policy := plugin.mixed_precision_policy) is not None:
         # accelerate's own policy rounds the images before they are noised, and the losses.
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=False
-        )
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
     if mesh is not None:
         mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     shard_float32_parts(accelerator.unwrap_model(model), mesh)
@@ -91,10 +89,7 @@ class _Sums:
 
 
 def _flops_per_token(model: torch.nn.Module) -> int:
-    """
-    6·N over the transformer and its image parts, without the VAE; 4·N for frozen parameters, which have no gradient.
-    A token uses either the text's or the image's untied weights, so they count half.
-    """
+    """6·N without the VAE, 4·N for frozen parameters. A token uses the text's or the image's untied weights: half."""
     halves = {id(one) for _, *both in image_parameters(model) for one in both}
     return sum(
         # Under DeepSpeed ZeRO-3 a parameter is empty until it is gathered.
@@ -120,14 +115,13 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
     Args:
         args, kwargs: As for `Trainer`, with `remove_unused_columns=False`.
         num_timestep_bands (`int`, defaults to 4): Number of bands of t.
-        peak_flops_per_second (`float`, *optional*):
-            Peak of one device in the precision of the training, such as 989e12 for an H100 in bfloat16. Logs the model
-            FLOP utilisation `mfu`.
+        peak_flops_per_second (`float`, *optional*): Logs the model FLOP utilisation `mfu`. Peak of one device in the
+            precision of the training, such as 989e12 for an H100 in bfloat16.
 
     Raises:
-        ValueError: settings that make the losses inexact, part images from their texts, or need a whole LM head or
-            state dict that is sharded; resuming with another model or adapter; during the training, a gradient, a loss
-            or an image that is not finite (the batch of the latter two is saved), or a pass too short for a step.
+        ValueError: settings that make the losses inexact, part images from their texts, or shard what must be whole;
+            resuming with another model or adapter; in the training, a gradient, a loss or an image that is not finite
+            (the batch of the latter two is saved), or a pass too short for a step.
     """
 
     def __init__(
