@@ -400,8 +400,9 @@ def test_batches_that_cannot_be_learned_from_are_named():
 
 def test_arguments_that_do_not_fit_are_refused():
     model, processor = healthy()
-    with pytest.raises(ValueError, match="Pass `batch` or `dataset`, not both"):
-        diagnose(model, processor, batch={}, dataset=[])
+    for kwargs in ({"batch": {}, "dataset": []}, {"steps": 0}):
+        with pytest.raises(ValueError, match=r"not both|`steps` must be at least 1"):
+            diagnose(model, processor, **kwargs)
     with pytest.raises(ValueError, match="`model` must be a TransfusionForCausalLMAndDiffusion; got LlamaModel"):
         diagnose(model.model.language_model, processor)
 
@@ -461,6 +462,7 @@ def test_bad_input_is_told_in_a_line(data, tmp_path, capsys):
         ([str(tmp_path / "empty")], ["empty"]),
         ([str(TINY), str(data)], ["`caption_column` is 'text'", "['image', 'caption']"]),
         ([str(TINY), str(data / "none-*.parquet")], ["data_files are invalid"]),
+        ([str(TINY), "--steps", "0"], ["`steps` must be at least 1; got 0"]),
         ([str(TINY), "--attn_implementation", "flash_attention_2"], ["bidirectional image blocks"]),
     ):
         assert run(["doctor", *arguments, "--device", "cpu"]) == 1

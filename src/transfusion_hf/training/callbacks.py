@@ -43,7 +43,8 @@ class TransfusionEMACallback(TrainerCallback):
         self._saved_step: int | None = None
         self._ema = EMAModel(self._parameters, decay=self.decay, use_ema_warmup=True, power=self.power)
         if state.global_step > 0:
-            file = Path(self.resume_from_checkpoint or self._folder(args, state), self.FILE_NAME)
+            folder = self.resume_from_checkpoint or Path(args.output_dir, f"checkpoint-{state.global_step}")
+            file = Path(folder, self.FILE_NAME)
             if not file.exists():
                 raise ValueError(f"{file} does not exist; pass `resume_from_checkpoint` to the callback, or drop it.")
             stored = load_file(file)
@@ -79,14 +80,11 @@ class TransfusionEMACallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs: Any) -> None:
         if self._saved_step != state.global_step:  # `TransfusionTrainer` writes it with the rest
-            self.save(self._folder(args, state), state)
+            self.save(Path(args.output_dir, f"checkpoint-{state.global_step}"), state)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         self._ema.copy_to(self._parameters)
         self._ema = None
-
-    def _folder(self, args, state) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}")
 
 
 def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
@@ -166,9 +164,8 @@ class TransfusionSamplesCallback(TrainerCallback):
         if not self.images:
             return []
         inputs = self.processor(text=[self.processor.image_token] * len(self.images), images=self.images)
-        ids = model.generate(
-            **inputs.to(model.device), generation_mode="text", do_sample=False, max_new_tokens=self.max_new_tokens
-        )
+        kwargs = {"generation_mode": "text", "do_sample": False, "max_new_tokens": self.max_new_tokens}
+        ids = model.generate(**inputs.to(model.device), **kwargs)
         texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 

@@ -179,13 +179,11 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         }
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs: Any) -> None:
-        first_batch = 0
-        if self._resumed_from is not None:
-            if not isinstance(train_dataloader.dataset, IterableDataset):  # a stream collates what it skips
-                first_batch = self._num_skipped
-            if self._num_skipped == self._batches_per_pass:
-                # The library does so with the first batch that it does not skip, and there is none.
-                self._load_rng_state(self._resumed_from)
+        is_stream, is_resumed = isinstance(train_dataloader.dataset, IterableDataset), self._resumed_from is not None
+        first_batch = self._num_skipped if is_resumed and not is_stream else 0  # a stream collates what it skips
+        if is_resumed and self._num_skipped == self._batches_per_pass:
+            # The library does so with the first batch that it does not skip, and there is none.
+            self._load_rng_state(self._resumed_from)
         self._seed_pass(train_dataloader, self._next_pass, first_batch)
         self._pass_has_ended, self._steps_before = False, state.global_step
 
@@ -202,8 +200,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     # No event tells the norm, and weights that are not finite must not get into a checkpoint.
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         is_scaled = self.accelerator.mixed_precision == "fp16"  # the scaler leaves such steps out
         if norm is not None and not is_scaled and not math.isfinite(norm):
             raise ValueError(
@@ -253,8 +250,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         super().save_model(output_dir, _internal_call=True)
         file = Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)
         if self.args.should_save and file.exists():
-            # As text, because the folder is for others to load.
-            file.unlink()
+            file.unlink()  # text instead of a pickle, because the folder is for others to load
             file.with_suffix(".json").write_text(self.args.to_json_string() + "\n")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -291,11 +287,11 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         if not self.is_world_process_zero():
             return
         given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
-        state, folder = self.state, Path(self.args.output_dir)
-        progress = {"steps": state.global_step, "epochs": f"{state.epoch or 0:.4g}"}
+        folder = Path(self.args.output_dir)
+        progress = {"steps": self.state.global_step, "epochs": f"{self.state.epoch or 0:.4g}"}
         evaluation = {  # the last value of each
             name.removeprefix("eval_"): value
-            for log in state.log_history
+            for log in self.state.log_history
             for name, value in log.items()
             if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
         }
@@ -334,18 +330,17 @@ _MAY_DIFFER = {
 
 def _check_same_model(model: Any, folder: Path) -> None:
     """The library would load the weights that fit and only warn about the rest, and ignore another `lora_alpha`."""
-    pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    pairs: dict[str, tuple[Any, Any]] = {}
     if (folder / CONFIG_NAME).exists():  # an adapter has none
-        pairs["model"] = AutoConfig.from_pretrained(folder).to_dict(), model.config.to_dict()
+        pairs["model"] = AutoConfig.from_pretrained(folder), model.config
     if (folder / "adapter_config.json").exists():
         if not hasattr(model, "peft_config"):
             raise ValueError(f"{folder} is of an adapter, and the model has none; wrap it by `peft.get_peft_model`.")
         from peft import PeftConfig
 
-        adapter = model.peft_config[model.active_adapter].to_dict()
-        pairs["adapter"] = PeftConfig.from_pretrained(str(folder)).to_dict(), adapter
+        pairs["adapter"] = PeftConfig.from_pretrained(str(folder)), model.peft_config[model.active_adapter]
     for kind, pair in pairs.items():
-        there, here = map(flatten_dict, pair)
+        there, here = (flatten_dict(config.to_dict()) for config in pair)
         differences = [
             f"`{name}` is {there.get(name)!r} there and {here.get(name)!r} here"
             for name in sorted({*there, *here})

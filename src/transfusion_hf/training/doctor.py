@@ -69,13 +69,15 @@ def diagnose(
         learning_rate (`float`, *optional*): Defaults to 0.8 / hidden size, at most 0.01.
 
     Raises:
-        ValueError: `model` is not a Transfusion model; both `batch` and `dataset`.
+        ValueError: `model` is not a Transfusion model; both `batch` and `dataset`; `steps` below 1.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if not isinstance(base, TransfusionForCausalLMAndDiffusion):
         raise ValueError(f"`model` must be a TransfusionForCausalLMAndDiffusion; got {type(base).__name__}.")
     if batch is not None and dataset is not None:
         raise ValueError("Pass `batch` or `dataset`, not both.")
+    if steps < 1:
+        raise ValueError(f"`steps` must be at least 1; got {steps}.")
     is_data, was_training = batch is not None or dataset is not None, base.training
     findings: list[Finding] = []
 
@@ -190,8 +192,7 @@ def check_attention_mask(base: Any) -> Iterator[Finding]:
     if config.bidirectional_image_attention and not sees_patch[others].all():
         yield _error(f"the mask is causal inside images: {backend} drops the image blocks", remedy)
     elif not config.bidirectional_image_attention and config.num_patches(*config.latent_size) > 1:
-        message = "the mask is causal inside images, because `bidirectional_image_attention` is False (Table 5)"
-        yield _warning(message, "set it to True unless you want this ablation")
+        yield _warning("`bidirectional_image_attention` is False (the ablation of Table 5)", "set it to True")
     yield _ok(f"causal, and both ways inside images ({backend})")
 
 
@@ -223,8 +224,8 @@ def check_pixels(base: Any, processor: Any, batch: dict[str, Any]) -> Iterator[F
         pictures = [Image.new("RGB", size, color) for color in ("black", "white")]
         black, white = (pixels.float() for pixels in processor.image_processor(pictures)["pixel_values"])
         if (black + 1).abs().max() > 0.02 or (white - 1).abs().max() > 0.02:
-            found = f"the processor makes black {black.mean():.4g} and white {white.mean():.4g}"
-            yield _error(f"{found}; the model expects −1 and 1", remedy)
+            seen = f"the processor makes black {black.mean():.4g} and white {white.mean():.4g}, not −1 and 1"
+            yield _error(seen, remedy)
     if (images := batch.get("pixel_values")) is not None:
         low, high = min(float(i.min()) for i in images), max(float(i.max()) for i in images)
         seen = f"pixels of the batch lie in {low:.4g} to {high:.4g}, expected −1 to 1"
@@ -292,20 +293,20 @@ def check_overfit(base: Any, batch: dict[str, Any], steps: int, learning_rate: f
     if "pixel_values" in batch:
         inputs["latents"] = base.encode_images(batch["pixel_values"])
     if "latents" in inputs:
-        num_images = sum(len(stack) for stack in stack_images(inputs["latents"]))
+        num_images = sum(map(len, stack_images(inputs["latents"])))
         inputs["timesteps"] = torch.full((num_images,), config.num_train_timesteps // 2)
         inputs["noise_seeds"] = range(num_images)
     rate = learning_rate or min(0.8 / config.text_config.hidden_size, 0.01)
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
-    history: list[dict[str, float]] = []
-    for _ in logging.tqdm(range(steps + 1), desc="overfit", unit=" steps"):
+    first: dict[str, float] = {}
+    for step in logging.tqdm(range(steps + 1), desc="overfit", unit=" steps"):
         outputs = twin(**inputs, skip_logits=True, use_cache=False)
         last = {name: float(getattr(outputs, name).detach()) for name in ("lm_loss", "diffusion_loss")}
-        history.append(last)
+        first = first or last
         # Learned: fallen by 90 %, or low from the start.
-        high = [name for name, loss in last.items() if not loss <= max(0.1 * history[0][name], 0.05)]
-        if not high or not outputs.loss.isfinite() or len(history) > steps:
+        high = [name for name, loss in last.items() if not loss <= max(0.1 * first[name], 0.05)]
+        if not high or not outputs.loss.isfinite() or step == steps:
             break
         optimizer.zero_grad()
         outputs.loss.backward()
@@ -313,8 +314,7 @@ def check_overfit(base: Any, batch: dict[str, Any], steps: int, learning_rate: f
         optimizer.step()
         warmup.step()
 
-    falls = {name: f"{name} from {history[0][name]:.3g} to {loss:.3g}" for name, loss in last.items()}
-    step = len(history) - 1
+    falls = {name: f"{name} from {first[name]:.3g} to {loss:.3g}" for name, loss in last.items()}
     stuck = [falls[name] for name in high]
     parts = {name: getattr(twin.model, name).parameters() for name in _PATCH_PARTS}
     dead = [name for name, part in parts.items() if not any(p.grad is not None and p.grad.any() for p in part)]

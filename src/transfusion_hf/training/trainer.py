@@ -22,11 +22,8 @@ def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) 
     """
     Prepares a model for `fully_shard` in lower precision, as [`TransfusionTrainer`] does itself: shards the timestep
     embedding, which computes in float32, as its own group, because a group has one dtype. `mesh` is as in
-    `fully_shard`; all processes if `None`.
-
-    Returns:
-        `set[torch.nn.Parameter]`: the VAE's parameters, to pass as `ignored_params`. Each process keeps the whole VAE,
-        because one without images does not run it.
+    `fully_shard`; all processes if `None`. Returns the VAE's parameters, to pass as `ignored_params`: each process
+    keeps the whole VAE, because one without images does not run it.
     """
     for module in [module for module in model.modules() if isinstance(module, TransfusionTimestepEmbedding)]:
         fully_shard(module, mesh=mesh)
@@ -151,8 +148,7 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
                 raise ValueError(f"`fsdp_state_dict_type` is {kind}, which saves no model; set it to FULL_STATE_DICT.")
         if self.accelerator.is_fsdp2:
             _prepare_fsdp2(self.accelerator, self.model)
-        self.num_timestep_bands = num_timestep_bands
-        self.peak_flops_per_second = peak_flops_per_second
+        self.num_timestep_bands, self.peak_flops_per_second = num_timestep_bands, peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
 
     def _new_sums(self) -> _Sums:
