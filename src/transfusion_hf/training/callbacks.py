@@ -32,7 +32,7 @@ class TransfusionEMACallback(TrainerCallback):
 
     def __init__(self, decay: float = 0.9999, power: float = 2 / 3, resume_from_checkpoint: str | None = None):
         self.decay, self.power, self.resume_from_checkpoint = decay, power, resume_from_checkpoint
-        self._ema: Any = None  # only during a training
+        self._is_training = False
 
     def on_train_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
@@ -40,7 +40,7 @@ class TransfusionEMACallback(TrainerCallback):
         if any(hasattr(parameter, "ds_numel") for parameter in model.parameters()):
             raise ValueError("DeepSpeed ZeRO-3 leaves parameters empty; take ZeRO-2 or FSDP2, or drop the callback.")
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._saved_step: int | None = None
+        self._is_training, self._saved_step = True, -1
         self._ema = EMAModel(self._parameters, decay=self.decay, use_ema_warmup=True, power=self.power)
         if state.global_step > 0:
             folder = self.resume_from_checkpoint or Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -67,7 +67,7 @@ class TransfusionEMACallback(TrainerCallback):
         self._ema.copy_to(self._parameters)
 
     def on_evaluate(self, args, state, control, **kwargs: Any) -> None:
-        if self._ema is not None:  # in a training; now, because a checkpoint may be saved next
+        if self._is_training:  # now, because a checkpoint may be saved next
             self._ema.restore(self._parameters)
 
     def save(self, folder: Path, state: TrainerState) -> None:
@@ -84,7 +84,7 @@ class TransfusionEMACallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         self._ema.copy_to(self._parameters)
-        self._ema = None
+        self._is_training = False
 
 
 def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
