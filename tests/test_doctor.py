@@ -30,6 +30,7 @@ from transfusion_hf import (
     diffusion_transfusion,
     measure_latent_scale,
 )
+from transfusion_hf.cli.main import main as run
 from transfusion_hf.data.shapes import ShapesDataset
 from transfusion_hf.training.doctor import diagnose, main
 
@@ -208,8 +209,8 @@ def test_4_tokens_that_the_tokenizer_lacks_are_named():
     model, processor = healthy()
     processor.tokenizer = byte_tokenizer()
     found = errors(diagnose(model, processor), "special tokens")
-    assert all(f"{token} (`image_" in found for token in ("<BOI>", "<image>", "<EOI>"))
-    assert "not in the tokenizer" in found and "for_model" in found
+    assert all(f"the tokenizer reads {token} as [" in found for token in ("<BOI>", "<image>", "<EOI>"))
+    assert "for_model" in found
 
 
 def test_4_ids_that_disagree_are_named():
@@ -218,16 +219,13 @@ def test_4_ids_that_disagree_are_named():
             model, processor = healthy()
             setattr(processor if where == "processor" else model.config, f"{name}_token_id", 7)
             found = errors(diagnose(model, processor, overfit=False), "special tokens")
-            assert f"the id of {token} is {processor.tokenizer.convert_tokens_to_ids(token)} in the tokenizer" in found
-            assert f"7 in the {where}" in found
-    for change, words in (
-        ({"eos_token_id": 9}, "`eos_token_id` is 2 in the tokenizer but [9] to `generate()`"),
-        ({"eos_token_id": [2, 261]}, "`eos_token_id` of the generation config is the id of <EOI>"),
-        ({"suppress_tokens": [260]}, "holds <BOI>: it never draws"),
-    ):
-        model, processor = healthy()
-        model.generation_config.update(**change)
-        assert_named(diagnose(model, processor, overfit=False), "special tokens", words)
+            own = processor.tokenizer.convert_tokens_to_ids(token)
+            assert f"the tokenizer reads {token} as [{own}], but `{name}_token_id` is " in found
+            assert f"7 in the {where}" in found and f"{own} in the " in found
+    model, processor = healthy()
+    model.generation_config.eos_token_id = 9
+    findings = diagnose(model, processor, overfit=False)
+    assert_named(findings, "special tokens", "`eos_token_id` is 2 in the tokenizer but [9] to `generate()`")
 
 
 def test_4_a_token_in_pieces_and_a_processor_of_other_patches_are_named():
@@ -238,7 +236,7 @@ def test_4_a_token_in_pieces_and_a_processor_of_other_patches_are_named():
     tokenizer._tokenizer = type(tokenizer.backend_tokenizer).from_str(json.dumps(backend))
     processor.tokenizer = tokenizer
     findings = diagnose(model, processor, overfit=False)
-    assert_named(findings, "special tokens", "has <BOI>, but cuts it into 5 pieces")
+    assert_named(findings, "special tokens", "reads <BOI> as [", "is 260 in the processor and 260 in the config")
     model, processor = healthy()
     processor.pixels_per_patch = 4
     assert_named(
@@ -259,8 +257,8 @@ def test_5_shifted_labels_are_named(places):
         return batch
 
     findings = diagnose(model, processor, dataset=SAMPLES, collator=collator, overfit=False)
-    assert_named(findings, "labels", "labels are shifted by one", "make_labels")
-    assert ("already" in errors(findings, "labels")) == (places == -1)
+    message = "labels are shifted by one already" if places == -1 else "labels are not the token at their place"
+    assert_named(findings, "labels", message, "make_labels")
 
 
 def test_5_other_labels_that_teach_wrongly_are_named():
@@ -285,25 +283,19 @@ def test_6_a_schedule_upside_down_is_named():
     model, processor = healthy()
     scheduler = model.noise_scheduler
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.flip(0)
-    assert_named(diagnose(model, processor, overfit=False), "noise schedule", "t is reversed", "upside down")
+    assert_named(diagnose(model, processor, overfit=False), "noise schedule", "at t = 0 0.00 of the clean image")
 
 
 def test_6_flow_matching_in_the_other_direction_is_named(monkeypatch):
     right = diffusion_transfusion.add_noise
     monkeypatch.setattr(diffusion_transfusion, "add_noise", lambda s, x, e, t: right(s, x, e, 1001 - t))
     findings = diagnose(*healthy(prediction_type="flow_prediction"), overfit=False)
-    assert_named(findings, "noise schedule", "t is reversed", "at t = 1 0.00 of the clean image")
+    assert_named(findings, "noise schedule", "at t = 1 0.00 of the clean image")
 
 
-def test_6_a_model_that_is_told_another_t_or_never_sees_noise_is_named():
+def test_6_a_model_that_never_sees_noise_is_named():
     model, processor = healthy(num_train_timesteps=20, beta_schedule="linear")
     assert_named(diagnose(model, processor, overfit=False), "noise schedule", "does not go from clean to noise")
-    model, processor = healthy()
-    encode = model.model.patch_encoder.forward
-    handle = model.model.patch_encoder.register_forward_pre_hook(lambda module, args: (args[0], 999 - args[1]))
-    assert_named(diagnose(model, processor, overfit=False), "noise schedule", "but the model is told [999, ")
-    handle.remove()
-    assert encode is not None and not complaints(diagnose(model, processor, overfit=False))
 
 
 # 7: frozen parts
@@ -313,7 +305,7 @@ def test_7_a_frozen_patch_head_is_named():
     model, processor = healthy()
     model.model.patch_decoder.requires_grad_(False)
     findings = diagnose(model, processor, steps=5)
-    assert_named(findings, "overfit", "no gradient reaches: patch decoder (frozen; with PEFT, pass `modules_to_save")
+    assert_named(findings, "overfit", "no gradient reaches: patch_decoder", "with PEFT, `modules_to_save=")
     assert all(finding.severity == "ok" for finding in findings if finding.check != "overfit")
     model.requires_grad_(False)
     assert_named(diagnose(model, processor), "overfit", "every parameter is frozen")
@@ -332,8 +324,8 @@ def test_7_an_adapter_needs_the_patch_parts_saved(modules_to_save, tmp_path, cap
     if modules_to_save:
         assert not any(finding.severity == "error" for finding in findings) and status == 0
     else:
-        assert_named(findings, "overfit", "no gradient reaches: patch encoder, patch decoder", "modules_to_save")
-        assert status == 1 and "patch decoder" in capsys.readouterr().out
+        assert_named(findings, "overfit", "no gradient reaches: patch_encoder, patch_decoder", "modules_to_save")
+        assert status == 1 and "patch_decoder" in capsys.readouterr().out
 
 
 def test_7_an_adapter_that_learns_less_than_a_whole_model_is_a_warning():
@@ -353,9 +345,9 @@ def test_7_an_adapter_that_learns_less_than_a_whole_model_is_a_warning():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"do_rescale": False, "do_normalize": False}, ["makes white 255", "0…255, not rescaled"]),
-        ({"do_normalize": False}, ["makes black 0,", "look like [0, 1]"]),
-        ({"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}, ["another mean and deviation"]),
+        ({"do_rescale": False, "do_normalize": False}, ["and white 255", "lie in 0 to 255"]),
+        ({"do_normalize": False}, ["makes black 0 and", "lie in 0 to 1,"]),
+        ({"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}, ["makes black -1.", "lie in -1."]),
     ],
 )
 def test_8_pixels_out_of_range_are_named(change, words):
@@ -368,7 +360,7 @@ def test_8_pixels_out_of_range_are_named(change, words):
     batch = TransfusionDataCollator(processor)(SAMPLES)
     model, processor = healthy()
     findings = diagnose(model, processor, batch=batch, overfit=False)
-    assert_named(findings, "pixels", "pixels of the batch lie in", words[-1])
+    assert_named(findings, "pixels", "pixels of the batch", words[-1])
     assert not complaints(diagnose(model, processor, batch=right, overfit=False))
 
 
@@ -377,8 +369,8 @@ def test_8_pixels_out_of_range_are_named(change, words):
 
 def test_9_a_loss_weight_of_zero_is_named():
     findings = diagnose(*healthy(diffusion_loss_weight=0.0), steps=90)
-    words = ("diffusion_loss from 1.0", "in 90 steps", "no gradient reaches: patch decoder (")
-    assert_named(findings, "overfit", *words, "`diffusion_loss_weight` is 0")
+    words = ("diffusion_loss from 1.0", "in 90 steps", "no gradient reaches: patch_decoder")
+    assert_named(findings, "overfit", *words, "`diffusion_loss_weight` above 0")
     assert "lm_loss" not in errors(findings, "overfit")
 
 
@@ -395,26 +387,15 @@ def test_batches_that_cannot_be_learned_from_are_named():
     batch = TransfusionDataCollator(processor)(SAMPLES)
     unmarked = batch | {"image_loss_mask": torch.zeros(8, dtype=torch.bool)}
     findings = diagnose(model, processor, batch=unmarked, steps=3)
-    assert_named(findings, "overfit", "no gradient reaches: ", "does the batch have images to learn from?")
+    assert_named(findings, "overfit", "no gradient reaches: ", "images with a loss")
     findings = diagnose(model, processor, dataset=[{"text": "words"}] * 4, steps=3)
-    assert_named(findings, "overfit", "no gradient reaches: ", "does the batch have images to learn from?")
+    assert_named(findings, "overfit", "no gradient reaches: ", "images with a loss")
     findings = diagnose(model, processor, batch={name: value for name, value in batch.items() if name != "labels"})
     assert_named(findings, "labels", "no `labels`")
-    assert_named(findings, "overfit", "no `labels`")
+    assert findings[-1].check == "labels"  # and nothing is trained
     assert_named(diagnose(model, processor, dataset=[]), "batch", "at least one sample")
     model.lm_head.weight.data[0, 0] = math.nan
     assert_named(diagnose(model, processor, batch=batch, steps=2), "overfit", "lm_loss from nan")
-
-
-@pytest.mark.parametrize("is_packed", [False, True])
-def test_texts_that_part_at_their_first_word_are_no_error(is_packed):
-    """No model can tell which of eight captions follows, which costs log 8 of their few tokens."""
-    model, processor = healthy()
-    samples = [{"text": letter, "latents": [torch.randn(3, 8, 8)]} for letter in "abcdefgh"]
-    options = {"caption_first_probability": 1.0, "caption_dropout": 0.0, "max_length": 200 if is_packed else None}
-    batch = TransfusionDataCollator(processor, **options)(samples)
-    findings = diagnose(model, processor, batch=batch, steps=200)
-    assert not [finding for finding in findings if finding.check == "overfit" and finding.severity != "ok"], findings
 
 
 def test_arguments_that_do_not_fit_are_refused():
@@ -477,13 +458,13 @@ def test_the_command_takes_a_folder_and_another_backend(data, capsys):
 def test_bad_input_is_told_in_a_line(data, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for arguments, words in (
-        ([str(tmp_path / "nowhere")], ["error   model "]),
-        ([str(tmp_path / "empty")], ["error   model "]),
-        ([str(TINY), str(data)], ["error   data ", "`caption_column` is 'text'", "['image', 'caption']"]),
-        ([str(TINY), str(data / "none-*.parquet")], ["error   data "]),
-        ([str(TINY), "--steps", "0"], ["error   arguments ", "`steps` must be at least 1; got 0"]),
-        ([str(TINY), "--attn_implementation", "flash_attention_2"], ["error   model ", "bidirectional image blocks"]),
+        ([str(tmp_path / "nowhere")], ["nowhere"]),
+        ([str(tmp_path / "empty")], ["empty"]),
+        ([str(TINY), str(data)], ["`caption_column` is 'text'", "['image', 'caption']"]),
+        ([str(TINY), str(data / "none-*.parquet")], ["data_files are invalid"]),
+        ([str(TINY), "--steps", "0"], ["`steps` must be at least 1; got 0"]),
+        ([str(TINY), "--attn_implementation", "flash_attention_2"], ["bidirectional image blocks"]),
     ):
-        assert main([*arguments, "--device", "cpu"]) == 1
-        output = capsys.readouterr().out
-        assert output.count("\n") == 1 and all(word in output for word in words), output
+        assert run(["doctor", *arguments, "--device", "cpu"]) == 1
+        printed = capsys.readouterr()
+        assert not printed.out and all(word in printed.err for word in ("transfusion: ", *words)), printed

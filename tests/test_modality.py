@@ -400,7 +400,7 @@ def test_plans_train_what_they_say_and_leave_text_alone():
 def test_plans_that_cannot_be_are_refused():
     with pytest.raises(ValueError, match="`plan` must be one of image_parts, image_weights, all; got 'images'"):
         set_trainable(tiny.model(), "images")
-    with pytest.raises(ValueError, match="'image_weights' needs a model with weights for images"):
+    with pytest.raises(ValueError, match=r"'image_weights' needs `untied_modalities=\['image'\]`"):
         set_trainable(tiny.model(), "image_weights")
 
 

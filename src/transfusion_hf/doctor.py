@@ -2,9 +2,10 @@
 
 import sys
 
+from .cli.main import main as run
 from .training.doctor import diagnose, main
 
 __all__ = ["diagnose", "main"]
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(["doctor", *sys.argv[1:]]))

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -20,44 +21,32 @@ class TransfusionEMACallback(TrainerCallback):
     Args:
         decay (`float`, defaults to 0.9999): Largest weight of the past; smaller in the first steps.
         power (`float`, defaults to 2/3): Exponent of that warm-up, 1 − (1 + step)^−power.
-        resume_from_checkpoint (`str`, *optional*):
-            The checkpoint that a run resumes from, if it is not in `args.output_dir`.
+        resume_from_checkpoint (`str`, *optional*): The checkpoint to resume from, if not in `args.output_dir`.
 
     Raises:
-        ValueError: with `load_best_model_at_end`, under DeepSpeed ZeRO-3, with several evaluation sets, or when
-            resuming from a checkpoint without an average.
+        ValueError: with `load_best_model_at_end`, under DeepSpeed ZeRO-3, or resuming where no average was saved.
+        RuntimeError: with several evaluation sets, which the `Trainer` does not announce.
     """
 
     FILE_NAME = "ema.safetensors"
 
     def __init__(self, decay: float = 0.9999, power: float = 2 / 3, resume_from_checkpoint: str | None = None):
-        self.decay = decay
-        self.power = power
-        self.resume_from_checkpoint = resume_from_checkpoint
+        self.decay, self.power, self.resume_from_checkpoint = decay, power, resume_from_checkpoint
         self._is_training = False
-        self._saved_step: int | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs: Any) -> None:
         if args.load_best_model_at_end:
-            raise ValueError(
-                "`load_best_model_at_end` and an average at the end exclude each other; drop one of them."
-            )
+            raise ValueError("An average at the end and `load_best_model_at_end` exclude each other; drop one.")
         if any(hasattr(parameter, "ds_numel") for parameter in model.parameters()):
-            raise ValueError(
-                "`TransfusionEMACallback` finds empty parameters under DeepSpeed ZeRO-3; take ZeRO-2 or FSDP2, or "
-                "drop the callback."
-            )
+            raise ValueError("DeepSpeed ZeRO-3 leaves parameters empty; take ZeRO-2 or FSDP2, or drop the callback.")
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._is_training, self._saved_step = True, None
+        self._is_training, self._saved_step = True, -1
         self._ema = EMAModel(self._parameters, decay=self.decay, use_ema_warmup=True, power=self.power)
         if state.global_step > 0:
-            file = Path(self.resume_from_checkpoint or self._folder(args, state), self.FILE_NAME)
+            folder = self.resume_from_checkpoint or Path(args.output_dir, f"checkpoint-{state.global_step}")
+            file = Path(folder, self.FILE_NAME)
             if not file.exists():
-                raise ValueError(
-                    f"No average to resume with: {file} does not exist. Pass the checkpoint's folder to "
-                    "`TransfusionEMACallback(resume_from_checkpoint=...)`. If its run had no such callback, drop the "
-                    "callback or start a new run."
-                )
+                raise ValueError(f"{file} does not exist; pass `resume_from_checkpoint` to the callback, or drop it.")
             stored = load_file(file)
             self._ema.optimization_step = state.global_step
             self._ema.shadow_params = [_like(stored[str(i)], p) for i, p in enumerate(self._parameters)]
@@ -78,46 +67,30 @@ class TransfusionEMACallback(TrainerCallback):
         self._ema.copy_to(self._parameters)
 
     def on_evaluate(self, args, state, control, **kwargs: Any) -> None:
-        if not self._is_training:
-            return
-        if self._ema.temp_stored_params is None:
-            raise ValueError(
-                "An evaluation during the training ran without the averaged weights, because the Trainer did not "
-                "announce it: the second of several sets in `eval_dataset`, or one by another callback. Concatenate "
-                "the sets, or evaluate after the training."
-            )
-        # Here, because a checkpoint may be saved next.
-        self._ema.restore(self._parameters)
+        if self._is_training:  # now, because a checkpoint may be saved next
+            self._ema.restore(self._parameters)
 
     def save(self, folder: Path, state: TrainerState) -> None:
         """Writes the average into a checkpoint's folder. Every process must call it: parameters may be sharded."""
         self._saved_step = state.global_step
-        average = {str(i): _whole(parameter).contiguous() for i, parameter in enumerate(self._ema.shadow_params)}
+        whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in self._ema.shadow_params)
+        average = {str(i): parameter.contiguous() for i, parameter in enumerate(whole)}
         if state.is_world_process_zero:
             save_file(average, folder / self.FILE_NAME)
 
     def on_save(self, args, state, control, **kwargs: Any) -> None:
         if self._saved_step != state.global_step:  # `TransfusionTrainer` writes it with the rest
-            self.save(self._folder(args, state), state)
+            self.save(Path(args.output_dir, f"checkpoint-{state.global_step}"), state)
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
-        self._is_training = False
         self._ema.copy_to(self._parameters)
-
-    def _folder(self, args, state) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}")
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+        self._is_training = False
 
 
 def _like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """Sharded like a parameter, on its device."""
-    whole = whole.to(parameter.device)
-    if not isinstance(parameter, DTensor):
-        return whole
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements)
+    whole, is_sharded = whole.to(parameter.device), isinstance(parameter, DTensor)
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements) if is_sharded else whole
 
 
 class TransfusionSamplesCallback(TrainerCallback):
@@ -148,15 +121,9 @@ class TransfusionSamplesCallback(TrainerCallback):
         max_new_tokens: int = 32,
         **generate_kwargs: Any,
     ):
-        if interval < 1:
-            raise ValueError(f"`interval` must be at least 1 step; got {interval}.")
-        self.trainer = trainer
-        self.processor = processor
-        self.prompts = list(prompts)
-        self.images = list(images or [])
-        self.interval = interval
-        self.seed = seed
-        self.max_new_tokens = max_new_tokens
+        self.trainer, self.processor = trainer, processor
+        self.prompts, self.images = list(prompts), list(images or [])
+        self.interval, self.seed, self.max_new_tokens = interval, seed, max_new_tokens
         self.generate_kwargs = generate_kwargs
 
     def on_step_end(self, args, state, control, **kwargs: Any) -> None:
@@ -170,8 +137,17 @@ class TransfusionSamplesCallback(TrainerCallback):
             drawn, captions = self._draw(model), self._caption(model)
         finally:
             model.train(was_training)
-        if state.is_world_process_zero:
-            self._report(Path(args.output_dir, "samples"), state.global_step, drawn, captions)
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir, "samples")
+        folder.mkdir(parents=True, exist_ok=True)
+        if drawn:
+            make_image_grid(drawn, rows=1, cols=len(drawn)).save(folder / f"step-{state.global_step}.png")
+        if captions:
+            (folder / f"step-{state.global_step}.txt").write_text("\n".join(captions) + "\n")
+        pictures = {f"samples/{prompt}": (image, prompt) for image, prompt in zip(drawn, self.prompts, strict=True)}
+        pictures |= {f"samples/read {i}": pair for i, pair in enumerate(zip(self.images, captions, strict=True))}
+        self.log_pictures(pictures, state.global_step)
 
     def _draw(self, model: Any) -> list[Image.Image]:
         if not self.prompts:
@@ -188,34 +164,13 @@ class TransfusionSamplesCallback(TrainerCallback):
         if not self.images:
             return []
         inputs = self.processor(text=[self.processor.image_token] * len(self.images), images=self.images)
-        ids = model.generate(
-            **inputs.to(model.device), generation_mode="text", do_sample=False, max_new_tokens=self.max_new_tokens
-        )
+        kwargs = {"generation_mode": "text", "do_sample": False, "max_new_tokens": self.max_new_tokens}
+        ids = model.generate(**inputs.to(model.device), **kwargs)
         texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    def _report(self, folder: Path, step: int, drawn: list[Image.Image], captions: list[str]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        if drawn:
-            width, height = (max(getattr(image, side) for image in drawn) for side in ("width", "height"))
-            grid = Image.new("RGB", (width * len(drawn), height))
-            for i, image in enumerate(drawn):
-                grid.paste(image, (i * width, 0))
-            grid.save(folder / f"step-{step}.png")
-        if captions:
-            (folder / f"step-{step}.txt").write_text("\n".join(captions) + "\n")
-        pictures = {f"samples/{prompt}": (image, prompt) for prompt, image in zip(self.prompts, drawn, strict=True)}
-        pairs = zip(self.images, captions, strict=True)
-        self.log_pictures(pictures | {f"samples/read {i}": pair for i, pair in enumerate(pairs)}, step)
-
     def log_pictures(self, pictures: dict[str, tuple[Image.Image, str]], step: int) -> None:
-        """
-        Sends pictures to the trainer's TensorBoard and Weights & Biases. Override it for another tracker.
-
-        Args:
-            pictures (`dict[str, tuple[PIL.Image.Image, str]]`): Pictures with their captions, by name.
-            step (`int`)
-        """
+        """Sends pictures, with captions and by name, to TensorBoard and Weights & Biases. Override it for others."""
         for callback in self.trainer.callback_handler.callbacks:
             # The names under which transformers' own callbacks keep their trackers.
             writer, wandb = getattr(callback, "tb_writer", None), getattr(callback, "_wandb", None)

@@ -7,9 +7,7 @@ import random
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +20,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import (
-    PREFIX_CHECKPOINT_DIR,
-    HubStrategy,
-    get_last_checkpoint,
-    has_length,
-    sort_checkpoints,
-)
-from transformers.utils import CONFIG_NAME, PushInProgress
+from transformers.trainer_utils import HubStrategy, get_last_checkpoint, has_length, sort_checkpoints
+from transformers.utils import CONFIG_NAME, PushInProgress, flatten_dict
 
 from ..hub.card import make_model_card
 from .callbacks import TransfusionEMACallback
-
-# Files of a checkpoint that are not part of the model, or that are written for the whole run.
-_OF_THE_RUN = (TRAINER_STATE_NAME, TransfusionEMACallback.FILE_NAME, "README.md")
 
 
 def _seed_of(*entropy: int) -> int:
@@ -90,10 +79,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         super().create_accelerator_and_postprocess()
         config = self.accelerator.dataloader_config
         if config.dispatch_batches:
-            raise ValueError(
-                "`dispatch_batches=True` cuts batches along their first dimension, which parts images from their "
-                "texts; leave it out of `accelerator_config`."
-            )
+            raise ValueError("`dispatch_batches=True` parts images from their texts; leave it out.")
         config.dispatch_batches = False  # accelerate would choose True for streams
         if config.data_seed is None:
             # Otherwise the order comes from each process's global generator, and these differ after a training.
@@ -114,9 +100,6 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
 
     def get_eval_dataloader(self, eval_dataset=None):
         return self._repeatable(super().get_eval_dataloader(eval_dataset))
-
-    def get_test_dataloader(self, test_dataset):
-        return self._repeatable(super().get_test_dataloader(test_dataset))
 
     def _repeatable(self, loader: Any) -> Any:
         base = getattr(loader, "base_dataloader", loader)
@@ -196,13 +179,11 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         }
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs: Any) -> None:
-        first_batch = 0
-        if self._resumed_from is not None:
-            if not isinstance(train_dataloader.dataset, IterableDataset):  # a stream collates what it skips
-                first_batch = self._num_skipped
-            if self._num_skipped == self._batches_per_pass:
-                # The library does so with the first batch that it does not skip, and there is none.
-                self._load_rng_state(self._resumed_from)
+        is_stream, is_resumed = isinstance(train_dataloader.dataset, IterableDataset), self._resumed_from is not None
+        first_batch = self._num_skipped if is_resumed and not is_stream else 0  # a stream collates what it skips
+        if is_resumed and self._num_skipped == self._batches_per_pass:
+            # The library does so with the first batch that it does not skip, and there is none.
+            self._load_rng_state(self._resumed_from)
         self._seed_pass(train_dataloader, self._next_pass, first_batch)
         self._pass_has_ended, self._steps_before = False, state.global_step
 
@@ -219,8 +200,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     # No event tells the norm, and weights that are not finite must not get into a checkpoint.
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         is_scaled = self.accelerator.mixed_precision == "fp16"  # the scaler leaves such steps out
         if norm is not None and not is_scaled and not math.isfinite(norm):
             raise ValueError(
@@ -235,54 +215,42 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
 
     # The library has no event between the last file of a checkpoint and the deletion of old ones.
     def _save_checkpoint(self, model, trial):
-        aside, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        aside = Path(self._get_output_dir(trial))
+        name, best = (f"checkpoint-{step}" for step in (self.state.global_step, self.state.best_global_step))
+        new, folder = aside / name, aside.parent / name
         if self.args.should_save:
             shutil.rmtree(aside, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
-        best = aside.parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-        if best.name == name or best.exists():
-            self.state.best_model_checkpoint = str(best)  # the library has found it in `incomplete/`
+        if best == name or (aside.parent / best).exists():
+            self.state.best_model_checkpoint = str(aside.parent / best)  # the library has found it in `incomplete/`
             if self.args.should_save:
-                self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+                self.state.save_to_json(str(new / TRAINER_STATE_NAME))
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TransfusionEMACallback):
-                callback.save(aside / name, self.state)
+                callback.save(new, self.state)
         if not self.args.save_only_model:  # which cannot be resumed
-            torch.save(self._since_last_log(), aside / name / f"since_last_log_{self.args.process_index}.pt")
+            torch.save(self._since_last_log(), new / f"since_last_log_{self.args.process_index}.pt")
         self.accelerator.wait_for_everyone()
-        folder = aside.parent / name
         if self.args.should_save:
             if folder.exists():  # of an earlier run
                 folder.rename(aside / "replaced")
-            (aside / name).rename(folder)
-            checkpoints, limit = sort_checkpoints(str(aside.parent), use_mtime=True), self.args.save_total_limit or 0
-            self._delete_oldest(aside, checkpoints[:-1], len(checkpoints) - limit if limit > 0 else 0)
+            new.rename(folder)
+            checkpoints, limit = sort_checkpoints(str(folder.parent), use_mtime=True), self.args.save_total_limit or 0
+            num_old = max(len(checkpoints) - limit, 0) if limit > 0 else 0
+            # Deleted under other names, so that no part of a checkpoint has a whole one's.
+            for old in [Path(one) for one in checkpoints[:-1] if Path(one).name != best][:num_old]:
+                old.rename(aside / f"outdated-{old.name}")
+            shutil.rmtree(aside)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
-
-    def _delete_oldest(self, aside: Path, checkpoints: list[str], count: int) -> None:
-        """Keeps the best one. Renames the others first, so that no part of a checkpoint has a whole one's name."""
-        aside.mkdir(exist_ok=True)
-        best = self.state.best_model_checkpoint
-        others = [Path(one) for one in checkpoints if not (best and Path(best).exists() and Path(one).samefile(best))]
-        for checkpoint in others[: max(count, 0)]:
-            checkpoint.rename(aside / f"outdated-{checkpoint.name}")
-        shutil.rmtree(aside)
-
-    def on_train_end(self, args, state, control, **kwargs: Any) -> None:
-        best = state.best_model_checkpoint
-        if args.should_save and args.save_total_limit == 1 and best is not None and Path(best).exists():
-            checkpoints = sort_checkpoints(str(Path(best).parent))  # the best, and the last for resuming
-            self._delete_oldest(Path(best).with_name("incomplete"), checkpoints, len(checkpoints))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=True)
         file = Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)
         if self.args.should_save and file.exists():
-            # As text, because the folder is for others to load.
-            file.unlink()
+            file.unlink()  # text instead of a pickle, because the folder is for others to load
             file.with_suffix(".json").write_text(self.args.to_json_string() + "\n")
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -290,39 +258,28 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     # The library pushes before a checkpoint is whole, pickles the arguments and leaves out files of the model.
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         args, folder = self.args, Path(checkpoint_folder)
-        if folder.parent.name == "incomplete" or not self.is_world_process_zero():
-            return
         is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if args.hub_strategy == HubStrategy.END or (is_pushing and not args.hub_always_push):
+        is_left_out = args.hub_strategy == HubStrategy.END or (is_pushing and not args.hub_always_push)
+        if folder.parent.name == "incomplete" or is_left_out or not self.is_world_process_zero():
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         # A copy of the model, because the checkpoint may be deleted before the upload ends.
-        ignored = shutil.ignore_patterns("*.pt", "*.pth", "*.bin", *_OF_THE_RUN)
-        shutil.copytree(folder, args.output_dir, ignore=ignored, dirs_exist_ok=True)
-        message = f"Training in progress, step {self.state.global_step}"
-        upload = partial(
-            HfApi().upload_folder, repo_id=self.hub_model_id, token=args.hub_token, revision=args.hub_revision,
-            run_as_future=True,
-        )  # fmt: skip
-        not_pushed = ["_*", "incomplete/*", f"{PREFIX_CHECKPOINT_DIR}-*"]
-        jobs = [upload(folder_path=args.output_dir, commit_message=message, ignore_patterns=not_pushed)]
+        others = ["*.pt", "*.pth", "*.bin", TRAINER_STATE_NAME, TransfusionEMACallback.FILE_NAME, "README.md"]
+        shutil.copytree(folder, args.output_dir, ignore=shutil.ignore_patterns(*others), dirs_exist_ok=True)
+        to: dict[str, Any] = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
+        to |= {"commit_message": f"Training in progress, step {self.state.global_step}", "run_as_future": True}
+        not_pushed = ["_*", "incomplete/*", "checkpoint-*"]
+        jobs = [HfApi().upload_folder(folder_path=args.output_dir, ignore_patterns=not_pushed, **to)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
-            jobs.append(upload(folder_path=folder, path_in_repo=name, commit_message=f"{message}, checkpoint"))
-        if is_pushing:
-            self.push_in_progress.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
+            jobs.append(HfApi().upload_folder(folder_path=folder, path_in_repo=name, **to))
+        self.push_in_progress = PushInProgress([*(self.push_in_progress.jobs if is_pushing else []), *jobs])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """
         Writes `README.md` into the output folder: [`make_model_card`] with the state of the training and the last
-        picture of [`TransfusionSamplesCallback`]. An adapter's card is the library's. `push_to_hub` calls it.
-
-        Args:
-            args, kwargs:
-                Those of `Trainer.create_model_card`; `tasks` and `dataset_args` are ignored. `dataset_tags` are
-                repositories of training data, `dataset` says in words what the model was evaluated on.
+        picture of [`TransfusionSamplesCallback`]; for an adapter, the library's card. Arguments are the library's:
+        `dataset_tags` are repositories of training data, `dataset` says what the model was evaluated on.
         """
         model = self._unwrapped()
         if not isinstance(model, PreTrainedModel):
@@ -330,91 +287,67 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         if not self.is_world_process_zero():
             return
         given = inspect.signature(super().create_model_card).bind(*args, **kwargs).arguments
-        state, folder = self.state, Path(self.args.output_dir)
-        training = {"steps": state.global_step, "epochs": f"{state.epoch or 0:.4g}"}
-        training |= extract_hyperparameters_from_trainer(self)
-        seconds = [round(log["train_runtime"]) for log in state.log_history if "train_runtime" in log]
-        training |= {"seconds": seconds[-1]} if seconds else {}
-        training |= {name: version(name) for name in ("transformers", "torch", "diffusers")}
+        folder = Path(self.args.output_dir)
+        progress = {"steps": self.state.global_step, "epochs": f"{self.state.epoch or 0:.4g}"}
+        evaluation = {  # the last value of each
+            name.removeprefix("eval_"): value
+            for log in self.state.log_history
+            for name, value in log.items()
+            if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
+        }
         picture = max(folder.glob("samples/step-*.png"), key=lambda file: int(file.stem.split("-")[1]), default=None)
-        base_model, tags, dataset = (given.get(name) for name in ("finetuned_from", "tags", "dataset"))
+        name, base_model = model.config._name_or_path, None
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not Path(name).is_dir():
+            base_model = name
+        elif name and (card := Path(name, "README.md")).exists():  # the base model that the card of a folder names
+            base_model = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
+        tags, dataset = ([x] if isinstance(x, str) else x or [] for x in (given.get("tags"), given.get("dataset")))
         make_model_card(
             model.config,
             self.hub_model_id or given.get("model_name") or folder.resolve().name,
             num_parameters=model.num_parameters(),
             license=given.get("license"),
             language=given.get("language"),
-            base_model=_base_model(model.config._name_or_path) if base_model is None else base_model,
+            base_model=given.get("finetuned_from") or base_model,
             datasets=given.get("dataset_tags"),
-            dataset_name=dataset if isinstance(dataset, str) else ", ".join(dataset or []),
-            tags=[tags] if isinstance(tags, str) else tags or (),
-            training=training,
-            evaluation=_last_evaluation(state.log_history),
+            dataset_name=", ".join(dataset),
+            tags=tags,
+            training=progress | extract_hyperparameters_from_trainer(self),
+            evaluation=evaluation,
             samples=picture.relative_to(folder).as_posix() if picture else None,
         ).save(folder / "README.md")
-
-
-def _base_model(name: str) -> str | list[str] | None:
-    """The repository that a model was loaded from; if it was a folder, the base model that its card names."""
-    if name and Path(name).is_dir():
-        card = Path(name, "README.md")
-        return ModelCard.load(card, ignore_metadata_errors=True).data.base_model if card.exists() else None
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
-
-
-def _last_evaluation(log_history: list[dict[str, Any]]) -> dict[str, float]:
-    """Losses and metrics of the last step with an evaluation, for all its data sets."""
-    steps = [log.get("step") for log in log_history if any(name.startswith("eval_") for name in log)]
-    return {
-        name.removeprefix("eval_"): value
-        for log in log_history
-        if steps and log.get("step") == steps[-1]
-        for name, value in log.items()
-        if name.startswith("eval_") and not name.endswith(("_runtime", "_per_second"))
-    }
 
 
 # Fields of a model's or an adapter's configuration that may change between runs, or that say nothing of the weights.
 _MAY_DIFFER = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "diffusion_loss_weight", "dtype",
     "eos_token_id", "initializer_range", "pad_token_id", "transformers_version", "use_cache",
-    # Of an adapter.
+    # Of an adapter:
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
     "task_type",
 }  # fmt: skip
 
 
-def _flat(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name in config.keys() - _MAY_DIFFER:
-        if isinstance(config[name], dict):
-            yield from _flat(config[name], f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", config[name]
-
-
-def _check_same(kind: str, folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    there, here = dict(_flat(saved)), dict(_flat(current))
-    differing = [name for name in sorted({*there, *here}) if there.get(name) != here.get(name)]
-    if differing:
-        differences = [f"`{name}` is {there.get(name)!r} there and {here.get(name)!r} here" for name in differing[:5]]
-        raise ValueError(
-            f"`resume_from_checkpoint`: {folder} is of another {kind}: {'; '.join(differences)}. Resume with the "
-            f"{kind} that was trained there, or begin a new run in another `output_dir`."
-        )
-
-
 def _check_same_model(model: Any, folder: Path) -> None:
     """The library would load the weights that fit and only warn about the rest, and ignore another `lora_alpha`."""
+    pairs: dict[str, tuple[Any, Any]] = {}
     if (folder / CONFIG_NAME).exists():  # an adapter has none
-        _check_same("model", folder, AutoConfig.from_pretrained(folder).to_dict(), model.config.to_dict())
-    if not (folder / "adapter_config.json").exists():
-        return
-    if not hasattr(model, "peft_config"):
-        raise ValueError(
-            f"`resume_from_checkpoint`: {folder} is of an adapter, and the model has none. Resume with the model that "
-            "was trained there, made by `peft.get_peft_model`."
-        )
-    from peft import PeftConfig
+        pairs["model"] = AutoConfig.from_pretrained(folder), model.config
+    if (folder / "adapter_config.json").exists():
+        if not hasattr(model, "peft_config"):
+            raise ValueError(f"{folder} is of an adapter, and the model has none; wrap it by `peft.get_peft_model`.")
+        from peft import PeftConfig
 
-    saved, adapter = PeftConfig.from_pretrained(str(folder)).to_dict(), model.peft_config[model.active_adapter]
-    _check_same("adapter", folder, saved, adapter.to_dict())
+        pairs["adapter"] = PeftConfig.from_pretrained(str(folder)), model.peft_config[model.active_adapter]
+    for kind, pair in pairs.items():
+        there, here = (flatten_dict(config.to_dict()) for config in pair)
+        differences = [
+            f"`{name}` is {there.get(name)!r} there and {here.get(name)!r} here"
+            for name in sorted({*there, *here})
+            if not _MAY_DIFFER & {*name.split(".")} and there.get(name) != here.get(name)
+        ]
+        if differences:
+            raise ValueError(
+                f"`resume_from_checkpoint`: {folder} is of another {kind}: {'; '.join(differences[:5])}. Resume with "
+                f"the {kind} that was trained there, or begin a new run in another `output_dir`."
+            )

@@ -1,7 +1,5 @@
 """Training plans: which parameters are trained when a language model learns to draw."""
 
-import re
-
 from ..modality_transfusion import image_parameters
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 
@@ -20,25 +18,20 @@ def set_trainable(model: TransfusionForCausalLMAndDiffusion, plan: str) -> list[
             - `"image_weights"`: these and the image weights of `untied_modalities`. Text logits do not change.
             - `"all"`: everything.
 
-    Returns:
-        `list[str]`: names of the trained parameters.
-
-    Raises:
-        ValueError: an unknown plan, or `"image_weights"` for a model that has none.
+    Returns the names of the trained parameters. Raises a `ValueError` for an unknown plan, or for `"image_weights"`
+    where a model has none.
     """
     if plan not in TRAINING_PLANS:
         raise ValueError(f"`plan` must be one of {', '.join(TRAINING_PLANS)}; got {plan!r}.")
+    names = {name for name, _ in model.named_parameters() if not name.startswith("vae.")}
     image_weights = {name for name, _, _ in image_parameters(model)}
     if plan == "image_weights" and not image_weights:
         raise ValueError(
-            "`plan` 'image_weights' needs a model with weights for images; set `untied_modalities=['image']` in its "
-            "config, or take 'image_parts'."
+            "`plan` 'image_weights' needs `untied_modalities=['image']` in the config; or take 'image_parts'."
         )
-    trained = []
+    if plan != "all":
+        parts = {name for name in names if name.startswith(("model.patch_encoder.", "model.patch_decoder."))}
+        names = parts | image_weights if plan == "image_weights" else parts
     for name, parameter in model.named_parameters():
-        is_image_part = re.match(r"model\.patch_(en|de)coder\.", name) is not None
-        is_trained = is_image_part or (plan == "image_weights" and name in image_weights) or plan == "all"
-        is_trained &= not name.startswith("vae.")
-        parameter.requires_grad_(is_trained)
-        trained += [name] * is_trained
-    return trained
+        parameter.requires_grad_(name in names)
+    return [name for name, _ in model.named_parameters() if name in names]

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
+from ..configuration_transfusion import TransfusionConfig
 from ..modality_transfusion import image_parameters
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..patching_transfusion import TransfusionTimestepEmbedding
@@ -18,16 +20,10 @@ from .checkpoints import WholeCheckpointsTrainer
 
 def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) -> set[torch.nn.Parameter]:
     """
-    Prepares a model for `fully_shard` in lower precision: shards the timestep embedding, which computes in float32, as
-    its own group, because a group has one dtype. [`TransfusionTrainer`] calls it itself.
-
-    Args:
-        model (`TransfusionForCausalLMAndDiffusion`)
-        mesh (`torch.distributed.DeviceMesh`, *optional*): As in `fully_shard`; all processes if `None`.
-
-    Returns:
-        `set[torch.nn.Parameter]`: the VAE's parameters, to pass as `ignored_params`. Each process keeps the whole VAE,
-        because one without images does not run it.
+    Prepares a model for `fully_shard` in lower precision, as [`TransfusionTrainer`] does itself: shards the timestep
+    embedding, which computes in float32, as its own group, because a group has one dtype. `mesh` is as in
+    `fully_shard`; all processes if `None`. Returns the VAE's parameters, to pass as `ignored_params`: each process
+    keeps the whole VAE, because one without images does not run it.
     """
     for module in [module for module in model.modules() if isinstance(module, TransfusionTimestepEmbedding)]:
         fully_shard(module, mesh=mesh)
@@ -36,40 +32,29 @@ def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) 
 
 def _prepare_fsdp2(accelerator: Accelerator, model: torch.nn.Module) -> None:
     plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
-    if plugin.mixed_precision_policy is not None:
+    if (policy := plugin.mixed_precision_policy) is not None:
         # accelerate's own policy rounds the images before they are noised, and the losses.
-        plugin.mixed_precision_policy = replace(
-            plugin.mixed_precision_policy, output_dtype=None, cast_forward_inputs=False
-        )
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, cast_forward_inputs=False)
     if mesh is not None:
         mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     shard_float32_parts(accelerator.unwrap_model(model), mesh)
     plugin.ignored_modules = r"(.*\.)?vae"
 
 
-def _images_of(batch: dict[str, Any]) -> list[torch.Tensor]:
-    images = batch.get("pixel_values")
-    images = batch.get("latents") if images is None else images
-    return [] if images is None else [images] if isinstance(images, torch.Tensor) else list(images)
-
-
-def _count_images(batch: dict[str, Any]) -> int:
-    return sum(len(stack) if stack.ndim == 4 else 1 for stack in _images_of(batch))
-
-
-def _count_noised(batch: dict[str, Any]) -> int:
-    mask = batch.get("image_loss_mask")
-    return _count_images(batch) if mask is None else int(torch.as_tensor(mask).sum())
+def _count_images(batch: dict[str, Any], only_noised: bool = False) -> int:
+    if only_noised and batch.get("image_loss_mask") is not None:
+        return int(torch.as_tensor(batch["image_loss_mask"]).sum())
+    images = batch.get("pixel_values", batch.get("latents"))
+    return 0 if images is None else sum(len(one) if one.ndim == 4 else 1 for one in images)
 
 
 class _Sums:
     """Sums since the last log: both losses, the counts they are divided by, and the diffusion loss by band of t."""
 
-    def __init__(self, num_bands: int, num_timesteps: int, pad_token_id: int | None, device: torch.device):
+    def __init__(self, num_bands: int, config: TransfusionConfig, device: torch.device):
         dtype = torch.float32 if device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         self.totals = torch.zeros(4 + 2 * num_bands, dtype=dtype, device=device)
-        self.num_timesteps = num_timesteps
-        self.pad_token_id = pad_token_id
+        self.num_timesteps, self.pad_token_id = config.num_train_timesteps, config.text_config.pad_token_id
         self.start_time = time.perf_counter()
 
     def add(self, inputs: dict[str, Any], outputs: Any, num_items: Any) -> None:
@@ -90,24 +75,18 @@ class _Sums:
     def means(self, totals: torch.Tensor) -> tuple[dict[str, float], float, float]:
         """Both losses, the latter by band of t too, the number of tokens and that of images, from reduced totals."""
         nll, labels, tokens, images = totals[:4].tolist()
-        errors, counts = totals[4:].view(2, -1)
-        means = {}
-        if labels:
-            means["lm_loss"] = nll / labels
-        if counts.sum():
-            means["diffusion_loss"] = float(errors.sum() / counts.sum())
+        errors, counts = totals[4:].view(2, -1).tolist()
+        means = {"lm_loss": nll / labels} if labels else {}
+        if any(counts):
+            means["diffusion_loss"] = sum(errors) / sum(counts)
         edges = [round(i * self.num_timesteps / len(counts)) for i in range(len(counts) + 1)]
-        for i, (error, count) in enumerate(zip(errors.tolist(), counts.tolist(), strict=True)):
-            if count:
-                means[f"diffusion_loss/t_{edges[i]}_{edges[i + 1]}"] = error / count
-        return means, tokens, images
+        names = [f"diffusion_loss/t_{low}_{high}" for low, high in pairwise(edges)]
+        bands = {n: error / count for n, error, count in zip(names, errors, counts, strict=True) if count}
+        return means | bands, tokens, images
 
 
 def _flops_per_token(model: torch.nn.Module) -> int:
-    """
-    6·N over the transformer and its image parts, without the VAE; 4·N for frozen parameters, which have no gradient.
-    A token uses either the text's or the image's untied weights, so they count half.
-    """
+    """6·N without the VAE, 4·N for frozen parameters. A token uses the text's or the image's untied weights: half."""
     halves = {id(one) for _, *both in image_parameters(model) for one in both}
     return sum(
         # Under DeepSpeed ZeRO-3 a parameter is empty until it is gathered.
@@ -133,31 +112,25 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
     Args:
         args, kwargs: As for `Trainer`, with `remove_unused_columns=False`.
         num_timestep_bands (`int`, defaults to 4): Number of bands of t.
-        peak_flops_per_second (`float`, *optional*):
-            Peak of one device in the precision of the training, such as 989e12 for an H100 in bfloat16. Logs the model
-            FLOP utilisation `mfu`.
+        peak_flops_per_second (`float`, *optional*): Logs the model FLOP utilisation `mfu`. Peak of one device in the
+            precision of the training, such as 989e12 for an H100 in bfloat16.
 
     Raises:
-        ValueError: settings that make the losses inexact, part images from their texts, or need a whole LM head or
-            state dict that is sharded; resuming with another model or adapter; during the training, a gradient, a loss
-            or an image that is not finite (the batch of the latter two is saved), or a pass too short for a step.
+        ValueError: settings that make the losses inexact, part images from their texts, or shard what must be whole;
+            resuming with another model or adapter; in the training, a gradient, a loss or an image that is not finite
+            (the batch of the latter two is saved), or a pass too short for a step.
     """
 
     def __init__(
-        self,
-        *args: Any,
-        num_timestep_bands: int = 4,
-        peak_flops_per_second: float | None = None,
-        **kwargs: Any,
+        self, *args: Any, num_timestep_bands: int = 4, peak_flops_per_second: float | None = None, **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
         if not self.args.average_tokens_across_devices and self.args.world_size > 1:
             raise ValueError("`average_tokens_across_devices=False` weighs processes unequally; leave it on.")
         if self.args.n_gpu > 1:
             raise ValueError(
-                f"One process has {self.args.n_gpu} GPUs, and `nn.DataParallel` would cut batches along their first "
-                "dimension, which parts images from their texts; start one process for each by `torchrun` or "
-                "`accelerate launch`, or show one GPU by CUDA_VISIBLE_DEVICES=0."
+                f"One process has {self.args.n_gpu} GPUs, and `nn.DataParallel` parts images from their texts; start "
+                "one process for each by `torchrun`, or show one GPU by CUDA_VISIBLE_DEVICES=0."
             )
         if self.args.label_smoothing_factor:
             raise ValueError("`label_smoothing_factor` takes the labels away from the model; leave it at 0.")
@@ -172,21 +145,14 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         if self.is_fsdp_enabled:
             kind = self.accelerator.state.fsdp_plugin.state_dict_type.name
             if kind != "FULL_STATE_DICT":  # the library then saves no model, without a warning
-                raise ValueError(
-                    f"`fsdp_state_dict_type` is {kind}, with which no loadable model is saved; set it to "
-                    "FULL_STATE_DICT in accelerate's configuration, or `state_dict_type` in `fsdp_config`."
-                )
+                raise ValueError(f"`fsdp_state_dict_type` is {kind}, which saves no model; set it to FULL_STATE_DICT.")
         if self.accelerator.is_fsdp2:
             _prepare_fsdp2(self.accelerator, self.model)
-        self.num_timestep_bands = num_timestep_bands
-        self.peak_flops_per_second = peak_flops_per_second
+        self.num_timestep_bands, self.peak_flops_per_second = num_timestep_bands, peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
-        self._num_images: torch.Tensor | None = None
 
     def _new_sums(self) -> _Sums:
-        config = self._unwrapped().config
-        pad_token_id = config.text_config.pad_token_id
-        return _Sums(self.num_timestep_bands, config.num_train_timesteps, pad_token_id, self.args.device)
+        return _Sums(self.num_timestep_bands, self._unwrapped().config, self.args.device)
 
     def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -210,9 +176,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
 
     def _count_noised(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """Number of noised images in the batches of all processes."""
-        num_images = torch.tensor(sum(map(_count_noised, batches)), device=self.args.device)
-        if self.args.world_size > 1:
-            num_images = self.accelerator.gather(num_images).sum()
+        count = sum(_count_images(batch, only_noised=True) for batch in batches)
+        num_images = self.accelerator.gather(torch.tensor(count, device=self.args.device)).sum()
         return (num_images / self._num_replicas).clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -245,13 +210,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             means, tokens, images = self._means(self._train_sums)
             seconds = time.perf_counter() - self._train_sums.start_time
             flops_per_second = _flops_per_token(self._unwrapped()) * tokens / seconds
-            logs = {
-                **logs,
-                **means,
-                "tokens_per_second": tokens / seconds,
-                "images_per_second": images / seconds,
-                "model_tflops_per_second": flops_per_second / 1e12,
-            }
+            logs = logs | means | {"tokens_per_second": tokens / seconds, "images_per_second": images / seconds}
+            logs["model_tflops_per_second"] = flops_per_second / 1e12
             if self.peak_flops_per_second is not None:
                 logs["mfu"] = flops_per_second / (self.peak_flops_per_second * self.args.world_size)
             self._train_sums = self._new_sums()
