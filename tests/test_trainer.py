@@ -241,7 +241,7 @@ def test_ema_refuses_several_evaluation_sets(tmp_path):
     dataset = samples(8)
     kwargs = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": {"a": dataset, "b": dataset}}
     run = trainer(tiny.model(), tmp_path, dataset, callbacks=[TransfusionEMACallback()], **kwargs)
-    with pytest.raises(RuntimeError, match="no `store"):
+    with pytest.raises(ValueError, match="the second set in `eval_dataset`"):
         run.train()
 
 
@@ -488,6 +488,12 @@ def test_samples_go_to_weights_and_biases():
     (logged,) = stand_in.log.call_args.args
     assert set(logged) == {"samples/a", "samples/read 0", "train/global_step"} and logged["train/global_step"] == 3
     assert [made.kwargs for made in stand_in.Image.mock_calls] == [{"caption": "a"}, {"caption": "red"}]
+
+
+def test_samples_need_an_interval(tmp_path):
+    run = trainer(tiny.model(), tmp_path, samples(2))
+    with pytest.raises(ValueError, match="`interval` must be at least 1 step; got 0"):
+        TransfusionSamplesCallback(run, None, [], interval=0)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path):

@@ -24,8 +24,8 @@ class TransfusionEMACallback(TrainerCallback):
         resume_from_checkpoint (`str`, *optional*): The checkpoint to resume from, if not in `args.output_dir`.
 
     Raises:
-        ValueError: with `load_best_model_at_end`, under DeepSpeed ZeRO-3, or resuming where no average was saved.
-        RuntimeError: with several evaluation sets, which the `Trainer` does not announce.
+        ValueError: with `load_best_model_at_end`, under DeepSpeed ZeRO-3, with several evaluation sets, or resuming
+            where no average was saved.
     """
 
     FILE_NAME = "ema.safetensors"
@@ -67,8 +67,14 @@ class TransfusionEMACallback(TrainerCallback):
         self._ema.copy_to(self._parameters)
 
     def on_evaluate(self, args, state, control, **kwargs: Any) -> None:
-        if self._is_training:  # now, because a checkpoint may be saved next
-            self._ema.restore(self._parameters)
+        if not self._is_training:
+            return
+        if self._ema.temp_stored_params is None:
+            raise ValueError(
+                "An evaluation ran without the averaged weights, because the Trainer did not announce it: the second "
+                "set in `eval_dataset`, or one by another callback. Concatenate the sets, or evaluate after training."
+            )
+        self._ema.restore(self._parameters)  # now, because a checkpoint may be saved next
 
     def save(self, folder: Path, state: TrainerState) -> None:
         """Writes the average into a checkpoint's folder. Every process must call it: parameters may be sharded."""
@@ -121,6 +127,8 @@ class TransfusionSamplesCallback(TrainerCallback):
         max_new_tokens: int = 32,
         **generate_kwargs: Any,
     ):
+        if interval < 1:
+            raise ValueError(f"`interval` must be at least 1 step; got {interval}.")
         self.trainer, self.processor = trainer, processor
         self.prompts, self.images = list(prompts), list(images or [])
         self.interval, self.seed, self.max_new_tokens = interval, seed, max_new_tokens

@@ -101,6 +101,9 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     def get_eval_dataloader(self, eval_dataset=None):
         return self._repeatable(super().get_eval_dataloader(eval_dataset))
 
+    def get_test_dataloader(self, test_dataset):
+        return self._repeatable(super().get_test_dataloader(test_dataset))
+
     def _repeatable(self, loader: Any) -> Any:
         base = getattr(loader, "base_dataloader", loader)
         if not isinstance(base.collate_fn, _RepeatableCollator):  # else the loader is kept, for its persistent workers

@@ -7,6 +7,7 @@ Finds out why a Transfusion model does not learn, or draws noise:
 
 import argparse
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -299,13 +300,17 @@ def check_overfit(base: Any, batch: dict[str, Any], steps: int, learning_rate: f
     rate = learning_rate or min(0.8 / config.text_config.hidden_size, 0.01)
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=10)
+    # Which of n documents it is in, a model can only guess: that costs up to log n each.
+    positions, num_labels = batch.get("position_ids"), int((batch["labels"] != -100).sum())
+    num_documents = len(batch["labels"]) if positions is None else int((positions == 0).sum())
+    floors = {"lm_loss": num_documents * math.log(num_documents) / max(num_labels, 1), "diffusion_loss": 0.0}
     first: dict[str, float] = {}
     for step in logging.tqdm(range(steps + 1), desc="overfit", unit=" steps"):
         outputs = twin(**inputs, skip_logits=True, use_cache=False)
-        last = {name: float(getattr(outputs, name).detach()) for name in ("lm_loss", "diffusion_loss")}
+        last = {name: float(getattr(outputs, name).detach()) for name in floors}
         first = first or last
         # Learned: fallen by 90 %, or low from the start.
-        high = [name for name, loss in last.items() if not loss <= max(0.1 * first[name], 0.05)]
+        high = [name for name, low in floors.items() if not last[name] <= max(0.1 * first[name], low + 0.05)]
         if not high or not outputs.loss.isfinite() or step == steps:
             break
         optimizer.zero_grad()
