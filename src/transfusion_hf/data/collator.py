@@ -98,6 +98,8 @@ class TransfusionDataCollator:
         self._end = "" if has_eos else tokenizer.eos_token or ""
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if not features:
+            raise ValueError("`features` must hold at least one sample; got none.")
         texts, images, latents, limits, masks = zip(*map(self._read, features), strict=True)
         contents = {"text": list(texts), "images": [*chain(*images)], "latents": [*chain(*latents)]}
         batch = dict(self.processor(**contents, return_labels=True, padding=True, padding_side="right"))
