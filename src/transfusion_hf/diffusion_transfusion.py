@@ -270,16 +270,8 @@ def predicted_x_0(
     """What x_t of shape `(num_images, channels, height, width)` leads to, by a prediction at one t of shape `()`."""
     if is_flow(noise_scheduler):
         return x_t - t / noise_scheduler.config.num_train_timesteps * prediction
-    alpha_bar = noise_scheduler.alphas_cumprod[int(t)].to(x_t)
-    a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type == "sample":
-        x_0 = prediction
-    elif prediction_type == "v_prediction":
-        x_0 = a * x_t - b * prediction
-    else:
-        x_0 = (x_t - b * prediction) / a
-    return x_0.clamp(-1, 1) if noise_scheduler.config.clip_sample else x_0
+    # The step also draws noise, which must not come from the generators of the drawing.
+    return noise_scheduler.step(prediction, int(t), x_t, generator=torch.Generator()).pred_original_sample
 
 
 def image_losses(predictions: Stacks, targets: Stacks) -> torch.Tensor:

@@ -2,9 +2,9 @@
 Transfusion (Zhou et al., arXiv 2408.11039): any transformers decoder, the light image parts around it, two losses.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,7 +49,6 @@ from .patching_transfusion import (
     TransfusionUNetPatchEncoder,
     TransfusionVAE,
     apply_by_size,
-    fit_patch_parts,
     sincos_positions,
     stack_images,
 )
@@ -201,17 +200,6 @@ class TransfusionPreTrainedModel(PreTrainedModel):
         for image, text in new:
             initialization.copy_(image, text)  # leaves what was loaded
 
-    @torch.no_grad()
-    def copy_text_weights_(self) -> None:
-        """
-        Makes the image weights of `untied_modalities` copies of the text's, for a language model that was loaded.
-        Raises `ValueError` if the model has none.
-        """
-        if not self.config.untied_modalities:
-            raise ValueError("There are no image weights to copy to: `untied_modalities` of the config is empty.")
-        for _, image, text in image_parameters(self):
-            image.copy_(text)
-
 
 class TransfusionModel(TransfusionPreTrainedModel):
     """
@@ -360,12 +348,10 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         text_config = config.text_config
         self.model = TransfusionModel(config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=text_config.model_type == "phi")
-        self._noise_scheduler = None
         self.use_liger_loss = False
         # Otherwise the library ignores custom entries of `generation_config.json` on loading.
         self.generation_config._from_model_config = False
-        for name, default in DRAWING_DEFAULTS.items():
-            setattr(self.generation_config, name, default)
+        self.generation_config.update(**DRAWING_DEFAULTS, allow_custom_entries=True)
         self.post_init()
         if not self.model.tp_plan:  # a family without one (StableLM): then not the head alone, which may be tied
             self.tp_plan = None
@@ -375,16 +361,14 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in present}
 
-    @property
+    @cached_property  # not in __init__, which `from_pretrained` runs on the meta device
     def noise_scheduler(self) -> SchedulerMixin:
         """That of the training. Other samplers come from its config: `DDIMScheduler.from_config(scheduler.config)`."""
-        if self._noise_scheduler is None:  # not in __init__, which `from_pretrained` runs on the meta device
-            self._noise_scheduler = make_noise_scheduler(self.config)
-        return self._noise_scheduler
+        return make_noise_scheduler(self.config)
 
     def reset_noise_scheduler(self) -> None:
         """Rebuilds the schedule after a change of the configuration."""
-        self._noise_scheduler = None
+        self.__dict__.pop("noise_scheduler", None)
 
     def encode_images(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """
@@ -414,19 +398,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(num_images, latent_channels, height, width)` to images in [−1, 1]; undoes [`encode_images`]."""
         return latents if self.vae is None else self.vae.to_images(latents)
-
-    def init_patch_parts(self, embedding: torch.Tensor | None = None) -> None:
-        """
-        New patch encoder and decoder for a trained language model: patches enter as large as its words, and the first
-        prediction is 0. They take size, device and dtype from `embedding` of shape `(vocab, hidden)`; default its own.
-        """
-        weight = self.get_input_embeddings().weight.detach() if embedding is None else embedding
-        parts = nn.ModuleList(type(part)(self.config) for part in (self.model.patch_encoder, self.model.patch_decoder))
-        parts.apply(self._init_weights).to(weight)
-        self.model.patch_encoder, self.model.patch_decoder = parts
-        std = math.sqrt(sum(rows.float().square().sum().item() for rows in weight.split(4096)) / weight.numel())
-        scale = getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0)
-        fit_patch_parts(*parts, self.config, std * scale)
 
     def grow_vocabulary(self, num_tokens: int, pad_to_multiple_of: int | None = None) -> None:
         """Grows the vocabulary to at least `num_tokens`. New rows of embedding and head are the mean of the others."""

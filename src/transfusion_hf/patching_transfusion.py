@@ -233,22 +233,6 @@ class TransfusionUNetPatchDecoder(nn.Module):
         return (self.conv_out(nn.functional.silu(self.norm_out(hidden_states))),)
 
 
-@torch.no_grad()
-def fit_patch_parts(encoder: nn.Module, decoder: nn.Module, config: TransfusionConfig, embedding_std: float) -> None:
-    """
-    Prepares new patch parts for a trained language model: patch vectors get the scale of its token embeddings, whose
-    root mean square is `embedding_std`, and the first prediction is 0.
-    """
-    side = 4 * config.patch_size  # small images: those of the model may be many patches
-    stack = torch.randn(64, config.latent_channels, side, side, device=encoder.proj.weight.device)
-    encoder.proj.bias.zero_()
-    (patches,), _ = encoder([stack], torch.randint(config.num_train_timesteps, (len(stack),), device=stack.device))
-    encoder.proj.weight.mul_(embedding_std / patches.float().square().mean().sqrt())
-    last = decoder.conv_out if isinstance(decoder, TransfusionUNetPatchDecoder) else decoder.proj
-    last.weight.zero_()
-    last.bias.zero_()
-
-
 class FrozenLinear(nn.Module):
     """A linear layer hidden from LoRA on `"all-linear"` and from quantisation."""
 

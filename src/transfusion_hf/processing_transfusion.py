@@ -149,8 +149,7 @@ class TransfusionProcessor(ProcessorMixin):
         if image_processor is None:
             height, width = (side * config.vae_scale_factor for side in config.latent_size)
             crop_size = {"height": height, "width": width}
-            vae_config = config.vae_config
-            channels = config.latent_channels if vae_config is None else vae_config.get("in_channels", 3)
+            channels = (config.vae_config or {"in_channels": config.latent_channels}).get("in_channels", 3)
             image_processor = TransfusionImageProcessor(
                 size={"shortest_edge": height} if height == width else dict(crop_size),
                 crop_size=crop_size,
@@ -181,28 +180,25 @@ class TransfusionProcessor(ProcessorMixin):
         kwargs = {"return_tensors": "pt", "padding_side": "left", "padding": not isinstance(text, str), **kwargs}
         if isinstance(text, (list, tuple)) and len(text) == 0:
             raise ValueError("`text` must hold at least one text; got an empty list.")
-        # A batch may happen to have no images.
-        images = None if isinstance(images, (list, tuple)) and not images else images
-        latents = None if latents is not None and not len(latents) else latents
-        if images is not None and latents is not None:
+        images = [] if images is None else make_flat_list_of_images(images)
+        latents = [] if latents is None else list(latents)
+        if images and latents:
             raise ValueError("Pass `images` or `latents`, not both.")
         texts = [text] if isinstance(text, str) else list(text or [])
-        name, given = "latents", latents
-        if given is None:
-            name, given = "images", [] if images is None else make_flat_list_of_images(images)
+        name, given = ("latents", latents) if latents else ("images", images)
         num_markers = "".join(texts).count(self.image_token)
         if num_markers != len(given):
             raise ValueError(
                 f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {len(given)} images; pass "
                 "one image per marker."
             )
-        if latents is None:
-            features = super().__call__(images=images, text=text, **kwargs)
-        else:
+        if latents:
             blocks = [self.replace_image_token({"latents": latents}, i) for i in range(len(latents))]
             texts, _ = self.get_text_with_replacements(texts, blocks)
             features = BatchFeature(dict(self.tokenizer(texts[0] if isinstance(text, str) else texts, **kwargs)))
-            features["latents"] = torch.stack(list(latents)) if len({x.shape for x in latents}) == 1 else list(latents)
+            features["latents"] = torch.stack(latents) if len({x.shape for x in latents}) == 1 else latents
+        else:
+            features = super().__call__(images=images or None, text=text, **kwargs)
         if return_labels:
             ids, mask = (torch.as_tensor(features[name]) for name in ("input_ids", "attention_mask"))
             tokens = (self.image_start_token_id, self.image_token_id, self.image_end_token_id)
@@ -215,15 +211,14 @@ class TransfusionProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """`<BOI>`, a placeholder for each patch, `<EOI>`; `image_inputs` holds `pixel_values` or `latents`."""
         if "latents" in image_inputs:
-            name, side, where, images = "latents", self.patch_size, "in the latent", image_inputs["latents"]
+            name, side, images = "latents", self.patch_size, image_inputs["latents"]
         else:
-            name, side, where = "images", self.pixels_per_patch, "after preprocessing"
-            images = image_inputs["pixel_values"]
+            name, side, images = "images", self.pixels_per_patch, image_inputs["pixel_values"]
         height, width = images[image_idx].shape[-2:]
         if height % side or width % side:
             raise ValueError(
-                f"`{name}`: image {image_idx} is {height} × {width} pixels {where}; its sides must be multiples of "
-                f"{side}, one patch. Resize or crop it."
+                f"`{name}`: image {image_idx} is {height} × {width} pixels as the model takes it; its sides must be "
+                f"multiples of {side}, one patch. Resize or crop it."
             )
         num_patches = (height // side) * (width // side)
         return self.image_start_token + self.image_token * num_patches + self.image_end_token
@@ -272,16 +267,16 @@ class TransfusionProcessor(ProcessorMixin):
         if images is None or len(images) != len(sequences):
             raise ValueError(f"`images` must hold one list for each of {len(sequences)} rows; got {images!r}.")
         kwargs["skip_special_tokens"] = skip_special_tokens
-        return [self._decode_row(ids.tolist(), row, **kwargs) for ids, row in zip(sequences, images, strict=True)]
-
-    def _decode_row(self, ids: list[int], images: Sequence[Any], **kwargs: Any) -> list[str | Image.Image]:
-        runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=lambda i: i == self.image_token_id)]
-        num_blocks = sum(is_image for is_image, _ in runs)
-        if num_blocks != len(images):
-            raise ValueError(
-                f"A row has {num_blocks} image blocks but `images` holds {len(images)}; pass the prompt's images "
-                "before the generated ones, or cut the prompt off: `sequences[:, prompt_length:]`."
-            )
-        pictures = (self.image_processor.postprocess([x])[0] if isinstance(x, torch.Tensor) else x for x in images)
-        parts = [next(pictures) if is_image else self.tokenizer.decode(run, **kwargs) for is_image, run in runs]
-        return [part for part in parts if part != ""]
+        rows = []
+        for ids, row in zip(sequences.tolist(), images, strict=True):
+            runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=lambda i: i == self.image_token_id)]
+            num_blocks = sum(is_image for is_image, _ in runs)
+            if num_blocks != len(row):
+                raise ValueError(
+                    f"A row has {num_blocks} image blocks but `images` holds {len(row)}; pass the prompt's images "
+                    "before the generated ones, or cut the prompt off: `sequences[:, prompt_length:]`."
+                )
+            pictures = (self.image_processor.postprocess([x])[0] if isinstance(x, torch.Tensor) else x for x in row)
+            parts = [next(pictures) if is_image else self.tokenizer.decode(run, **kwargs) for is_image, run in runs]
+            rows.append([part for part in parts if part != ""])
+        return rows

@@ -1,16 +1,19 @@
 """In memory: a language model of transformers becomes a Transfusion that can learn to draw."""
 
 import copy
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_transfusion import IMAGE_TOKEN_IDS, TransfusionConfig
 from ..modality_transfusion import untie_modalities
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
+from ..patching_transfusion import TransfusionUNetPatchDecoder
 
 # The arguments of `from_pretrained` that say where a checkpoint lies.
 _HUB_ARGUMENTS = (
@@ -48,6 +51,28 @@ def refuse_unfit(missing: Iterable[str], unknown: Iterable[str], misshapen: Iter
     said = [f"{what}: {', '.join(names[:5])} ({len(names)} in all)" for what, names in problems.items() if names]
     if said:
         raise ValueError(f"The checkpoint does not fit its configuration. Tensors {'; '.join(said)}.")
+
+
+@torch.no_grad()
+def init_patch_parts(model: TransfusionForCausalLMAndDiffusion, embedding: torch.Tensor) -> None:
+    """
+    New patch encoder and decoder for a trained language model: patches enter as large as its words, and the first
+    prediction is 0. They take device and dtype from the language model's `embedding` of shape `(vocab, hidden)`.
+    """
+    config, base = model.config, model.model
+    parts = nn.ModuleList(type(part)(config) for part in (base.patch_encoder, base.patch_decoder))
+    parts.apply(model._init_weights).to(embedding)
+    base.patch_encoder, base.patch_decoder = encoder, decoder = parts
+    mean_square = sum(rows.float().square().sum().item() for rows in embedding.split(4096)) / embedding.numel()
+    scale = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
+    side = 4 * config.patch_size  # small images: those of the model may be many patches
+    stack = torch.randn(64, config.latent_channels, side, side, device=embedding.device)
+    encoder.proj.bias.zero_()
+    (patches,), _ = encoder([stack], torch.randint(config.num_train_timesteps, (len(stack),), device=stack.device))
+    encoder.proj.weight.mul_(math.sqrt(mean_square) * scale / patches.float().square().mean().sqrt())
+    last = decoder.conv_out if isinstance(decoder, TransfusionUNetPatchDecoder) else decoder.proj
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
 
 
 def from_causal_lm(
@@ -96,7 +121,7 @@ def from_causal_lm(
     model.lm_head = language_model.get_output_embeddings()
     config.text_config = model.model.language_model.config
     model.grow_vocabulary(config.image_end_token_id + 1, pad_to_multiple_of)
-    model.init_patch_parts()
+    init_patch_parts(model, model.get_input_embeddings().weight.detach())
     model.generation_config.update(**generation_values(language_model.generation_config))
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
