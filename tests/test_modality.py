@@ -15,14 +15,13 @@ from test_modeling import FAMILIES
 from test_quickstart import ROOT, run
 from test_trainer import exact_trainer, uneven_samples
 from tiny import BOI, BOS, EOI, IMG
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessorList
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion
 from transfusion_hf.conversion.causal_lm import convert_causal_lm
 from transfusion_hf.conversion.export import extract_causal_lm
-from transfusion_hf.modality_transfusion import image_parameters, untie_modalities
+from transfusion_hf.modality_transfusion import image_parameters
 from transfusion_hf.training.plans import TRAINING_PLANS, set_trainable
 from transfusion_hf.training.trainer import _flops_per_token
 
@@ -356,13 +355,6 @@ def test_the_vae_is_trained_by_no_plan():
 def test_nothing_untied_is_the_model_of_the_paper(nothing):
     model = tiny.model(untied_modalities=nothing)
     assert not list(image_parameters(model)) and not any("image" in name for name, _ in model.named_parameters())
-
-
-def test_a_family_with_parameters_outside_of_modules_is_refused():
-    decoder = tiny.model().model.language_model
-    decoder.layers[1].self_attn.sinks = nn.Parameter(torch.zeros(4))
-    with pytest.raises(ValueError, match=r"cannot split a LlamaDecoderLayer.*sinks"):
-        untie_modalities(decoder)
 
 
 def test_plans_train_what_they_say_and_leave_text_alone():

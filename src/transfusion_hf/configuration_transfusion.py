@@ -78,11 +78,6 @@ def paper_vae_config(scaling_factor: float, shift_factor: float | None = None) -
     }  # fmt: skip
 
 
-def vae_arguments(vae_config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an `AutoencoderKL`, without diffusers' own notes (`_class_name` …)."""
-    return {name: value for name, value in vae_config.items() if not name.startswith("_")}
-
-
 def _preset_text_config(name: str) -> LlamaConfig:
     return LlamaConfig(vocab_size=_VOCAB_SIZE, max_position_embeddings=4096, **_PRESETS[name])
 
@@ -181,10 +176,10 @@ class TransfusionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Mirrored because transformers reads the outer flag: a tied family would lose its head on reload.
         given, tied = self.tie_word_embeddings, self.text_config.tie_word_embeddings
-        message = (
-            f"`tie_word_embeddings` is {given} but that of `text_config` is {tied}; set it in `text_config` only."
-        )
-        _refuse({message: given not in (None, tied)})
+        if given not in (None, tied):
+            raise ValueError(
+                f"`tie_word_embeddings` is {given} but that of `text_config` is {tied}; set it in `text_config` only."
+            )
         self.tie_word_embeddings = tied
         self.validate_transfusion()
 
@@ -206,22 +201,17 @@ class TransfusionConfig(PreTrainedConfig):
         saved = copy.copy(self)
         saved.auto_map, saved.custom_pipelines = dict(AUTO_MAP), CUSTOM_PIPELINES
         super(TransfusionConfig, saved).save_pretrained(save_directory)
-        self._save_code(save_directory)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-
-    def _save_code(self, save_directory: str | os.PathLike) -> None:
         folder = Path(__file__).parent
         if _IS_REMOTE_CODE:
             # transformers copied only what this file imports, and no file imports the pipelines. A repository's code
             # lies in a folder named after its commit. If it is gone, transformers copies model and processor.
             with suppress(OSError):
-                file = cached_file(self.name_or_path, "pipelines_transfusion.py", revision=folder.name)
-                folder = Path(file).parent
+                folder = Path(cached_file(self.name_or_path, "pipelines_transfusion.py", revision=folder.name)).parent
         for file in folder.glob("*_transfusion.py"):
-            target = Path(save_directory, file.name)
-            if not (target.exists() and target.samefile(file)):
-                shutil.copyfile(file, target)
+            with suppress(shutil.SameFileError):
+                shutil.copyfile(file, Path(save_directory, file.name))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     @property
     def latent_size(self) -> tuple[int, int]:

@@ -241,14 +241,14 @@ def noise_images(
     for name, value in per_image.items():
         if value is not None and len(value) != num_images:
             raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(value)}.")
-    if timesteps is not None:
-        check_timesteps(timesteps, num_images, num_train_timesteps - 1 + first)
-    elif max_timesteps is None:
-        timesteps = sample_timesteps(torch.full((num_images,), num_train_timesteps, device=device), seeds) + first
-    elif ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
+    if max_timesteps is None:
+        max_timesteps = torch.full((num_images,), num_train_timesteps, device=device)
+    elif not ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
+        raise ValueError(f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}.")
+    if timesteps is None:
         timesteps = sample_timesteps(max_timesteps, seeds) + first
     else:
-        raise ValueError(f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}.")
+        check_timesteps(timesteps, num_images, num_train_timesteps - 1 + first)
     timesteps, eps, mask = timesteps.to(device), sample_noise(x_0, seeds), None
     if image_loss_mask is not None:
         mask = image_loss_mask.to(device=device, dtype=torch.bool)

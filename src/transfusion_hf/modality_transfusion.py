@@ -126,18 +126,12 @@ def untie_modalities(language_model: nn.Module) -> None:
         language_model (`PreTrainedModel`): A transformers decoder with `layers`, each with a `self_attn`.
 
     Raises:
-        ValueError: a layer has parameters outside of its modules, or has image weights already.
+        ValueError: the layers have image weights already.
     """
     for layer in language_model.layers:
         attention = layer.self_attn
         if hasattr(layer, IMAGE):
             raise ValueError("This decoder's layers have image weights already, from another model; load it again.")
-        own = [name for part in (layer, attention) for name, _ in part.named_parameters(recurse=False)]
-        if own:
-            raise ValueError(
-                f"`untied_modalities` cannot split a {type(layer).__name__}, which has parameters outside of its "
-                f"modules: {', '.join(own)}. Leave it empty for this family."
-            )
         modules = {"self_attn": nn.ModuleDict(_copies(attention)), **_copies(layer, without="self_attn")}
         layer.add_module(IMAGE, nn.ModuleDict(modules))
         for part in (layer, attention):

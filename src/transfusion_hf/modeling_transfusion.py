@@ -17,7 +17,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_transfusion import VarlenPlan
-from .configuration_transfusion import TransfusionConfig, vae_arguments
+from .configuration_transfusion import TransfusionConfig
 from .denoising_transfusion import DRAWING_DEFAULTS
 from .diffusion_transfusion import (
     at_least_float32,
@@ -356,7 +356,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         if not self.model.tp_plan:  # a family without one (StableLM): then not the head alone, which may be tied
             self.tp_plan = None
         # Last: `post_init` would initialise it again, and `dtype` and `device` are those of the first parameters.
-        self.vae = None if config.vae_config is None else TransfusionVAE(**vae_arguments(config.vae_config))
+        self.vae = None if config.vae_config is None else TransfusionVAE(**config.vae_config)
         # FSDP takes its classes from here by default, and expects to find each.
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = {name for name in self._no_split_modules if name in present}

@@ -254,8 +254,9 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
     float32: lower precision damages images, and some public checkpoints overflow.
     """
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
+    def __init__(self, **vae_config: Any):
+        # Without diffusers' own notes, `_class_name` and others.
+        super().__init__(**{name: value for name, value in vae_config.items() if not name.startswith("_")})
         for name, module in list(self.named_modules()):
             if isinstance(module, nn.Linear):
                 self.set_submodule(name, FrozenLinear(module))
