@@ -235,9 +235,8 @@ class FlashAttnKernel(TorchCudaKernel):
 
     @staticmethod
     def forward(query, key, value, one: VarlenPass, scale: float):
-        options = {"dropout_p": 0.0, "softmax_scale": scale, "causal": one.is_causal}
         output, lse, _, rng_state = flash_attn_interface._flash_attn_varlen_forward(
-            query, key, value, *one.segments, **options
+            query, key, value, *one.segments, dropout_p=0.0, softmax_scale=scale, causal=one.is_causal
         )
         return output, lse.transpose(0, 1), rng_state
 
@@ -254,7 +253,7 @@ class FlashAttnKernel(TorchCudaKernel):
 
 
 Kernel = type[TorchCpuKernel] | type[TorchCudaKernel]
-_KERNELS: tuple[Kernel, ...] = (TorchCudaKernel, FlashAttnKernel, TorchCpuKernel)  # in the order of preference
+_KERNELS: dict[str, Kernel] = {k.name: k for k in (TorchCudaKernel, FlashAttnKernel, TorchCpuKernel)}  # best first
 _chosen: dict[str, Kernel | None] = {}  # by device, for the whole process
 
 
@@ -269,8 +268,8 @@ def varlen_kernels() -> dict[str, str]:
     >>> varlen_kernels()
     {'torch_cuda': 'torch sees no CUDA device', 'flash_attn': "No module named 'flash_attn' …", 'torch_cpu': 'in use'}
     ```"""
-    in_use = [_choose(kernel.device_type) for kernel in _KERNELS]
-    return {k.name: k.unavailable() or ("in use" if k in in_use else "available") for k in _KERNELS}
+    in_use = [_choose(kernel.device_type) for kernel in _KERNELS.values()]
+    return {name: k.unavailable() or ("in use" if k in in_use else "available") for name, k in _KERNELS.items()}
 
 
 def set_varlen_kernel(name: str) -> None:
@@ -284,39 +283,33 @@ def set_varlen_kernel(name: str) -> None:
     Raises:
         ValueError: an unknown kernel, or one that cannot run here.
     """
-    kernel = next((kernel for kernel in _KERNELS if kernel.name == name), None)
-    if kernel is None:
-        raise ValueError(f"`name` must be one of {', '.join(k.name for k in _KERNELS)}; got {name!r}.")
-    if reason := kernel.unavailable():
+    if name not in _KERNELS:
+        raise ValueError(f"`name` must be one of {', '.join(_KERNELS)}; got {name!r}.")
+    if reason := _KERNELS[name].unavailable():
         raise ValueError(f"The kernel {name!r} cannot be used: {reason}.")
-    _chosen[kernel.device_type] = kernel
+    _chosen[_KERNELS[name].device_type] = _KERNELS[name]
 
 
 def _choose(device_type: str) -> Kernel | None:
     """The kernel of a device, chosen once; `None` where there is none."""
     if device_type not in _chosen:
-        _chosen[device_type] = next(
-            (k for k in _KERNELS if k.device_type == device_type and not k.unavailable()), None
-        )
+        usable = (k for k in _KERNELS.values() if k.device_type == device_type and not k.unavailable())
+        _chosen[device_type] = next(usable, None)
     return _chosen[device_type]
 
 
 def _kernel_for(query: torch.Tensor) -> Kernel:
     """The kernel for a tensor's device, once it is sure to take it."""
-    kernel = _choose(query.device.type)
+    kernel, device, dim = _choose(query.device.type), query.device.type, query.shape[-1]
     if kernel is None:
-        raise ValueError(
-            f"`{VARLEN_ATTENTION}` has no kernel for {query.device.type}: {varlen_kernels()}. Use 'sdpa' there."
-        )
+        raise ValueError(f"`{VARLEN_ATTENTION}` has no kernel for {device}: {varlen_kernels()}. Use 'sdpa' there.")
     if query.dtype not in kernel.dtypes:
         raise ValueError(
             f"`{VARLEN_ATTENTION}` with the kernel {kernel.name!r} computes in "
             f"{', '.join(map(str, kernel.dtypes))}; got {query.dtype}. Load the model in one of these, or use 'sdpa'."
         )
-    if kernel is not TorchCpuKernel and (query.shape[-1] > 256 or query.shape[-1] % 8):
-        raise ValueError(
-            f"FlashAttention takes head sizes up to 256 that are multiples of 8; got {query.shape[-1]}. Use 'sdpa'."
-        )
+    if kernel is not TorchCpuKernel and (dim > 256 or dim % 8):
+        raise ValueError(f"FlashAttention takes head sizes up to 256, multiples of 8; got {dim}. Use 'sdpa'.")
     return kernel
 
 
@@ -404,10 +397,7 @@ def transfusion_varlen_attention(
         )
     sizes, planned = (batch * seq, batch * key.shape[2]), (varlen_plan.num_queries, varlen_plan.num_keys)
     if sizes != planned:
-        raise ValueError(
-            "`varlen_plan` is for {} queries and {} keys, but there are {} and {}; make it from these "
-            "`input_ids`.".format(*planned, *sizes)
-        )
+        raise ValueError(f"`varlen_plan` is for {planned} queries and keys, not {sizes}; make it from these ids.")
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings leave queries and keys in float32, values are in the lower precision.
         query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))

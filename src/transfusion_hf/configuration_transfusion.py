@@ -20,7 +20,6 @@ _PRESETS: dict[str, dict[str, int]] = {
     "1.4B": {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 5632},
     "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008},
 }
-_VOCAB_SIZE = 32003  # Llama 2's tokens, then <BOI>, the patch placeholder and <EOI>
 
 # By patch size: channels of each level, ResNet blocks per level. The paper gives only the sum, 0.27B for every size.
 _PAPER_UNETS: dict[int, tuple[list[int], int]] = {
@@ -29,7 +28,6 @@ _PAPER_UNETS: dict[int, tuple[list[int], int]] = {
     4: ([448, 896, 896], 2),
     8: ([320, 640, 640, 640], 3),
 }
-_PAPER_HIDDEN_SIZE = 768  # of the paper's smallest model
 
 _CHOICES: dict[str, list] = {
     "patch_encoder": ["linear", "unet"],
@@ -79,7 +77,8 @@ def paper_vae_config(scaling_factor: float, shift_factor: float | None = None) -
 
 
 def _preset_text_config(name: str) -> LlamaConfig:
-    return LlamaConfig(vocab_size=_VOCAB_SIZE, max_position_embeddings=4096, **_PRESETS[name])
+    # Llama 2's 32,000 tokens, then `<BOI>`, the patch placeholder and `<EOI>`.
+    return LlamaConfig(vocab_size=32003, max_position_embeddings=4096, **_PRESETS[name])
 
 
 def _refuse(problems: dict[str, Any]) -> None:
@@ -275,7 +274,7 @@ class TransfusionConfig(PreTrainedConfig):
     def _complete_and_validate_unet(self) -> None:
         hidden_size, patch_size, channels = self.text_config.hidden_size, self.patch_size, self.unet_block_out_channels
         num_levels, layers, groups = patch_size.bit_length(), 1, 32
-        if channels is None and hidden_size >= _PAPER_HIDDEN_SIZE and patch_size in _PAPER_UNETS:
+        if channels is None and hidden_size >= _PRESETS["0.16B"]["hidden_size"] and patch_size in _PAPER_UNETS:
             channels, layers = _PAPER_UNETS[patch_size]
         elif channels is None:
             quarter, half = (-(-hidden_size // part // 8) * 8 for part in (4, 2))

@@ -103,25 +103,19 @@ def _scheduler_of_name(noise_scheduler: SchedulerMixin, name: Any) -> Any:
 
 
 def _check_same_schedule(sampler: Any, noise_scheduler: SchedulerMixin) -> None:
-    remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
     if not isinstance(sampler, SchedulerMixin):
-        raise ValueError(
-            f"`scheduler` must be a diffusers scheduler, its class name or `None`; got {sampler!r}; {remedy}."
-        )
+        raise ValueError(f"`scheduler` must be a diffusers scheduler, its class name or `None`; got {sampler!r}.")
+    remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
     pair = (sampler, noise_scheduler)
     # The config of diffusers' own flow matching names no type; that of multistep samplers does.
     names = ["flow_prediction" if type(s).__name__.startswith("FlowMatch") else None for s in pair]
     sampled, wanted = (name or s.config.get("prediction_type") for name, s in zip(names, pair, strict=True))
     if sampled != wanted:
-        raise ValueError(
-            f"`scheduler` samples a model of prediction type {sampled!r}, this one predicts {wanted!r}; {remedy}."
-        )
+        raise ValueError(f"`scheduler` has prediction type {sampled!r}, this one predicts {wanted!r}; {remedy}.")
     kinds = [(is_flow(s), s.config.get("num_train_timesteps")) for s in pair]
     bars = [torch.empty(0) if is_flow(s) else getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in pair]
     if kinds[0] != kinds[1] or bars[0].shape != bars[1].shape or not torch.allclose(*bars, atol=1e-6):
-        raise ValueError(
-            f"`scheduler` ({type(sampler).__name__}) has another noise schedule than the model; {remedy}."
-        )
+        raise ValueError(f"`scheduler` has another noise schedule than the model; {remedy}.")
 
 
 def _from_noise_to_0(sampler: Any, betas: torch.Tensor, num_steps: int) -> Any:
@@ -186,9 +180,7 @@ def sample_noise(stacks: Stacks, seeds: Sequence[int] | None = None) -> list[tor
     ]
 
 
-def add_noise(
-    noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.Tensor
-) -> list[torch.Tensor]:
+def add_noise(noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.Tensor) -> Stacks:
     """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (Eq. 2); with flow matching on the straight line from x_0 to ε."""
     if is_flow(noise_scheduler):
         sigmas = _per_stack(timesteps / noise_scheduler.config.num_train_timesteps, x_0)
@@ -200,9 +192,7 @@ def _per_stack(values: torch.Tensor, stacks: Stacks) -> tuple[torch.Tensor, ...]
     return values.split([len(stack) for stack in stacks])
 
 
-def prediction_targets(
-    noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.LongTensor
-) -> list[torch.Tensor]:
+def prediction_targets(noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.Tensor) -> Stacks:
     """What to predict: ε (Eq. 3), v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0 (arXiv 2202.00512), x_0, or ε − x_0 (flow matching)."""
     if is_flow(noise_scheduler):
         return [e - x for x, e in zip(x_0, eps, strict=True)]
@@ -210,7 +200,7 @@ def prediction_targets(
     if prediction_type == "v_prediction":
         parts = zip(x_0, eps, _per_stack(timesteps, x_0), strict=True)
         return [noise_scheduler.get_velocity(*part) for part in parts]
-    return list(x_0 if prediction_type == "sample" else eps)
+    return x_0 if prediction_type == "sample" else eps
 
 
 def chosen_rows(stacks: Stacks, mask: torch.BoolTensor) -> list[list[int]]:
@@ -221,7 +211,7 @@ def chosen_rows(stacks: Stacks, mask: torch.BoolTensor) -> list[list[int]]:
 
 def noise_images(
     noise_scheduler: SchedulerMixin, x_0: Stacks, timesteps=None, max_timesteps=None, image_loss_mask=None, seeds=None
-) -> tuple[list[torch.Tensor], torch.LongTensor, torch.BoolTensor | None, list[torch.Tensor]]:
+) -> tuple[Stacks, torch.LongTensor, torch.BoolTensor | None, Stacks]:
     """
     The forward diffusion of a training step: draws t and ε, and noises the images in `image_loss_mask`.
 
@@ -302,8 +292,7 @@ def mean_image_loss(losses, num_labels, num_items_in_batch=None, num_images_in_b
 
 
 def _logit_options(text_config: PreTrainedConfig) -> list[float | None]:
-    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    return [getattr(text_config, name, None) for name in names]
+    return [getattr(text_config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")]
 
 
 def scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
@@ -332,10 +321,7 @@ class _CrossEntropyInPlace(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         if ctx.gradient is None:
-            raise RuntimeError(
-                "The LM loss without logits goes backward once. Pass `skip_logits=False` to `forward` for a second "
-                "time, as with `retain_graph=True`."
-            )
+            raise RuntimeError("The LM loss goes backward once. Pass `skip_logits=False` to `forward` for more.")
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(grad_output), None
 

@@ -66,13 +66,14 @@ class TransfusionImageProcessor(TorchvisionBackend):
         PIL images of tensors `(channels, height, width)`, a list or stacked: undoes the mapping to [−1, 1], clips, and
         rounds to 8 bits.
         """
-        return [self._to_pil(image.detach().float().cpu()) for image in images]
-
-    def _to_pil(self, image: torch.Tensor) -> Image.Image:
         mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (self.image_mean, self.image_std))
-        if image.ndim != 3 or len(image) not in (1, 3) or not torch.isfinite(image).all():
-            raise ValueError(
-                "`images` must hold finite tensors of shape (channels, height, width) with 1 or 3 channels; got shape "
-                f"{tuple(image.shape)}."
-            )
-        return F.to_pil_image(((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8))
+        pictures = []
+        for image in images:
+            if image.ndim != 3 or len(image) not in (1, 3) or not torch.isfinite(image).all():
+                raise ValueError(
+                    "`images` must hold finite tensors of shape (channels, height, width) with 1 or 3 channels; got "
+                    f"shape {tuple(image.shape)}."
+                )
+            pixels = image.detach().float().cpu() * std + mean
+            pictures.append(F.to_pil_image((pixels.clamp(0, 1) * 255).round().to(torch.uint8)))
+        return pictures

@@ -14,10 +14,7 @@ from .configuration_transfusion import TransfusionConfig
 
 def check_attn_implementation(attn_implementation: str | dict | None) -> None:
     """Raises `ValueError` for a stock flash implementation, alone or in a dict of those of the sub-configs."""
-    if isinstance(attn_implementation, dict):
-        for value in attn_implementation.values():
-            check_attn_implementation(value)
-    elif attn_implementation is not None and "flash" in attn_implementation:
+    if "flash" in str(attn_implementation):
         raise ValueError(
             f"`attn_implementation={attn_implementation!r}` cannot compute Transfusion's mask: flash attention knows "
             "only causal and full attention, so transformers would silently drop the bidirectional image blocks. Use "
@@ -40,11 +37,9 @@ def image_block_ids(input_ids: torch.LongTensor, image_token_id: int) -> torch.L
 
 def image_block_lengths(block_ids: torch.LongTensor) -> list[int]:
     """Number of patches of each image, row by row, in order (one device synchronisation)."""
-    rows, columns = block_ids.shape
-    num_blocks = block_ids.max(dim=-1, keepdim=True).values + 1 if columns else block_ids.new_zeros(rows, 1)
+    num_blocks = block_ids.amax(dim=-1, keepdim=True) + 1
     first = num_blocks.cumsum(dim=0) - num_blocks  # blocks in the rows above
-    flat = (first + block_ids)[block_ids >= 0]
-    return torch.bincount(flat).tolist()
+    return torch.bincount((first + block_ids)[block_ids >= 0]).tolist()
 
 
 def check_num_images(num_images: int, num_blocks: int) -> None:
@@ -130,8 +125,7 @@ def create_transfusion_mask(
             _check_varlen_plan(varlen_plan, attn_implementation, (batch, seq), block_ids, position_ids)
         return varlen_plan.to(inputs_embeds.device)
     if attn_implementation == VARLEN_ATTENTION:
-        is_packed = attention_mask is None and cache is None
-        document_ids = _document_ids(position_ids, batch, seq) if is_packed else None
+        document_ids = _document_ids(position_ids, batch, seq) if attention_mask is None and cache is None else None
         if attention_mask is None:
             attention_mask = torch.ones(batch, seq if cache is None else cache.get_seq_length() + seq)
         return make_varlen_plan(attention_mask, seq, block_ids, document_ids, inputs_embeds.device)
@@ -165,11 +159,10 @@ def _check_varlen_plan(plan: VarlenPlan, attn_implementation: str | None, shape,
             f"`varlen_plan` is for `attn_implementation='{VARLEN_ATTENTION}'`; this model runs on "
             f"{attn_implementation!r}. Have the collator make none, or set that implementation."
         )
-    for what, own, other, default in (
-        ("images", plan.block_ids, block_ids, -1),
-        ("documents", plan.document_ids, _document_ids(position_ids, *shape), 0),
-    ):
-        own, other = (torch.tensor(default).expand(shape) if ids is None else ids for ids in (own, other))
+    of_images = ("images", -1, plan.block_ids, block_ids)
+    of_documents = ("documents", 0, plan.document_ids, _document_ids(position_ids, *shape))
+    for what, default, *pair in (of_images, of_documents):
+        own, other = (torch.tensor(default).expand(shape) if ids is None else ids for ids in pair)
         if own.shape != other.shape or not torch.equal(own.to(other.device), other):
             raise ValueError(
                 f"`varlen_plan` was made for other {what} than those of `input_ids` and `position_ids`, or for a "
@@ -179,6 +172,4 @@ def _check_varlen_plan(plan: VarlenPlan, attn_implementation: str | None, shape,
 
 def is_prepared(attention_mask: Any) -> bool:
     """Whether [`create_transfusion_mask`] made the mask, so that it is handed on as it is."""
-    if attention_mask is None or isinstance(attention_mask, (dict, VarlenPlan)):
-        return attention_mask is not None
-    return len(attention_mask.shape) == 4
+    return isinstance(attention_mask, (dict, VarlenPlan)) or len(getattr(attention_mask, "shape", ())) == 4

@@ -43,12 +43,9 @@ from .masking_transfusion import (
 from .modality_transfusion import ModalityRouter, image_parameters, untie_modalities
 from .patching_transfusion import (
     FrozenLinear,
-    TransfusionLinearPatchDecoder,
-    TransfusionLinearPatchEncoder,
-    TransfusionUNetPatchDecoder,
-    TransfusionUNetPatchEncoder,
     TransfusionVAE,
     apply_by_size,
+    make_patch_parts,
     sincos_positions,
     stack_images,
 )
@@ -148,9 +145,8 @@ class _Patches:
         """What the patch decoder takes, for the images that `mask` chooses; stacks without any are left out."""
         flat = hidden_states.flatten(0, 1) if self.is_everything else hidden_states[self.is_patch]
         states = [f.view_as(s) for f, s in zip(flat.split(self.lengths), self.states, strict=True)]
-        if mask is None:
-            return states, self.sizes, self.skips
-        chosen = [(i, row) for i, row in enumerate(chosen_rows(states, mask)) if row]
+        rows = [slice(None) for _ in states] if mask is None else chosen_rows(states, mask)
+        chosen = [(i, row) for i, row in enumerate(rows) if row]
         skips = None if self.skips is None else [tuple(s[row] for s in self.skips[i]) for i, row in chosen]
         return [states[i][row] for i, row in chosen], [self.sizes[i] for i, _ in chosen], skips
 
@@ -172,7 +168,6 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["timestep_embedding", "vae"]
     _supports_sdpa = True
     _supports_flex_attn = True
-    _supports_flash_attn = False
     _supports_attention_backend = True
 
     def __init__(self, config: TransfusionConfig):
@@ -216,9 +211,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         if config.untied_modalities:
             untie_modalities(self.language_model)
-        is_unet = config.patch_encoder == "unet"
-        self.patch_encoder = (TransfusionUNetPatchEncoder if is_unet else TransfusionLinearPatchEncoder)(config)
-        self.patch_decoder = (TransfusionUNetPatchDecoder if is_unet else TransfusionLinearPatchDecoder)(config)
+        self.patch_encoder, self.patch_decoder = make_patch_parts(config)
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -270,7 +263,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if input_ids is not None and input_ids.numel() == 0:
             raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
-        stacks = None if latents is None else stack_images(latents) or None
+        text_config, stacks = self.config.text_config, None if latents is None else stack_images(latents) or None
         block_ids: Any = None if input_ids is None else image_block_ids(input_ids, self.config.image_token_id)
         # Under a prepared mask, in a step of generation, there is nothing left to check.
         if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
@@ -291,8 +284,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
 
         if varlen_plan is not None or not is_prepared(attention_mask):
             # Text alone needs no blocks, and then transformers can use the faster causal kernels.
-            has_blocks = patches is not None and self.config.bidirectional_image_attention
-            blocks, text_config = block_ids if has_blocks else None, self.config.text_config
+            blocks = block_ids if patches is not None and self.config.bidirectional_image_attention else None
             attention_mask = create_transfusion_mask(
                 text_config, hidden_states, blocks, attention_mask, cache, position_ids, varlen_plan
             )
@@ -303,10 +295,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
         is_learning = self.training and torch.is_grad_enabled()
         if self.config.untied_modalities and (patches is not None or is_learning):
             where = (None, 0) if patches is None else (patches.is_patch, sum(patches.lengths))
-            family = self.config.text_config.model_type
-            kwargs["modality_router"] = ModalityRouter(family, hidden_states.shape[:2], *where)
+            kwargs["modality_router"] = ModalityRouter(text_config.model_type, hidden_states.shape[:2], *where)
         if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
+            use_cache = text_config.use_cache and not self.training
         kwargs |= {"position_ids": position_ids, "cache": cache, "use_cache": use_cache}
         outputs = self.language_model(inputs_embeds=hidden_states, attention_mask=attention_mask, **kwargs)
 
@@ -358,8 +349,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         # Last: `post_init` would initialise it again, and `dtype` and `device` are those of the first parameters.
         self.vae = None if config.vae_config is None else TransfusionVAE(**config.vae_config)
         # FSDP takes its classes from here by default, and expects to find each.
-        present = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = {name for name in self._no_split_modules if name in present}
+        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
 
     @cached_property  # not in __init__, which `from_pretrained` runs on the meta device
     def noise_scheduler(self) -> SchedulerMixin:
@@ -476,7 +466,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             ValueError: as [`TransfusionModel.forward`]; also for both or neither of two arguments where one is needed.
         """
         stacks, blank = self._latents_of(pixel_values, latents), None
-        targets: list[torch.Tensor] = []
+        targets: Sequence[torch.Tensor] = []
         if labels is None and (max_timesteps is not None or image_loss_mask is not None):
             name = "max_timesteps" if image_loss_mask is None else "image_loss_mask"
             raise ValueError(
@@ -493,10 +483,13 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             stacks, timesteps, prediction_mask, targets = noise_images(
                 self.noise_scheduler, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds
             )
-        kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "cache": cache}
-        outputs = self.model(
-            input_ids, stacks, timesteps, prediction_mask, attention_mask, use_cache=use_cache, **kwargs
-        )
+        kwargs |= {
+            "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids,
+            "cache": cache,
+            "use_cache": use_cache,
+        }
+        outputs = self.model(input_ids, stacks, timesteps, prediction_mask, attention_mask, **kwargs)
         predictions = outputs.image_predictions if blank is None else self.model.patch_decoder(*blank)
         if predictions is not None:
             predictions = [at_least_float32(stack) for stack in predictions]
@@ -523,7 +516,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         own |= {name: getattr(outputs, name) for name in ("cache", "hidden_states", "attentions")}
         return TransfusionCausalLMOutputWithPast(diffusion_loss=diffusion_loss, **own)
 
-    def _latents_of(self, pixel_values: Any, latents: Any) -> list[torch.Tensor] | None:
+    def _latents_of(self, pixel_values: Any, latents: Any) -> Sequence[torch.Tensor] | None:
         if pixel_values is not None and latents is not None:
             raise ValueError("Pass `pixel_values` or `latents`, not both.")
         if pixel_values is not None:

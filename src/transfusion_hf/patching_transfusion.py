@@ -17,7 +17,9 @@ from torch import nn
 
 from .configuration_transfusion import TransfusionConfig
 
+Tensors = tuple[torch.Tensor, ...]
 Stacks = Sequence[torch.Tensor]
+Sizes = Sequence[tuple[int, int]]  # height and width of the images of each stack
 
 
 def stack_images(images: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -33,9 +35,7 @@ def stack_images(images: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Te
     return [torch.stack(list(group)) for _, group in groupby(images, key=lambda image: tuple(image.shape))]
 
 
-def apply_by_size(
-    function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[tuple[torch.Tensor, ...]]
-) -> list[tuple[torch.Tensor, ...]]:
+def apply_by_size(function: Callable[..., Tensors], inputs: Sequence[Tensors]) -> list[Tensors]:
     """
     Calls a function of images once per size, even if stacks of that size are not neighbours. `inputs` holds the
     arguments for each stack, images first; so does the result.
@@ -43,7 +43,7 @@ def apply_by_size(
     members: dict[tuple[int, ...], list[int]] = {}
     for i, arguments in enumerate(inputs):
         members.setdefault(tuple(arguments[0].shape[1:]), []).append(i)
-    outputs: list[tuple[torch.Tensor, ...]] = [()] * len(inputs)
+    outputs: list[Tensors] = [()] * len(inputs)
     for stacks in members.values():
         results = function(*(torch.cat(parts) for parts in zip(*(inputs[i] for i in stacks), strict=True)))
         lengths = [len(inputs[i][0]) for i in stacks]
@@ -131,9 +131,7 @@ class TransfusionLinearPatchDecoder(nn.Module):
         self.patch_size = config.patch_size
         self.proj = nn.Linear(config.text_config.hidden_size, config.latent_channels * config.patch_size**2)
 
-    def forward(
-        self, hidden_states: Stacks, sizes: Sequence[tuple[int, int]], skips: None = None
-    ) -> list[torch.Tensor]:
+    def forward(self, hidden_states: Stacks, sizes: Sizes, skips: None = None) -> list[torch.Tensor]:
         """
         Stacks `(num_images, num_patches, hidden)`, and the height and width of the images of each, →
         `(num_images, channels, height, width)`.
@@ -172,9 +170,7 @@ class TransfusionUNetPatchEncoder(nn.Module):
         )  # fmt: skip
         self.proj = nn.Linear(channels[-1], config.text_config.hidden_size)
 
-    def forward(
-        self, stacks: Stacks, timesteps: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, ...]]]:
+    def forward(self, stacks: Stacks, timesteps: torch.Tensor) -> tuple[list[torch.Tensor], list[Tensors]]:
         """
         As in [`TransfusionLinearPatchEncoder`], but the second value holds per stack what the decoder needs from this
         pass: the timestep embedding and the maps of each level.
@@ -183,7 +179,7 @@ class TransfusionUNetPatchEncoder(nn.Module):
         outputs = apply_by_size(self._encode, list(zip(stacks, embeddings, strict=True)))
         return [patches for patches, *_ in outputs], [tuple(skips) for _, *skips in outputs]
 
-    def _encode(self, x_t: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _encode(self, x_t: torch.Tensor, embedding: torch.Tensor) -> Tensors:
         dtype = self.conv_in.weight.dtype
         hidden_states, embedding = self.conv_in(x_t.to(dtype)), embedding.to(dtype)
         maps = [hidden_states]
@@ -215,9 +211,7 @@ class TransfusionUNetPatchDecoder(nn.Module):
         self.norm_out = nn.GroupNorm(num_groups, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], config.latent_channels, kernel_size=3, padding=1)
 
-    def forward(
-        self, hidden_states: Stacks, sizes: Sequence[tuple[int, int]], skips: Sequence[tuple[torch.Tensor, ...]]
-    ) -> list[torch.Tensor]:
+    def forward(self, hidden_states: Stacks, sizes: Sizes, skips: Sequence[Tensors]) -> list[torch.Tensor]:
         """As in [`TransfusionLinearPatchDecoder`]; `skips` come from the encoder's pass over the same images."""
         inputs = []
         for states, (height, width), (embedding, *maps) in zip(hidden_states, sizes, skips, strict=True):
@@ -231,6 +225,13 @@ class TransfusionUNetPatchDecoder(nn.Module):
             hidden_states = block(hidden_states, maps[-count:], embedding)
             maps = maps[:-count]
         return (self.conv_out(nn.functional.silu(self.norm_out(hidden_states))),)
+
+
+def make_patch_parts(config: TransfusionConfig) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder, as `config.patch_encoder` says."""
+    if config.patch_encoder == "unet":
+        return TransfusionUNetPatchEncoder(config), TransfusionUNetPatchDecoder(config)
+    return TransfusionLinearPatchEncoder(config), TransfusionLinearPatchDecoder(config)
 
 
 class FrozenLinear(nn.Module):

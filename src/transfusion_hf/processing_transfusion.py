@@ -37,19 +37,15 @@ _PLAIN_CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ message['role'] }}: {{ message['content'] }}\n{% endfor -%}"
     "{%- if add_generation_prompt -%}assistant: {%- endif -%}"
 )
-
-
-def _chat_template(template: str, image_token: str) -> str:
-    """Makes a template for text accept messages whose content is a list of texts and images."""
-    flatten = (
-        "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
-        "{%- set given, content = message['content'], namespace(text='') -%}"
-        "{%- for part in ([{'type': 'text', 'text': given}] if given is string else given) -%}"
-        "{%- set content.text = content.text + (IMAGE if part['type'] == 'image' else part['text']) -%}{%- endfor -%}"
-        "{%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}"
-        "{%- endfor -%}{%- set messages = flat.messages -%}"
-    )
-    return flatten.replace("IMAGE", repr(image_token)) + template
+# In front of a template for text: messages may then hold a list of texts and images.
+_FLATTEN_CONTENT = (
+    "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- set given, content = message['content'], namespace(text='') -%}"
+    "{%- for part in ([{'type': 'text', 'text': given}] if given is string else given) -%}"
+    "{%- set content.text = content.text + (IMAGE if part['type'] == 'image' else part['text']) -%}{%- endfor -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}"
+    "{%- endfor -%}{%- set messages = flat.messages -%}"
+)
 
 
 class TransfusionProcessor(ProcessorMixin):
@@ -100,7 +96,8 @@ class TransfusionProcessor(ProcessorMixin):
         self.image_token_id, self.image_start_token_id, self.image_end_token_id = (vocabulary[t] for t in tokens)
         if chat_template is None:
             own = getattr(tokenizer, "chat_template", None)
-            chat_template = _chat_template(own if isinstance(own, str) else _PLAIN_CHAT_TEMPLATE, image_token)
+            chat_template = _FLATTEN_CONTENT.replace("IMAGE", repr(image_token))
+            chat_template += own if isinstance(own, str) else _PLAIN_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -250,11 +247,7 @@ class TransfusionProcessor(ProcessorMixin):
         raise ValueError(f"`generation_mode` must be 'text', 'image' or 'interleaved'; got {generation_mode!r}.")
 
     def decode_interleaved(
-        self,
-        sequences: torch.LongTensor,
-        images: Sequence[Sequence[torch.Tensor | Image.Image]] | None,
-        skip_special_tokens: bool = True,
-        **kwargs: Any,
+        self, sequences: torch.LongTensor, images: Sequence | None, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[list[str | Image.Image]]:
         """
         Each row as an ordered list of strings and PIL images.

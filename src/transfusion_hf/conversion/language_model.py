@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from ..configuration_transfusion import IMAGE_TOKEN_IDS, TransfusionConfig
 from ..modality_transfusion import untie_modalities
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
-from ..patching_transfusion import TransfusionUNetPatchDecoder
+from ..patching_transfusion import TransfusionUNetPatchDecoder, make_patch_parts
 
 # The arguments of `from_pretrained` that say where a checkpoint lies.
 _HUB_ARGUMENTS = (
@@ -60,7 +60,7 @@ def init_patch_parts(model: TransfusionForCausalLMAndDiffusion, embedding: torch
     prediction is 0. They take device and dtype from the language model's `embedding` of shape `(vocab, hidden)`.
     """
     config, base = model.config, model.model
-    parts = nn.ModuleList(type(part)(config) for part in (base.patch_encoder, base.patch_decoder))
+    parts = nn.ModuleList(make_patch_parts(config))
     parts.apply(model._init_weights).to(embedding)
     base.patch_encoder, base.patch_decoder = encoder, decoder = parts
     mean_square = sum(rows.float().square().sum().item() for rows in embedding.split(4096)) / embedding.numel()
