@@ -653,7 +653,7 @@ def test_bfloat16_stays_within_its_error_through_a_whole_drawing():
         ([4, 30], {"exponential_decay_length_penalty": (2, 1.1)}, "ExponentialDecayLengthPenalty counts columns"),
         ([4, 30], {"prefill_chunk_size": 2}, "`prefill_chunk_size` could cut an image in two"),
         ([4, 30], {"latents": torch.zeros(1, 2, 4, 4)}, "hold 1 images but `input_ids` has 0 image blocks"),
-        ([4, *IMAGE, 5], {}, "`input_ids` has 1 image blocks but no images were passed"),
+        ([4, *IMAGE, 5], {}, "hold 0 images but `input_ids` has 1 image blocks"),
         ([4, 30], {"image_guidence_scale": 3.0}, "not used by the model: .'image_guidence_scale'"),
     ],
 )  # fmt: skip

@@ -38,8 +38,7 @@ class VarlenPass:
         query_index (`torch.LongTensor` of shape `(num_queries,)`, *optional*):
             Rows of the flattened queries `(batch · seq, heads, dim)`, segment by segment. `None`: all, in order.
         key_index (`torch.LongTensor` of shape `(num_keys,)`, *optional*): The same for keys and values.
-        query_lengths (`list[int]`): Queries of each segment.
-        key_lengths (`list[int]`): Keys of each segment.
+        query_lengths, key_lengths (`list[int]`): Of each segment.
         is_causal (`bool`): Whether a query sees only the keys up to its own; segments are square then.
     """
 
@@ -62,14 +61,8 @@ class VarlenPass:
 @dataclass
 class VarlenPlan:
     """
-    The passes of a batch, made once and used by every layer.
-
-    Args:
-        passes (`list[VarlenPass]`)
-        num_queries (`int`): Rows of the flattened queries, padding included.
-        num_keys (`int`): Rows of the flattened keys, cache and padding included.
-        block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): The images that it was made for.
-        document_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): The documents.
+    The passes of a batch, made once and used by every layer; the numbers of flattened queries and keys, with cache and
+    padding; the images and documents that it was made for, `torch.LongTensor` of shape `(batch, seq)`.
     """
 
     passes: list[VarlenPass]
@@ -94,7 +87,7 @@ def _runs(labels: torch.Tensor) -> list[int]:
 @torch.compiler.disable
 def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: Any = "cpu") -> VarlenPlan:
     """
-    Cuts Transfusion's mask into passes.
+    Cuts Transfusion's mask into passes, on the CPU.
 
     Args:
         real (`torch.BoolTensor` of shape `(batch, past + seq)`): `False` at padding.
@@ -103,16 +96,11 @@ def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: 
             Of the new positions, from `image_block_ids`. `None`: causal throughout.
         document_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
             Documents packed into a row, in runs; without a cache only.
-        device (`torch.device`): Where to put the plan. It is made on the CPU.
-
-    Raises:
-        ValueError: documents together with a cache.
+        device (`torch.device`): Where to put the plan.
     """
     real = real.bool().cpu()
     batch, num_keys = real.shape
     past = num_keys - seq
-    if past and document_ids is not None:
-        raise ValueError("`document_ids` pack documents into a row, which a cache cannot continue; pass one of them.")
     rows = torch.arange(batch)[:, None].expand(batch, seq)
     queries = torch.arange(batch * seq).view(batch, seq)
     keys = torch.arange(batch * num_keys).view(batch, num_keys)
@@ -261,27 +249,16 @@ def varlen_kernels() -> dict[str, str]:
     """
     The kernels behind `attn_implementation="transfusion_varlen"`: for each `"in use"` (or to be used, on its device),
     `"available"`, or why it is not.
-
-    Example:
-
-    ```python
-    >>> varlen_kernels()
-    {'torch_cuda': 'torch sees no CUDA device', 'flash_attn': "No module named 'flash_attn' …", 'torch_cpu': 'in use'}
-    ```"""
+    """
     in_use = [_choose(kernel.device_type) for kernel in _KERNELS.values()]
     return {name: k.unavailable() or ("in use" if k in in_use else "available") for name, k in _KERNELS.items()}
 
 
 def set_varlen_kernel(name: str) -> None:
     """
-    Makes `"transfusion_varlen"` use another kernel on the device it is for, in the whole process. FlashAttention 3
-    and 4 sit behind `"torch_cuda"` after `torch.nn.attention.activate_flash_attention_impl("FA3")`.
-
-    Args:
-        name (`str`): `"torch_cuda"`, `"flash_attn"` or `"torch_cpu"`.
-
-    Raises:
-        ValueError: an unknown kernel, or one that cannot run here.
+    Makes `"transfusion_varlen"` use another kernel on the device it is for, in the whole process: `"torch_cuda"`,
+    `"flash_attn"` or `"torch_cpu"`; `ValueError` for one that cannot run here. FlashAttention 3 and 4 sit behind
+    `"torch_cuda"` after `torch.nn.attention.activate_flash_attention_impl("FA3")`.
     """
     if name not in _KERNELS:
         raise ValueError(f"`name` must be one of {', '.join(_KERNELS)}; got {name!r}.")
@@ -367,15 +344,8 @@ def transfusion_varlen_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, varlen_plan=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """
-    The attention function registered as `"transfusion_varlen"`.
-
-    Args:
-        query (`torch.Tensor` of shape `(batch, heads, seq, dim)`)
-        key (`torch.Tensor` of shape `(batch, kv_heads, past + seq, dim)`), value (the same)
-        varlen_plan (`VarlenPlan`): From `TransfusionModel`.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, seq, heads, dim)`, and `None` for the weights. 0 at padding.
+    The attention function registered as `"transfusion_varlen"`: queries `(batch, heads, seq, dim)`, keys and values
+    `(batch, kv_heads, past + seq, dim)` → `(batch, seq, heads, dim)`, 0 at padding, and `None` for the weights.
 
     Raises:
         ValueError: no plan or one of other sizes, dropout, a sliding window, soft-capped scores, a dtype, device or

@@ -60,7 +60,7 @@ def make_noise_scheduler(config: TransfusionConfig) -> SchedulerMixin:
 
 def make_sampling_scheduler(noise_scheduler, scheduler, num_inference_steps: int, device) -> SchedulerMixin:
     """
-    A scheduler ready to sample, whose state is shared with nobody.
+    A scheduler ready to sample in 1 to T steps, whose state is shared with nobody.
 
     Args:
         noise_scheduler (`SchedulerMixin`): That of the training.
@@ -68,7 +68,6 @@ def make_sampling_scheduler(noise_scheduler, scheduler, num_inference_steps: int
             A diffusers scheduler, or the name of its class. By name it is made from the model's own schedule, to go
             from 0.98·T or above to 0 in any number of steps, and to clip x_0 if the training's does (Euler's cannot).
             Default: the DDPM sampler of the paper; for flow matching Euler's.
-        num_inference_steps (`int`): 1 to T.
 
     Raises:
         ValueError: an unknown name, a schedule or prediction type other than the model's, steps out of range or, with
@@ -213,10 +212,8 @@ def noise_images(
     noise_scheduler: SchedulerMixin, x_0: Stacks, timesteps=None, max_timesteps=None, image_loss_mask=None, seeds=None
 ) -> tuple[Stacks, torch.LongTensor, torch.BoolTensor | None, Stacks]:
     """
-    The forward diffusion of a training step: draws t and ε, and noises the images in `image_loss_mask`.
-
-    Args:
-        timesteps, max_timesteps, image_loss_mask, seeds: As in `TransfusionForCausalLMAndDiffusion.forward`.
+    The forward diffusion of a training step: draws t and ε, and noises the images in `image_loss_mask`. The arguments
+    are those of `TransfusionForCausalLMAndDiffusion.forward`.
 
     Returns:
         x_t, in stacks, clean where not noised; t of each image, 0 for clean ones; the images to predict (`None`: all;
@@ -271,13 +268,8 @@ def image_losses(predictions: Stacks, targets: Stacks) -> torch.Tensor:
 
 def mean_image_loss(losses, num_labels, num_items_in_batch=None, num_images_in_batch=None) -> torch.Tensor:
     """
-    L_DDPM as the mean over images, or this micro-batch's part of that of a batch.
-
-    Args:
-        losses (`torch.FloatTensor` of shape `(num_noised_images,)`)
-        num_labels (`torch.LongTensor` of shape `()`): Labels in this micro-batch.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labels in the batch: weights the mean by the share.
-        num_images_in_batch (`torch.Tensor` or `int`, *optional*): Noised images in the batch, for the exact part.
+    L_DDPM as the mean over the losses of images `(num_noised_images,)`, or this micro-batch's part of that of a batch:
+    exactly, by the noised images in the batch, or by the share of `num_labels` in the `num_items_in_batch` labels.
     """
     if num_images_in_batch is not None:
         return losses.sum() / num_images_in_batch
@@ -329,13 +321,9 @@ class _CrossEntropyInPlace(torch.autograd.Function):
 @torch.compiler.disable  # a compiled graph cannot hold a function that keeps what it overwrote
 def sum_cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    The sum of −log softmax(logits)[target] (L_LM, Eq. 1), in at least float32. In place: float32 and float64 logits
-    hold nothing useful afterwards, and the backward pass, which runs once, needs no memory beyond theirs;
-    `F.cross_entropy` takes three times as much.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(num_labels, vocab)`)
-        targets (`torch.LongTensor` of shape `(num_labels,)`)
+    The sum of −log softmax(logits)[target] (L_LM, Eq. 1), in at least float32, of logits `(num_labels, vocab)`. In
+    place: float32 and float64 logits hold nothing useful afterwards, and the backward pass, which runs once, needs no
+    memory beyond theirs; `F.cross_entropy` takes three times as much.
     """
     return _CrossEntropyInPlace.apply(at_least_float32(logits), targets)
 

@@ -47,9 +47,7 @@ class TransfusionImageProcessor(TorchvisionBackend):
             raise ValueError("`images`: mode 'F' (floating point) has no known range; pass images of 8 or 16 bits.")
         if image.mode.startswith("I"):  # PIL would clip 16 bits instead of scaling them
             image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
-        if image.mode in ("La", "RGBa"):  # premultiplied
-            image = image.convert(image.mode.upper())
-        if "A" in image.getbands() or "transparency" in image.info:
+        if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("L" if len(self.image_mean) == 1 else "RGB")
@@ -62,10 +60,7 @@ class TransfusionImageProcessor(TorchvisionBackend):
         return BatchFeature({"pixel_values": pixel_values})
 
     def postprocess(self, images: Iterable[torch.Tensor]) -> list[Image.Image]:
-        """
-        PIL images of tensors `(channels, height, width)`, a list or stacked: undoes the mapping to [−1, 1], clips, and
-        rounds to 8 bits.
-        """
+        """PIL images of tensors `(channels, height, width)`, in [−1, 1] but for clipping; rounds to 8 bits."""
         mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (self.image_mean, self.image_std))
         pictures = []
         for image in images:

@@ -24,10 +24,8 @@ def check_attn_implementation(attn_implementation: str | dict | None) -> None:
 
 def image_block_ids(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
     """
-    Numbers the images of each row: a run of placeholders is one image; `<BOI>` and `<EOI>` keep neighbours apart.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch, seq)`: 0, 1, … at the patches of a row's images in turn, −1 at text.
+    Numbers the images of each row: 0, 1, … at their patches, −1 at text; `input_ids` and result have shape
+    `(batch, seq)`. A run of placeholders is one image; `<BOI>` and `<EOI>` keep neighbours apart.
     """
     is_patch = input_ids == image_token_id
     starts = is_patch.clone()
@@ -52,27 +50,15 @@ def check_num_images(num_images: int, num_blocks: int) -> None:
 
 def check_image_blocks(stacks: list[torch.Tensor] | None, block_ids: Any, config: TransfusionConfig) -> int:
     """
-    Images and blocks must be equal in number and length, or the placeholders would be filled wrongly. Returns their
-    number.
-
-    Args:
-        stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`, *optional*): The latents.
-        block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): From [`image_block_ids`].
-
-    Raises:
-        ValueError: they are not, an image has a wrong size or holds NaN or infinite values.
+    The number of images. Raises `ValueError` unless stacks of latents `(num_images, channels, height, width)` and
+    blocks from [`image_block_ids`] are equal in number and length, and the latents finite.
     """
-    if stacks is None:
-        if block_ids is not None and (block_ids >= 0).any():
-            raise ValueError(
-                f"`input_ids` has {len(image_block_lengths(block_ids))} image blocks but no images were passed; pass "
-                "`pixel_values` or `latents`, one image per block."
-            )
-        return 0
     if block_ids is None:
-        raise ValueError("`inputs_embeds` holds text only; pass images together with `input_ids`.")
+        if stacks is not None:
+            raise ValueError("`inputs_embeds` holds text only; pass images together with `input_ids`.")
+        return 0
     num_patches = []
-    for stack in stacks:
+    for stack in stacks or []:
         if stack.ndim != 4 or stack.shape[1] != config.latent_channels:
             raise ValueError(
                 f"Latents must have shape (num_images, {config.latent_channels}, height, width), as `latent_channels` "
@@ -95,7 +81,8 @@ def create_transfusion_mask(
     text_config, inputs_embeds, block_ids, attention_mask, cache, position_ids, varlen_plan: VarlenPlan | None = None
 ) -> Any:
     """
-    The mask for the new positions, in whatever form the decoder and its attention implementation want.
+    The mask for the new positions, in the form that the decoder takes: a tensor, a `BlockMask`, `None`, or a dict of
+    those by layer type; for `"transfusion_varlen"` a `VarlenPlan`.
 
     Args:
         text_config (`PreTrainedConfig`): The decoder's.
@@ -103,14 +90,8 @@ def create_transfusion_mask(
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
             Of the new positions, from [`image_block_ids`]; `None`: causal throughout. An image never straddles the
             border between cache and new positions, so the cached ones are not needed.
-        attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*): 0 at padding.
-        cache (`Cache`, *optional*)
-        position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
+        attention_mask, cache, position_ids: As in `TransfusionModel.forward`.
         varlen_plan (`VarlenPlan`, *optional*): A plan made before, in place of `attention_mask` and `cache`.
-
-    Returns:
-        What the decoder takes as `attention_mask`: a tensor, a `BlockMask`, `None`, or a dict of those by layer type;
-        for `"transfusion_varlen"` a `VarlenPlan`.
 
     Raises:
         ValueError: the decoder runs on a stock flash implementation; `varlen_plan` was made for another batch.

@@ -118,15 +118,9 @@ def _new_routed(plain_class: Any) -> nn.Module:
 def untie_modalities(language_model: nn.Module) -> None:
     """
     Gives each decoder layer a copy of its modules for image positions, used where `forward` gets a `modality_router`.
-    Without one the model stays what it was, to the bit.
+    Without one the model stays what it was, to the bit. `ValueError` if the layers have image weights already.
 
     NOTE: the norm behind the last layer stays one for all: what follows it at a patch is the image's own linear layer.
-
-    Args:
-        language_model (`PreTrainedModel`): A transformers decoder with `layers`, each with a `self_attn`.
-
-    Raises:
-        ValueError: the layers have image weights already.
     """
     for layer in language_model.layers:
         attention = layer.self_attn

@@ -1,6 +1,4 @@
-"""
-Transfusion (Zhou et al., arXiv 2408.11039): any transformers decoder, the light image parts around it, two losses.
-"""
+"""Transfusion (Zhou et al., arXiv 2408.11039): a transformers decoder, light image parts around it, two losses."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,7 +78,6 @@ def mean_row(rows: torch.Tensor) -> torch.Tensor:
 class TransfusionModelOutputWithPast(BaseModelOutputWithPast):
     """
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch, seq, hidden)`)
         image_predictions (`list[torch.FloatTensor]`, *optional*):
             With `timesteps`: the prediction (ε, or what `config.prediction_type` says) for the images in
             `prediction_mask`, in stacks of shape `(num_images, channels, height, width)`.
@@ -114,20 +111,12 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 @dataclass
 class _Patches:
-    """
-    The encoded images of a batch, and where they stand in it.
+    """The encoded images of a batch, in stacks, and where they stand in it."""
 
-    Args:
-        states (`list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`): One for each stack.
-        sizes (`list[tuple[int, int]]`): Height and width of the images of each stack.
-        skips (`list[tuple[torch.Tensor, ...]]`, *optional*): What the patch decoder needs of the encoder.
-        is_patch (`torch.BoolTensor` of shape `(batch, seq)`)
-    """
-
-    states: list[torch.Tensor]
-    sizes: list[tuple[int, int]]
-    skips: list[tuple[torch.Tensor, ...]] | None
-    is_patch: torch.Tensor
+    states: list[torch.Tensor]  # (images, patches, hidden)
+    sizes: list[tuple[int, int]]  # height and width of latents
+    skips: list[tuple[torch.Tensor, ...]] | None  # what the patch decoder needs of the encoder
+    is_patch: torch.Tensor  # (batch, seq)
 
     def __post_init__(self) -> None:
         self.lengths = [states.shape[0] * states.shape[1] for states in self.states]
@@ -197,12 +186,7 @@ class TransfusionPreTrainedModel(PreTrainedModel):
 
 
 class TransfusionModel(TransfusionPreTrainedModel):
-    """
-    The single transformer with its patch encoder and decoder, without LM head.
-
-    Raises:
-        ValueError: the decoder's family is not supported, or it runs on a stock flash implementation.
-    """
+    """The single transformer with its patch encoder and decoder, without LM head."""
 
     def __init__(self, config: TransfusionConfig):
         super().__init__(config)
@@ -247,13 +231,12 @@ class TransfusionModel(TransfusionPreTrainedModel):
             attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*):
                 0 at padding; or a mask prepared by `create_transfusion_mask`.
             position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
-            cache (`Cache`, *optional*)
             inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, hidden)`, *optional*):
                 In place of `input_ids`, for text alone.
-            use_cache (`bool`, *optional*)
             varlen_plan (`VarlenPlan`, *optional*):
                 In place of `attention_mask`, for `attn_implementation="transfusion_varlen"`: the plan of a batch
-                without padding or cache, which the collator makes. `None`: it is made here.
+                without padding or cache, which the collator makes.
+            cache, use_cache, kwargs: As the decoder takes them.
 
         Raises:
             ValueError: images and image blocks do not match, an image has a wrong size or holds NaN or infinite
@@ -322,13 +305,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
 class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, TransfusionGenerationMixin):
     """
     Transfusion with its LM head and both losses: reads text and images, writes text and draws images.
+    `ValueError` for a decoder of an unsupported family, or on a stock flash implementation.
 
     Attributes:
-        use_liger_loss (`bool`, defaults to `False`):
-            Where the LM head runs only at labels: whether Liger's fused kernel computes it and the LM loss.
-
-    Raises:
-        ValueError: as [`TransfusionModel`].
+        use_liger_loss (`bool`): Where the LM head runs only at labels, whether Liger computes it and the LM loss.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -362,13 +342,9 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
 
     def encode_images(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """
-        Images in [−1, 1] to latents, in stacks of at least float32. Without a VAE the image is its own latent.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, or a list of images)
-
-        Raises:
-            ValueError: channels that the VAE does not take, sides that are not multiples of VAE factor × patch.
+        Images `(num_images, channels, height, width)` or a list of images, in [−1, 1], to latents, in stacks of at
+        least float32. Without a VAE the image is its own latent. `ValueError` for channels that the VAE does not take,
+        and sides that are not multiples of VAE factor × patch.
         """
         stacks, vae = [at_least_float32(stack) for stack in stack_images(pixel_values)], self.vae
         if vae is None:
@@ -378,9 +354,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             if stack.ndim != 4 or stack.shape[1] != channels or stack.shape[2] % side or stack.shape[3] % side:
                 raise ValueError(
                     f"`pixel_values` must have shape (num_images, {channels}, height, width), height and width "
-                    f"multiples of {side} (VAE factor {self.config.vae_scale_factor} × `patch_size` "
-                    f"{self.config.patch_size}); got {tuple(stack.shape)}. Use the model's processor, or pass "
-                    "`latents`."
+                    f"multiples of {side} (VAE factor × `patch_size`); got {tuple(stack.shape)}. Use the model's "
+                    "processor, or pass `latents`."
                 )
         encoded = apply_by_size(lambda images: (vae.to_latents(images),), [(stack,) for stack in stacks])
         return [latents for (latents,) in encoded]
@@ -456,14 +431,14 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 `lm_loss` is then exact; `diffusion_loss` is weighted by this micro-batch's share of the labels, which
                 is exact only where all micro-batches hold the same numbers of labels and images.
             num_images_in_batch (`torch.Tensor` or `int`, *optional*):
-                Number of noised images in the whole batch, as [`TransfusionTrainer`] counts it. `diffusion_loss` is
-                then exact too, whatever each micro-batch holds.
+                Number of noised images in the whole batch, as [`TransfusionTrainer`] counts it: makes
+                `diffusion_loss` exact too.
             skip_logits (`bool`, *optional*, defaults to `True` in training with `labels`):
                 Whether to run the LM head only where there is a label, and to return no logits.
             kwargs: `varlen_plan`, as in [`TransfusionModel.forward`], and what the decoder takes.
 
         Raises:
-            ValueError: as [`TransfusionModel.forward`]; also for both or neither of two arguments where one is needed.
+            ValueError: as [`TransfusionModel.forward`]; arguments that exclude each other.
         """
         stacks, blank = self._latents_of(pixel_values, latents), None
         targets: Sequence[torch.Tensor] = []
@@ -483,13 +458,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             stacks, timesteps, prediction_mask, targets = noise_images(
                 self.noise_scheduler, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds
             )
-        kwargs |= {
-            "inputs_embeds": inputs_embeds,
-            "position_ids": position_ids,
-            "cache": cache,
-            "use_cache": use_cache,
-        }
-        outputs = self.model(input_ids, stacks, timesteps, prediction_mask, attention_mask, **kwargs)
+        rest = {"position_ids": position_ids, "cache": cache, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        outputs = self.model(input_ids, stacks, timesteps, prediction_mask, attention_mask, **rest, **kwargs)
         predictions = outputs.image_predictions if blank is None else self.model.patch_decoder(*blank)
         if predictions is not None:
             predictions = [at_least_float32(stack) for stack in predictions]
