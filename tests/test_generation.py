@@ -668,15 +668,15 @@ def test_a_scheduler_of_another_schedule_or_prediction_is_refused():
         with pytest.raises(ValueError, match=r"has another noise schedule than the model; make it with .*from_config"):
             generate(model, inputs, scheduler=other)
     other = DDIMScheduler.from_config(model.noise_scheduler.config, prediction_type="v_prediction")
-    with pytest.raises(ValueError, match="prediction type 'v_prediction', this one predicts 'epsilon'"):
+    with pytest.raises(ValueError, match="prediction type 'v_prediction', the model predicts 'epsilon'"):
         generate(model, inputs, scheduler=other)
-    with pytest.raises(ValueError, match="prediction type 'flow_prediction', this one predicts 'epsilon'"):
+    with pytest.raises(ValueError, match="prediction type 'flow_prediction', the model predicts 'epsilon'"):
         generate(model, inputs, scheduler=FlowMatchEulerDiscreteScheduler())
 
 
 def test_a_scheduler_of_another_flow_is_refused():
     model, inputs = tiny.model(prediction_type="flow_prediction"), prompts([4, BOI])
-    with pytest.raises(ValueError, match="prediction type 'epsilon', this one predicts 'flow_prediction'"):
+    with pytest.raises(ValueError, match="prediction type 'epsilon', the model predicts 'flow_prediction'"):
         generate(model, inputs, scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True))
     for other in (
         FlowMatchEulerDiscreteScheduler(num_train_timesteps=500),

@@ -63,7 +63,6 @@ def paper_vae_config(scaling_factor: float, shift_factor: float | None = None) -
     """
     The `vae_config` of the paper's autoencoder (§4.1): sides 8 times smaller, 8 channels, latents (z − shift) · scale;
     measure both on the trained autoencoder with `transfusion_hf.measure_latent_scale`.
-
     NOTE: the paper says only that it has 86M parameters; Stable Diffusion's layout with 8 channels has 83.7M.
     """
     channels = [128, 256, 512, 512]
@@ -107,9 +106,8 @@ class TransfusionConfig(PreTrainedConfig):
             `"linear"`: one linear layer on patch plus timestep embedding (with `patch_size=1` the paper's "none").
             `"unet"`: U-Net down and up blocks (§3, Table 7).
         unet_block_out_channels (`list[int]`, *optional*):
-            Channels at each of the U-Net's log2(`patch_size`) + 1 resolutions. For a hidden size of 768 or more and
-            patches of 1, 2, 4 or 8 defaults to a U-Net of 0.27B parameters, otherwise to a quarter of the hidden size,
-            and half of it at the last.
+            Channels at each of the U-Net's log2(`patch_size`) + 1 resolutions. Default for a hidden size of 768 or
+            more and patches up to 8: 0.27B parameters; otherwise a quarter of the hidden size, half of it at the last.
         unet_layers_per_block (`int`, *optional*): ResNet blocks at each resolution down; one more on the way up.
         unet_norm_num_groups (`int`, defaults to 32, or at most 8 for a small U-Net):
             Groups of the U-Net's group norms, of at least two channels; divides all its channels.
@@ -127,9 +125,8 @@ class TransfusionConfig(PreTrainedConfig):
         untied_modalities (`list[str]`, *optional*):
             `["image"]`: patches have separate projections, MLPs and norms in each layer, initialised as copies of the
             text's; attention is shared. `<BOI>` and `<EOI>` count as text. `None` or `[]`: all share all weights.
-        image_start_token_id (`int`, defaults to 32000): Id of `<BOI>`.
-        image_token_id (`int`, defaults to 32001): Id of the placeholder for one patch.
-        image_end_token_id (`int`, defaults to 32002): Id of `<EOI>`.
+        image_start_token_id, image_token_id, image_end_token_id (`int`, defaults to 32000, 32001 and 32002):
+            Ids of `<BOI>`, of the placeholder for one patch, and of `<EOI>`.
         tie_word_embeddings (`bool`, *optional*): Always that of `text_config`.
 
     Raises:
@@ -184,10 +181,7 @@ class TransfusionConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> "TransfusionConfig":
-        """
-        The configuration of one of the paper's five sizes (Table 2): `"0.16B"`, `"0.37B"`, `"0.76B"`, `"1.4B"` or
-        `"7B"`; `kwargs` are further fields. `ValueError` for another `name`.
-        """
+        """One of the paper's five sizes (Table 2): `"0.16B"`, `"0.37B"`, `"0.76B"`, `"1.4B"` or `"7B"`."""
         if name not in _PRESETS:
             raise ValueError(f"`name` must be one of the presets {', '.join(_PRESETS)}; got {name!r}.")
         return cls(text_config=_preset_text_config(name), **kwargs)

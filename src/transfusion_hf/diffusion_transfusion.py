@@ -43,7 +43,6 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 def make_noise_scheduler(config: TransfusionConfig) -> SchedulerMixin:
     """
     The schedule of the training: a `DDPMScheduler`, or for flow matching a `FlowMatchEulerDiscreteScheduler`.
-
     Clipping x_0 to [−1, 1] while sampling is right for pixels only. Timesteps are spaced `"leading"`, which leaves out
     t = T − 1: the cosine schedule has √ᾱ ≈ 5e-5 there, and would magnify an error of ε 20,000 times.
     """
@@ -63,9 +62,8 @@ def make_sampling_scheduler(noise_scheduler, scheduler, num_inference_steps: int
     A scheduler ready to sample in 1 to T steps, whose state is shared with nobody.
 
     Args:
-        noise_scheduler (`SchedulerMixin`): That of the training.
         scheduler (`SchedulerMixin` or `str`, *optional*):
-            A diffusers scheduler, or the name of its class. By name it is made from the model's own schedule, to go
+            A diffusers scheduler, or the name of its class. By name it is made from the training's schedule, to go
             from 0.98·T or above to 0 in any number of steps, and to clip x_0 if the training's does (Euler's cannot).
             Default: the DDPM sampler of the paper; for flow matching Euler's.
 
@@ -110,7 +108,7 @@ def _check_same_schedule(sampler: Any, noise_scheduler: SchedulerMixin) -> None:
     names = ["flow_prediction" if type(s).__name__.startswith("FlowMatch") else None for s in pair]
     sampled, wanted = (name or s.config.get("prediction_type") for name, s in zip(names, pair, strict=True))
     if sampled != wanted:
-        raise ValueError(f"`scheduler` has prediction type {sampled!r}, this one predicts {wanted!r}; {remedy}.")
+        raise ValueError(f"`scheduler` has prediction type {sampled!r}, the model predicts {wanted!r}; {remedy}.")
     kinds = [(is_flow(s), s.config.get("num_train_timesteps")) for s in pair]
     bars = [torch.empty(0) if is_flow(s) else getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in pair]
     if kinds[0] != kinds[1] or bars[0].shape != bars[1].shape or not torch.allclose(*bars, atol=1e-6):
@@ -218,9 +216,6 @@ def noise_images(
     Returns:
         x_t, in stacks, clean where not noised; t of each image, 0 for clean ones; the images to predict (`None`: all;
         the first if none is noised, so that each image part is used); the targets of the noised ones, in stacks.
-
-    Raises:
-        ValueError: not one value for each image, a t out of range.
     """
     num_images, device = sum(len(stack) for stack in x_0), x_0[0].device
     num_train_timesteps, first = noise_scheduler.config.num_train_timesteps, int(is_flow(noise_scheduler))

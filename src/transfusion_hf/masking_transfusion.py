@@ -33,13 +33,6 @@ def image_block_ids(input_ids: torch.LongTensor, image_token_id: int) -> torch.L
     return torch.where(is_patch, starts.cumsum(dim=-1) - 1, -1)
 
 
-def image_block_lengths(block_ids: torch.LongTensor) -> list[int]:
-    """Number of patches of each image, row by row, in order (one device synchronisation)."""
-    num_blocks = block_ids.amax(dim=-1, keepdim=True) + 1
-    first = num_blocks.cumsum(dim=0) - num_blocks  # blocks in the rows above
-    return torch.bincount((first + block_ids)[block_ids >= 0]).tolist()
-
-
 def check_num_images(num_images: int, num_blocks: int) -> None:
     if num_images != num_blocks:
         raise ValueError(
@@ -61,13 +54,14 @@ def check_image_blocks(stacks: list[torch.Tensor] | None, block_ids: Any, config
     for stack in stacks or []:
         if stack.ndim != 4 or stack.shape[1] != config.latent_channels:
             raise ValueError(
-                f"Latents must have shape (num_images, {config.latent_channels}, height, width), as `latent_channels` "
-                f"says; got {tuple(stack.shape)}."
+                f"Latents need shape (num_images, {config.latent_channels}, height, width); got {tuple(stack.shape)}."
             )
         num_patches += [config.num_patches(*stack.shape[2:])] * len(stack)
         if not torch.isfinite(stack).all():
             raise ValueError("`pixel_values` or `latents` hold NaN or infinite values; expected finite numbers.")
-    block_lengths = image_block_lengths(block_ids)
+    num_blocks = block_ids.amax(dim=-1, keepdim=True) + 1
+    num_before = num_blocks.cumsum(dim=0) - num_blocks  # in the rows above
+    block_lengths = torch.bincount((num_before + block_ids)[block_ids >= 0]).tolist()  # in patches
     check_num_images(len(num_patches), len(block_lengths))
     if num_patches != block_lengths:
         raise ValueError(

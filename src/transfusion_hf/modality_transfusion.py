@@ -29,7 +29,6 @@ class ModalityRouter:
     Sends each position through either the text module or the image's. Made once in a forward pass.
 
     Args:
-        model_type (`str`): The decoder's family.
         shape (`torch.Size`): `(batch, seq)`.
         is_image (`torch.BoolTensor` of shape `(batch, seq)`, *optional*):
             Where a patch stands. `None`: nowhere. The image modules then see one position of zeros, times 0, so that

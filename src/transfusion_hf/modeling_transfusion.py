@@ -61,9 +61,8 @@ def check_text_config(text_config: PreTrainedConfig) -> None:
     """Raises `ValueError` unless the config is that of a causal decoder of a supported family."""
     if text_config.model_type not in SUPPORTED_TEXT_MODELS:
         raise ValueError(
-            f"`text_config.model_type` {text_config.model_type!r} is not supported. Recurrent, linear-attention, "
-            "mixture-of-experts and encoder-decoder families cannot be made right, others have not been verified; "
-            f"use one of {', '.join(SUPPORTED_TEXT_MODELS)}."
+            f"`text_config.model_type` {text_config.model_type!r} is not supported: unverified, or not possible "
+            f"(recurrent, mixture-of-experts, encoder-decoder); use one of {', '.join(SUPPORTED_TEXT_MODELS)}."
         )
     if getattr(text_config, "use_bidirectional_attention", False) or not getattr(text_config, "is_causal", True):
         raise ValueError("`text_config` is that of an encoder, bidirectional over text; pass a causal decoder's.")
@@ -427,12 +426,11 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 Number of last positions, or the positions, to compute logits for; 0: all.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Number of labels in the whole batch, over micro-batches and processes, as the `Trainer` counts it.
-                `lm_loss` is then exact; `diffusion_loss` is weighted by this micro-batch's share of the labels, which
-                is exact only where all micro-batches hold the same numbers of labels and images.
+                Number of labels in the whole batch, over micro-batches and processes, as the `Trainer` counts it: for
+                an exact `lm_loss`. The mean over this micro-batch's images is weighted by its share of the labels.
             num_images_in_batch (`torch.Tensor` or `int`, *optional*):
-                Number of noised images in the whole batch, as [`TransfusionTrainer`] counts it: makes
-                `diffusion_loss` exact too.
+                Number of noised images in the whole batch, as [`TransfusionTrainer`] counts it: for an exact
+                `diffusion_loss`, whatever each micro-batch holds.
             skip_logits (`bool`, *optional*, defaults to `True` in training with `labels`):
                 Whether to run the LM head only where there is a label, and to return no logits.
             kwargs: `varlen_plan`, as in [`TransfusionModel.forward`], and what the decoder takes.

@@ -23,10 +23,7 @@ Sizes = Sequence[tuple[int, int]]  # height and width of the images of each stac
 
 
 def stack_images(images: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """
-    Stacks of a tensor `(num_images, channels, height, width)` or of images `(channels, height, width)` of any sizes.
-    Stacks pass through.
-    """
+    """Stacks of a tensor `(num_images, channels, height, width)` or of images of any sizes. Stacks pass through."""
     if isinstance(images, torch.Tensor):
         return [images]
     images = list(images)
@@ -132,10 +129,7 @@ class TransfusionLinearPatchDecoder(nn.Module):
         self.proj = nn.Linear(config.text_config.hidden_size, config.latent_channels * config.patch_size**2)
 
     def forward(self, hidden_states: Stacks, sizes: Sizes, skips: None = None) -> list[torch.Tensor]:
-        """
-        Stacks `(num_images, num_patches, hidden)`, and the height and width of the images of each, →
-        `(num_images, channels, height, width)`.
-        """
+        """Stacks `(num_images, num_patches, hidden)` → stacks `(num_images, channels, height, width)`."""
         patches = _per_stack(self.proj, hidden_states)
         return [unpatchify(p, self.patch_size, size) for p, size in zip(patches, sizes, strict=True)]
 
@@ -288,7 +282,6 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
         if not torch.isfinite(images).all():
             raise ValueError(
                 f"The VAE decoded latents with absolute values up to {float(latents.abs().max()):.3g} to NaN or "
-                "infinite pixels. Check its weights, and that the latents have its `scaling_factor` and "
-                "`shift_factor`."
+                "infinite pixels. Check its weights, `scaling_factor` and `shift_factor`."
             )
         return images

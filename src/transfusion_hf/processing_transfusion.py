@@ -14,11 +14,7 @@ from .image_processing_transfusion import TransfusionImageProcessor
 
 
 def make_labels(
-    input_ids: torch.LongTensor,
-    attention_mask: torch.Tensor,
-    image_start_token_id: int,
-    image_token_id: int,
-    image_end_token_id: int,
+    input_ids, attention_mask, image_start_token_id: int, image_token_id: int, image_end_token_id: int
 ) -> torch.LongTensor:
     """
     Labels for `forward`: the ids, with −100 where there is no LM loss (§3, footnote 8). That is at patches, which are
@@ -61,9 +57,7 @@ class TransfusionProcessor(ProcessorMixin):
         pixels_per_patch (`int`, defaults to 2): Side of a patch in pixels, `config.pixels_per_patch`.
         patch_size (`int`, *optional*):
             Side of a patch in latent pixels, `config.patch_size`; defaults to `pixels_per_patch`.
-        image_token (`str`, defaults to `"<image>"`)
-        image_start_token (`str`, defaults to `"<BOI>"`)
-        image_end_token (`str`, defaults to `"<EOI>"`)
+        image_token, image_start_token, image_end_token (`str`): Default to `"<image>"`, `"<BOI>"` and `"<EOI>"`.
         chat_template (`str`, *optional*):
             Defaults to the tokenizer's, extended by images in the messages of both roles, or to plain `role: content`
             lines if it has none.
@@ -110,11 +104,9 @@ class TransfusionProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> "TransfusionProcessor":
         """
-        Fits tokenizer and model to each other and returns the processor for both.
-
-        Adds the missing image tokens, and `<pad>` if there is no padding token, to the tokenizer. Grows the model's
-        embeddings if they are too few; a new row is the mean of the old ones. Writes the ids into `model.config` and
-        `model.generation_config`.
+        Fits tokenizer and model to each other and returns the processor for both. Adds the missing image tokens, and
+        `<pad>` if there is no padding token, to the tokenizer. Grows the model's embeddings if they are too few; a new
+        row is the mean of the old ones. Writes the ids into `model.config` and `model.generation_config`.
 
         Args:
             model (`TransfusionForCausalLMAndDiffusion`), tokenizer (`PreTrainedTokenizerBase`)
@@ -147,12 +139,9 @@ class TransfusionProcessor(ProcessorMixin):
             height, width = (side * config.vae_scale_factor for side in config.latent_size)
             crop_size = {"height": height, "width": width}
             channels = (config.vae_config or {"in_channels": config.latent_channels}).get("in_channels", 3)
+            size, half = {"shortest_edge": height} if height == width else crop_size, [0.5] * channels
             image_processor = TransfusionImageProcessor(
-                size={"shortest_edge": height} if height == width else dict(crop_size),
-                crop_size=crop_size,
-                do_convert_rgb=channels == 3,
-                image_mean=[0.5] * channels,
-                image_std=[0.5] * channels,
+                size=size, crop_size=crop_size, do_convert_rgb=channels == 3, image_mean=half, image_std=half
             )
         sides = {"pixels_per_patch": config.pixels_per_patch, "patch_size": config.patch_size}
         return cls(image_processor, tokenizer, **sides, **tokens, **kwargs)
@@ -250,12 +239,8 @@ class TransfusionProcessor(ProcessorMixin):
         self, sequences: torch.LongTensor, images: Sequence | None, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[list[str | Image.Image]]:
         """
-        Each row as an ordered list of strings and PIL images.
-
-        Args:
-            sequences (`torch.LongTensor` of shape `(batch, seq)`)
-            images (`list[list[torch.FloatTensor]]` or of PIL images): For each row, one image per image block.
-            skip_special_tokens (`bool`, defaults to `True`)
+        Each row of ids `(batch, seq)` as an ordered list of strings and PIL images. `images` holds a list for each
+        row, with a tensor or PIL image per image block; `kwargs` go to the tokenizer.
         """
         if images is None or len(images) != len(sequences):
             raise ValueError(f"`images` must hold one list for each of {len(sequences)} rows; got {images!r}.")

@@ -15,11 +15,6 @@ from ..modality_transfusion import untie_modalities
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..patching_transfusion import TransfusionUNetPatchDecoder, make_patch_parts
 
-# The arguments of `from_pretrained` that say where a checkpoint lies.
-_HUB_ARGUMENTS = (
-    "cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code",
-)  # fmt: skip
-
 
 def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> TransfusionConfig:
     """
@@ -85,28 +80,25 @@ def from_causal_lm(
     Turns a language model into one that can learn to draw, also as
     `TransfusionForCausalLMAndDiffusion.from_causal_lm`. Its text stays as it was: the weights are taken as they are,
     and the vocabulary grows by `<BOI>`, the placeholder of a patch and `<EOI>`, whose rows are the mean of the others.
-    Patches enter as large as its words, and the first prediction is 0. Where the embedding has more rows than the
-    tokenizer has tokens, `image_start_token_id` and its like may name spare ones; those stay as they are.
+    Where the embedding has more rows than the tokenizer has tokens, `image_start_token_id` and its like may name spare
+    ones; those stay as they are. `conversion/convert_causal_lm.py` does the same without the model in memory.
 
     Call `attach_vae(model, ...)` next if images are latents, and `TransfusionProcessor.for_model(model, tokenizer)`.
-    `conversion/convert_causal_lm.py` does all of it without holding the model in memory.
 
     Args:
         pretrained_model_name_or_path (`str`, `os.PathLike` or `PreTrainedModel`):
             A folder, a repository on the Hub, or the language model itself, whose modules are then shared.
-        pad_to_multiple_of (`int`, *optional*): Pads the grown vocabulary to a multiple of this.
+        pad_to_multiple_of (`int`, *optional*): For the size of the grown vocabulary.
         kwargs: Fields of [`TransfusionConfig`], such as `latent_channels`; the others go to
             `AutoModelForCausalLM.from_pretrained`: `dtype`, `revision`, `device_map` …
 
     Raises:
-        ValueError: a model that is not a decoder of a family in `SUPPORTED_TEXT_MODELS`, or is quantised; a checkpoint
-            that is not complete or does not fit its configuration.
+        ValueError: a quantised model, one of another family than `SUPPORTED_TEXT_MODELS`, a checkpoint with gaps.
     """
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TransfusionConfig.__annotations__}
     source: Any = pretrained_model_name_or_path
     is_loaded = isinstance(source, PreTrainedModel)
-    where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    text_config = source.config if is_loaded else AutoConfig.from_pretrained(source, **where)
+    text_config = source.config if is_loaded else AutoConfig.from_pretrained(source, **kwargs)
     config = causal_lm_config(text_config, **fields)
     with torch.device("meta"):  # refuses what cannot be converted before anything large is loaded
         model = TransfusionForCausalLMAndDiffusion(config)
