@@ -79,11 +79,6 @@ class VarlenPlan:
         return self
 
 
-def _runs(labels: torch.Tensor) -> list[int]:
-    """Lengths of the runs of equal labels."""
-    return torch.unique_consecutive(labels, return_counts=True)[1].tolist()
-
-
 @torch.compiler.disable
 def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: Any = "cpu") -> VarlenPlan:
     """
@@ -94,8 +89,7 @@ def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: 
         seq (`int`): Number of new positions.
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
             Of the new positions, from `image_block_ids`. `None`: causal throughout.
-        document_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
-            Documents packed into a row, in runs; without a cache only.
+        document_ids (the same): Documents packed into a row, in runs; without a cache only.
         device (`torch.device`): Where to put the plan.
     """
     real = real.bool().cpu()
@@ -115,7 +109,7 @@ def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: 
         return VarlenPlan(passes, batch * seq, batch * num_keys, block_ids, document_ids).to(device)
 
     labels = rows if document_ids is None else rows * (int(document_ids.max()) + 1) + document_ids.cpu()
-    lengths = _runs(labels[new])
+    lengths = torch.unique_consecutive(labels[new], return_counts=True)[1].tolist()
     query_index, key_index = (None, None) if is_whole and not past else (queries[new], new_keys[new])
     passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
 
@@ -127,7 +121,8 @@ def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: 
 
     if blocks is not None:
         is_patch = (blocks >= 0) & new
-        lengths = _runs((rows * (int(blocks.max()) + 1) + blocks)[is_patch])
+        labels = rows * (int(blocks.max()) + 1) + blocks
+        lengths = torch.unique_consecutive(labels[is_patch], return_counts=True)[1].tolist()
         if any(n > 1 for n in lengths):
             query_index = torch.cat([part[:-1].flip(0) for part in queries[is_patch].split(lengths)])
             key_index = torch.cat([part[1:].flip(0) for part in new_keys[is_patch].split(lengths)])
@@ -246,19 +241,15 @@ _chosen: dict[str, Kernel | None] = {}  # by device, for the whole process
 
 
 def varlen_kernels() -> dict[str, str]:
-    """
-    The kernels behind `attn_implementation="transfusion_varlen"`: for each `"in use"` (or to be used, on its device),
-    `"available"`, or why it is not.
-    """
+    """The kernels of `"transfusion_varlen"`: for each `"in use"` on its device, `"available"`, or why it is not."""
     in_use = [_choose(kernel.device_type) for kernel in _KERNELS.values()]
     return {name: k.unavailable() or ("in use" if k in in_use else "available") for name, k in _KERNELS.items()}
 
 
 def set_varlen_kernel(name: str) -> None:
     """
-    Makes `"transfusion_varlen"` use another kernel on the device it is for, in the whole process: `"torch_cuda"`,
-    `"flash_attn"` or `"torch_cpu"`; `ValueError` for one that cannot run here. FlashAttention 3 and 4 sit behind
-    `"torch_cuda"` after `torch.nn.attention.activate_flash_attention_impl("FA3")`.
+    Chooses a kernel of [`varlen_kernels`] for its device, in the whole process; `ValueError` if it cannot run here.
+    FlashAttention 3 and 4 are behind `"torch_cuda"` after `torch.nn.attention.activate_flash_attention_impl("FA3")`.
     """
     if name not in _KERNELS:
         raise ValueError(f"`name` must be one of {', '.join(_KERNELS)}; got {name!r}.")

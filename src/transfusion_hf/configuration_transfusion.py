@@ -187,10 +187,7 @@ class TransfusionConfig(PreTrainedConfig):
         return cls(text_config=_preset_text_config(name), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """
-        Writes `config.json` and the code that loads the folder with `trust_remote_code=True` where this package is not
-        installed. A model's `save_pretrained` calls it. `push_to_hub` uploads it with `kwargs` as well.
-        """
+        """Writes `config.json`, and the code that loads the folder with `trust_remote_code=True`; models call it."""
         saved = copy.copy(self)
         saved.auto_map, saved.custom_pipelines = dict(AUTO_MAP), CUSTOM_PIPELINES
         super(TransfusionConfig, saved).save_pretrained(save_directory)

@@ -146,10 +146,7 @@ def content_seeds(stacks: Stacks) -> list[int]:
 
 
 def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | None = None) -> torch.LongTensor:
-    """
-    Draws t uniform in 0 … `max_timesteps` − 1 (§4.3.4: 500 for images before their caption), both of shape
-    `(num_images,)`, from a seed for each or by torch's global generator.
-    """
+    """Draws each image's t uniform below its `max_timesteps` (§4.3.4), from its seed or torch's global generator."""
     if seeds is None:
         uniform = torch.rand(max_timesteps.shape, device=max_timesteps.device)
     else:
@@ -317,8 +314,8 @@ class _CrossEntropyInPlace(torch.autograd.Function):
 def sum_cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     The sum of −log softmax(logits)[target] (L_LM, Eq. 1), in at least float32, of logits `(num_labels, vocab)`. In
-    place: float32 and float64 logits hold nothing useful afterwards, and the backward pass, which runs once, needs no
-    memory beyond theirs; `F.cross_entropy` takes three times as much.
+    place: float32 and float64 logits hold nothing useful afterwards. The backward pass runs once and needs no memory
+    beyond theirs; `F.cross_entropy` takes three times as much.
     """
     return _CrossEntropyInPlace.apply(at_least_float32(logits), targets)
 

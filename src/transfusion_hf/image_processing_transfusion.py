@@ -14,10 +14,8 @@ from transformers.image_utils import PILImageResampling
 class TransfusionImageProcessor(TorchvisionBackend):
     """
     Resizes, crops to the centre and maps to [−1, 1] (§4.1: 256×256). With `do_resize=False, do_center_crop=False`
-    images keep their sizes, and `pixel_values` is a list if they differ.
-
-    Accepts PIL images of any mode: reduces 16 bits to 8, lays transparency over white, and converts to gray or colour,
-    depending on whether `image_mean` has one number or three.
+    images keep their sizes, and `pixel_values` is a list if they differ. Accepts PIL images of any mode: reduces 16
+    bits to 8, lays transparency over white, and converts to gray or colour, as `image_mean` has one number or three.
     """
 
     _auto_class = "AutoImageProcessor"  # the library saves its code

@@ -23,10 +23,7 @@ def check_attn_implementation(attn_implementation: str | dict | None) -> None:
 
 
 def image_block_ids(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
-    """
-    Numbers the images of each row: 0, 1, … at their patches, −1 at text; `input_ids` and result have shape
-    `(batch, seq)`. A run of placeholders is one image; `<BOI>` and `<EOI>` keep neighbours apart.
-    """
+    """0, 1, … at the patches of each row's images, −1 at text: `(batch, seq)`. A run of placeholders is one image."""
     is_patch = input_ids == image_token_id
     starts = is_patch.clone()
     starts[:, 1:] &= ~is_patch[:, :-1]
@@ -42,10 +39,7 @@ def check_num_images(num_images: int, num_blocks: int) -> None:
 
 
 def check_image_blocks(stacks: list[torch.Tensor] | None, block_ids: Any, config: TransfusionConfig) -> int:
-    """
-    The number of images. Raises `ValueError` unless stacks of latents `(num_images, channels, height, width)` and
-    blocks from [`image_block_ids`] are equal in number and length, and the latents finite.
-    """
+    """The number of images. Raises `ValueError` unless finite latents and blocks match in number and length."""
     if block_ids is None:
         if stacks is not None:
             raise ValueError("`inputs_embeds` holds text only; pass images together with `input_ids`.")
@@ -76,16 +70,12 @@ def create_transfusion_mask(
 ) -> Any:
     """
     The mask for the new positions, in the form that the decoder takes: a tensor, a `BlockMask`, `None`, or a dict of
-    those by layer type; for `"transfusion_varlen"` a `VarlenPlan`.
+    those by layer type; for `"transfusion_varlen"` a `VarlenPlan`. Of `inputs_embeds` only shape, dtype and device are
+    read. The other arguments are those of `TransfusionModel.forward`, and:
 
-    Args:
-        text_config (`PreTrainedConfig`): The decoder's.
-        inputs_embeds (`torch.Tensor` of shape `(batch, seq, hidden)`): Only its shape, dtype and device are read.
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
             Of the new positions, from [`image_block_ids`]; `None`: causal throughout. An image never straddles the
             border between cache and new positions, so the cached ones are not needed.
-        attention_mask, cache, position_ids: As in `TransfusionModel.forward`.
-        varlen_plan (`VarlenPlan`, *optional*): A plan made before, in place of `attention_mask` and `cache`.
 
     Raises:
         ValueError: the decoder runs on a stock flash implementation; `varlen_plan` was made for another batch.
@@ -113,10 +103,7 @@ def create_transfusion_mask(
 
 
 def make_packed_plan(input_ids: torch.LongTensor, position_ids: torch.LongTensor, image_token_id: int) -> VarlenPlan:
-    """
-    The plan of packed rows, for `varlen_plan` of `TransfusionModel.forward`. Ids and positions have shape
-    `(batch, seq)`; positions restart at each document, and padding counts as one.
-    """
+    """The plan of packed rows `(batch, seq)`, whose positions restart at each document; padding counts as one."""
     block_ids = image_block_ids(input_ids, image_token_id)
     document_ids = _document_ids(position_ids, *input_ids.shape)
     return make_varlen_plan(torch.ones_like(input_ids), input_ids.shape[1], block_ids, document_ids)

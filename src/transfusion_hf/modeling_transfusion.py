@@ -75,12 +75,7 @@ def mean_row(rows: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class TransfusionModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    Args:
-        image_predictions (`list[torch.FloatTensor]`, *optional*):
-            With `timesteps`: the prediction (ε, or what `config.prediction_type` says) for the images in
-            `prediction_mask`, in stacks of shape `(num_images, channels, height, width)`.
-    """
+    """`image_predictions`, with `timesteps`: ε, or what `config.prediction_type` says, in stacks like the latents."""
 
     image_predictions: list[torch.Tensor] | None = None
 
@@ -229,17 +224,14 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 With `timesteps`: the images to predict the noise of; the others are only encoded. Default: all.
             attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*):
                 0 at padding; or a mask prepared by `create_transfusion_mask`.
-            position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
             inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, hidden)`, *optional*):
                 In place of `input_ids`, for text alone.
             varlen_plan (`VarlenPlan`, *optional*):
-                In place of `attention_mask`, for `attn_implementation="transfusion_varlen"`: the plan of a batch
-                without padding or cache, which the collator makes.
-            cache, use_cache, kwargs: As the decoder takes them.
+                In place of `attention_mask`, for `"transfusion_varlen"`: the plan that the collator makes.
+            position_ids, cache, use_cache, kwargs: As the decoder takes them.
 
         Raises:
-            ValueError: images and image blocks do not match, an image has a wrong size or holds NaN or infinite
-                values, `varlen_plan` was made for another batch.
+            ValueError: images that do not match the image blocks or are not finite, a plan of another batch.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
@@ -341,9 +333,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
 
     def encode_images(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """
-        Images `(num_images, channels, height, width)` or a list of images, in [−1, 1], to latents, in stacks of at
-        least float32. Without a VAE the image is its own latent. `ValueError` for channels that the VAE does not take,
-        and sides that are not multiples of VAE factor × patch.
+        Images `(num_images, channels, height, width)` or a list of them, in [−1, 1], to latents, in stacks of at least
+        float32. Without a VAE the image is its own latent. `ValueError` for channels or sides that do not fit it.
         """
         stacks, vae = [at_least_float32(stack) for stack in stack_images(pixel_values)], self.vae
         if vae is None:
@@ -438,7 +429,10 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         Raises:
             ValueError: as [`TransfusionModel.forward`]; arguments that exclude each other.
         """
-        stacks, blank = self._latents_of(pixel_values, latents), None
+        if pixel_values is not None and latents is not None:
+            raise ValueError("Pass `pixel_values` or `latents`, not both.")
+        given: Any = latents if pixel_values is None else self.encode_images(pixel_values)
+        stacks: Any = [] if given is None else [at_least_float32(stack) for stack in stack_images(given)]
         targets: Sequence[torch.Tensor] = []
         if labels is None and (max_timesteps is not None or image_loss_mask is not None):
             name = "max_timesteps" if image_loss_mask is None else "image_loss_mask"
@@ -448,9 +442,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             )
         if labels is not None and prediction_mask is not None:
             raise ValueError("`prediction_mask` is for inference; in training pass `image_loss_mask`.")
-        if labels is not None and stacks is None:
-            blank = self._encode_blank()
-        elif labels is not None and stacks is not None:
+        blank = None if labels is None or stacks else self._encode_blank()
+        if labels is not None and stacks:
             if noise_seeds is None and not self.training:
                 noise_seeds = content_seeds(stacks)
             stacks, timesteps, prediction_mask, targets = noise_images(
@@ -483,13 +476,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             own["image_predictions"] = [image for stack in predictions for image in stack]
         own |= {name: getattr(outputs, name) for name in ("cache", "hidden_states", "attentions")}
         return TransfusionCausalLMOutputWithPast(diffusion_loss=diffusion_loss, **own)
-
-    def _latents_of(self, pixel_values: Any, latents: Any) -> Sequence[torch.Tensor] | None:
-        if pixel_values is not None and latents is not None:
-            raise ValueError("Pass `pixel_values` or `latents`, not both.")
-        if pixel_values is not None:
-            return self.encode_images(pixel_values) or None
-        return None if latents is None else [at_least_float32(stack) for stack in stack_images(latents)] or None
 
     def _encode_blank(self) -> tuple:
         """The arguments of the patch decoder for an image of one empty patch."""

@@ -33,10 +33,7 @@ def stack_images(images: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Te
 
 
 def apply_by_size(function: Callable[..., Tensors], inputs: Sequence[Tensors]) -> list[Tensors]:
-    """
-    Calls a function of images once per size, even if stacks of that size are not neighbours. `inputs` holds the
-    arguments for each stack, images first; so does the result.
-    """
+    """Calls a function of images once per size. `inputs` and the result hold tensors for each stack, images first."""
     members: dict[tuple[int, ...], list[int]] = {}
     for i, arguments in enumerate(inputs):
         members.setdefault(tuple(arguments[0].shape[1:]), []).append(i)
@@ -50,10 +47,7 @@ def apply_by_size(function: Callable[..., Tensors], inputs: Sequence[Tensors]) -
 
 
 def patchify(stack: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """
-    Cuts images into windows, left to right, top to bottom: `(num_images, channels, height, width)` →
-    `(num_images, num_patches, channels · patch_size²)`.
-    """
+    """Cuts images `(n, channels, height, width)` into windows, row by row: `(n, patches, channels · patch_size²)`."""
     windows = nn.functional.pixel_unshuffle(stack, patch_size)  # (images, channels · p², rows, columns)
     return windows.flatten(2).transpose(1, 2)
 
@@ -65,10 +59,7 @@ def unpatchify(patches: torch.Tensor, patch_size: int, size: tuple[int, int]) ->
 
 
 def sincos_positions(height: int, width: int, hidden_size: int) -> torch.Tensor:
-    """
-    Sines and cosines of each patch's column (first half) and row (second half), `height` and `width` in patches:
-    `torch.FloatTensor` of shape `(height · width, hidden_size)`.
-    """
+    """Sines and cosines of each patch's column (first half) and row, `(height · width, hidden)`; sides in patches."""
     columns, rows = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
     return get_2d_sincos_pos_embed_from_grid(hidden_size, torch.stack([columns, rows]).float(), output_type="pt")
 
@@ -110,10 +101,7 @@ class TransfusionLinearPatchEncoder(nn.Module):
         self.proj = nn.Linear(patch_dim, config.text_config.hidden_size)
 
     def forward(self, stacks: Stacks, timesteps: torch.Tensor) -> tuple[list[torch.Tensor], None]:
-        """
-        Latents x_t, stacks `(num_images, channels, height, width)`, and t of each image, over all stacks, → stacks
-        `(num_images, num_patches, hidden)`, and `None`: the decoder needs nothing else.
-        """
+        """Latents x_t in stacks, and t of each image → stacks `(num_images, num_patches, hidden)`; no skips."""
         patches = [patchify(stack, self.patch_size) for stack in stacks]  # (images, patches, channels · p²)
         embeddings = self.timestep_embedding(timesteps).split([len(stack) for stack in stacks])
         sums = [(p + e[:, None]).to(self.proj.weight.dtype) for p, e in zip(patches, embeddings, strict=True)]
@@ -165,10 +153,7 @@ class TransfusionUNetPatchEncoder(nn.Module):
         self.proj = nn.Linear(channels[-1], config.text_config.hidden_size)
 
     def forward(self, stacks: Stacks, timesteps: torch.Tensor) -> tuple[list[torch.Tensor], list[Tensors]]:
-        """
-        As in [`TransfusionLinearPatchEncoder`], but the second value holds per stack what the decoder needs from this
-        pass: the timestep embedding and the maps of each level.
-        """
+        """As in [`TransfusionLinearPatchEncoder`]; skips of each stack: timestep embedding and feature maps."""
         embeddings = self.timestep_embedding(timesteps).split([len(stack) for stack in stacks])
         outputs = apply_by_size(self._encode, list(zip(stacks, embeddings, strict=True)))
         return [patches for patches, *_ in outputs], [tuple(skips) for _, *skips in outputs]
@@ -236,8 +221,7 @@ class FrozenLinear(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
 
-    def reset_parameters(self) -> None:
-        nn.Linear.reset_parameters(self)
+    reset_parameters = nn.Linear.reset_parameters
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden_states, self.weight, self.bias)
@@ -265,9 +249,8 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
     @torch.no_grad()
     def to_latents(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Images `(num_images, channels, height, width)` in [−1, 1] → `(num_images, latent_channels, height / f,
-        width / f)`, (z − shift) · scale. NOTE: takes the mode of the posterior, which the paper leaves open, so that
-        precomputed latents equal those computed on the fly.
+        Images in [−1, 1] → (z − shift) · scale. NOTE: takes the mode of the posterior, which the paper leaves open, so
+        that precomputed latents equal those computed on the fly.
         """
         with torch.autocast(images.device.type, enabled=False):
             latents = self.encode(images.to(self.dtype)).latent_dist.mode()

@@ -52,11 +52,9 @@ class TransfusionProcessor(ProcessorMixin):
     ends with `image_start_token`, generation begins with an image.
 
     Args:
-        image_processor (`TransfusionImageProcessor`)
         tokenizer (`PreTrainedTokenizerBase`): Needs the three tokens; [`TransfusionProcessor.for_model`] adds them.
         pixels_per_patch (`int`, defaults to 2): Side of a patch in pixels, `config.pixels_per_patch`.
-        patch_size (`int`, *optional*):
-            Side of a patch in latent pixels, `config.patch_size`; defaults to `pixels_per_patch`.
+        patch_size (`int`, *optional*): The same in latent pixels, `config.patch_size`; default: `pixels_per_patch`.
         image_token, image_start_token, image_end_token (`str`): Default to `"<image>"`, `"<BOI>"` and `"<EOI>"`.
         chat_template (`str`, *optional*):
             Defaults to the tokenizer's, extended by images in the messages of both roles, or to plain `role: content`

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from ..configuration_transfusion import IMAGE_TOKEN_IDS, TransfusionConfig
 from ..modality_transfusion import untie_modalities
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
-from ..patching_transfusion import TransfusionUNetPatchDecoder, make_patch_parts
+from ..patching_transfusion import make_patch_parts
 
 
 def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> TransfusionConfig:
@@ -65,7 +65,7 @@ def init_patch_parts(model: TransfusionForCausalLMAndDiffusion, embedding: torch
     encoder.proj.bias.zero_()
     (patches,), _ = encoder([stack], torch.randint(config.num_train_timesteps, (len(stack),), device=stack.device))
     encoder.proj.weight.mul_(math.sqrt(mean_square) * scale / patches.float().square().mean().sqrt())
-    last = decoder.conv_out if isinstance(decoder, TransfusionUNetPatchDecoder) else decoder.proj
+    last = getattr(decoder, "conv_out", decoder.proj)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
 
@@ -77,13 +77,13 @@ def from_causal_lm(
     **kwargs: Any,
 ) -> TransfusionForCausalLMAndDiffusion:
     """
-    Turns a language model into one that can learn to draw, also as
-    `TransfusionForCausalLMAndDiffusion.from_causal_lm`. Its text stays as it was: the weights are taken as they are,
-    and the vocabulary grows by `<BOI>`, the placeholder of a patch and `<EOI>`, whose rows are the mean of the others.
-    Where the embedding has more rows than the tokenizer has tokens, `image_start_token_id` and its like may name spare
-    ones; those stay as they are. `conversion/convert_causal_lm.py` does the same without the model in memory.
+    Turns a language model into one that can learn to draw; also `TransfusionForCausalLMAndDiffusion.from_causal_lm`.
+    Its text stays as it was: the weights are taken as they are, and the vocabulary grows by `<BOI>`, the placeholder
+    of a patch and `<EOI>`, whose rows are the mean of the others. Spare rows of the embedding, named by
+    `image_start_token_id` and the other ids, stay as they are.
 
     Call `attach_vae(model, ...)` next if images are latents, and `TransfusionProcessor.for_model(model, tokenizer)`.
+    `conversion/convert_causal_lm.py` does all of it without holding the model in memory.
 
     Args:
         pretrained_model_name_or_path (`str`, `os.PathLike` or `PreTrainedModel`):
