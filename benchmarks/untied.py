@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
+from transfusion_hf.modality_transfusion import image_name
 from transfusion_hf.training.plans import TRAINING_PLANS, set_trainable
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -83,8 +84,9 @@ def learn_to_draw(args, plan: str, llama: LlamaForCausalLM, sets, judge, expecte
     train_set, held_out = sets
     set_seed(args.seed)
     model, processor = build_model(train_tokenizer(), untied_modalities=["image"])
-    model.model.language_model.load_state_dict(llama.model.state_dict(), strict=False)
-    model.copy_text_weights_()
+    weights = llama.model.state_dict()
+    copies = {image_name(name): weight for name, weight in weights.items()}
+    model.model.language_model.load_state_dict({**weights, **copies}, strict=False)
     trained = set_trainable(model, plan)
     folder, schedule = args.output_dir / plan, (args.max_steps, args.learning_rate, args.seed)
     results = train(model, processor, train_set, held_out, folder, *schedule, caption_first_probability=0.8)

@@ -672,7 +672,7 @@ def test_bfloat16_stays_within_its_error_through_a_whole_drawing():
         ([4, 30], {"logits_processor": [ForcedEOSTokenLogitsProcessor(9, EOS)]}, "ForcedEOSToken.* counts columns"),
         ([4, 30], {"prefill_chunk_size": 2}, "`prefill_chunk_size=2` could cut an image in two"),
         ([4, 30], {"latents": torch.zeros(1, 2, 4, 4)}, "hold 1 images but `input_ids` has 0 image blocks"),
-        ([4, *IMAGE, 5], {}, "`input_ids` has 1 image blocks but no images were passed"),
+        ([4, *IMAGE, 5], {}, "hold 0 images but `input_ids` has 1 image blocks"),
         ([4, 30], {"image_guidence_scale": 3.0}, "not used by the model: .'image_guidence_scale'"),
     ],
 )  # fmt: skip
@@ -687,15 +687,15 @@ def test_a_scheduler_of_another_schedule_or_prediction_is_refused():
         with pytest.raises(ValueError, match=r"has another noise schedule than the model; make it with .*from_config"):
             generate(model, inputs, scheduler=other)
     other = DDIMScheduler.from_config(model.noise_scheduler.config, prediction_type="v_prediction")
-    with pytest.raises(ValueError, match="prediction type 'v_prediction', this one predicts 'epsilon'"):
+    with pytest.raises(ValueError, match="prediction type 'v_prediction', the model predicts 'epsilon'"):
         generate(model, inputs, scheduler=other)
-    with pytest.raises(ValueError, match="prediction type 'flow_prediction', this one predicts 'epsilon'"):
+    with pytest.raises(ValueError, match="prediction type 'flow_prediction', the model predicts 'epsilon'"):
         generate(model, inputs, scheduler=FlowMatchEulerDiscreteScheduler())
 
 
 def test_a_scheduler_of_another_flow_is_refused():
     model, inputs = tiny.model(prediction_type="flow_prediction"), prompts([4, BOI])
-    with pytest.raises(ValueError, match="prediction type 'epsilon', this one predicts 'flow_prediction'"):
+    with pytest.raises(ValueError, match="prediction type 'epsilon', the model predicts 'flow_prediction'"):
         generate(model, inputs, scheduler=DPMSolverMultistepScheduler(use_flow_sigmas=True))
     for other in (
         FlowMatchEulerDiscreteScheduler(num_train_timesteps=500),

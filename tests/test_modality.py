@@ -15,14 +15,13 @@ from test_modeling import FAMILIES
 from test_quickstart import ROOT, run
 from test_trainer import exact_trainer, uneven_samples
 from tiny import BOI, BOS, EOI, IMG
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessorList
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion
 from transfusion_hf.conversion.causal_lm import convert_causal_lm
 from transfusion_hf.conversion.export import extract_causal_lm
-from transfusion_hf.modality_transfusion import image_parameters, untie_modalities
+from transfusion_hf.modality_transfusion import image_parameters
 from transfusion_hf.training.plans import TRAINING_PLANS, set_trainable
 from transfusion_hf.training.trainer import _flops_per_token
 
@@ -153,16 +152,6 @@ def test_initialising_a_trained_model_again_leaves_its_image_weights():
             image.add_(1)
     untied.init_weights()
     assert not any(torch.equal(image, text) for _, image, text in image_parameters(untied))
-
-
-def test_text_weights_are_copied_on_demand():
-    untied, tied = pair()
-    features = interleaved()
-    assert not torch.allclose(untied(**features).logits, tied(**features).logits, atol=1e-2)
-    untied.copy_text_weights_()
-    torch.testing.assert_close(untied(**features).logits, tied(**features).logits, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="no image weights to copy to"):
-        tied.copy_text_weights_()
 
 
 @pytest.mark.parametrize("make_copy", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -327,7 +316,9 @@ def test_compiled_steps_draw_the_same():
 
 def test_hidden_states_and_attentions_are_recorded_as_ever():
     untied, tied = pair(attn_implementation="eager")
-    untied.copy_text_weights_()
+    with torch.no_grad():
+        for _, image, text in image_parameters(untied):
+            image.copy_(text)
     features = {**interleaved(), "output_attentions": True, "output_hidden_states": True}
     actual, expected = untied(**features), tied(**features)
     assert len(actual.attentions) == 2 and len(actual.hidden_states) == 3
@@ -364,13 +355,6 @@ def test_the_vae_is_trained_by_no_plan():
 def test_nothing_untied_is_the_model_of_the_paper(nothing):
     model = tiny.model(untied_modalities=nothing)
     assert not list(image_parameters(model)) and not any("image" in name for name, _ in model.named_parameters())
-
-
-def test_a_family_with_parameters_outside_of_modules_is_refused():
-    decoder = tiny.model().model.language_model
-    decoder.layers[1].self_attn.sinks = nn.Parameter(torch.zeros(4))
-    with pytest.raises(ValueError, match=r"cannot split a LlamaDecoderLayer.*sinks"):
-        untie_modalities(decoder)
 
 
 def test_plans_train_what_they_say_and_leave_text_alone():

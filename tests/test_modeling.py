@@ -118,7 +118,7 @@ def test_one_token_behind_a_cache_is_checked_like_any_input():
         model(patch, latents=torch.full((1, 2, 2, 2), torch.nan), **kwargs)
     with pytest.raises(ValueError, match="one t from 0 to 999"):
         model(patch, latents=torch.zeros(1, 2, 2, 2), timesteps=torch.tensor([5000]), **kwargs)
-    with pytest.raises(ValueError, match="1 image blocks but no images were passed"):
+    with pytest.raises(ValueError, match="hold 0 images but `input_ids` has 1 image blocks"):
         model(patch, **kwargs)
 
 
@@ -420,7 +420,7 @@ def test_resizing_the_vocabulary_keeps_head_and_embeddings_together():
     [
         ({"latents": torch.zeros(1, 2, 4, 4)}, "hold 1 images but `input_ids` has 2 image blocks; pass one image per"),
         ({"latents": torch.zeros(3, 2, 4, 4)}, "hold 3 images but `input_ids` has 2 image blocks"),
-        ({"latents": None}, "`input_ids` has 2 image blocks but no images were passed; pass `pixel_values`"),
+        ({"latents": None}, "hold 0 images but `input_ids` has 2 image blocks; pass one image per"),
         ({"latents": torch.zeros(2, 2, 5, 4)}, r"multiples of `patch_size` \(2\); got 5 × 4. Resize or crop"),
         ({"latents": torch.zeros(2, 3, 4, 4)}, r"shape \(num_images, 2, height, width\).*got \(2, 3, 4, 4\)"),
         ({"latents": torch.zeros(2, 2, 4, 8)}, r"blocks of \[4, 4\] patches but the images have \[8, 8\]"),

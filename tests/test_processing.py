@@ -50,7 +50,9 @@ def test_latents_take_the_place_of_images(processor):
     assert blocks == [2, 1] and "pixel_values" not in features
     assert all(torch.equal(a, b) for a, b in zip(features["latents"], latents, strict=True))
     assert processor(text="<image>", latents=latents[:1])["latents"].shape == (1, 4, 4, 2)
-    with pytest.raises(ValueError, match="`latents`: image 0 is 3 × 2 pixels in the latent; its sides must be"):
+    with pytest.raises(
+        ValueError, match="`latents`: image 0 is 3 × 2 pixels as the model takes it; its sides must be"
+    ):
         processor(text="<image>", latents=[torch.randn(4, 3, 2)])
     with pytest.raises(ValueError, match="`text` has 1 markers <image> but `latents` holds 2 images"):
         processor(text="<image>", latents=latents)
@@ -238,7 +240,7 @@ def test_more_or_fewer_images_than_markers_are_refused(processor):
 
 def test_an_image_that_is_no_multiple_of_the_patch_is_refused(processor):
     with pytest.raises(
-        ValueError, match=r"image 0 is 7 × 8 pixels after preprocessing; its sides must be multiples of 2"
+        ValueError, match=r"image 0 is 7 × 8 pixels as the model takes it; its sides must be multiples of 2"
     ):
         processor(text="<image>", images=[picture("red", (8, 7))], do_resize=False, do_center_crop=False)
 

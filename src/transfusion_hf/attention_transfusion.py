@@ -38,8 +38,7 @@ class VarlenPass:
         query_index (`torch.LongTensor` of shape `(num_queries,)`, *optional*):
             Rows of the flattened queries `(batch · seq, heads, dim)`, segment by segment. `None`: all, in order.
         key_index (`torch.LongTensor` of shape `(num_keys,)`, *optional*): The same for keys and values.
-        query_lengths (`list[int]`): Queries of each segment.
-        key_lengths (`list[int]`): Keys of each segment.
+        query_lengths, key_lengths (`list[int]`): Of each segment.
         is_causal (`bool`): Whether a query sees only the keys up to its own; segments are square then.
     """
 
@@ -62,14 +61,8 @@ class VarlenPass:
 @dataclass
 class VarlenPlan:
     """
-    The passes of a batch, made once and used by every layer.
-
-    Args:
-        passes (`list[VarlenPass]`)
-        num_queries (`int`): Rows of the flattened queries, padding included.
-        num_keys (`int`): Rows of the flattened keys, cache and padding included.
-        block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): The images that it was made for.
-        document_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): The documents.
+    The passes of a batch, made once and used by every layer; the numbers of flattened queries and keys, with cache and
+    padding; the images and documents that it was made for, `torch.LongTensor` of shape `(batch, seq)`.
     """
 
     passes: list[VarlenPass]
@@ -86,33 +79,22 @@ class VarlenPlan:
         return self
 
 
-def _runs(labels: torch.Tensor) -> list[int]:
-    """Lengths of the runs of equal labels."""
-    return torch.unique_consecutive(labels, return_counts=True)[1].tolist()
-
-
 @torch.compiler.disable
 def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: Any = "cpu") -> VarlenPlan:
     """
-    Cuts Transfusion's mask into passes.
+    Cuts Transfusion's mask into passes, on the CPU.
 
     Args:
         real (`torch.BoolTensor` of shape `(batch, past + seq)`): `False` at padding.
         seq (`int`): Number of new positions.
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
             Of the new positions, from `image_block_ids`. `None`: causal throughout.
-        document_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
-            Documents packed into a row, in runs; without a cache only.
-        device (`torch.device`): Where to put the plan. It is made on the CPU.
-
-    Raises:
-        ValueError: documents together with a cache.
+        document_ids (the same): Documents packed into a row, in runs; without a cache only.
+        device (`torch.device`): Where to put the plan.
     """
     real = real.bool().cpu()
     batch, num_keys = real.shape
     past = num_keys - seq
-    if past and document_ids is not None:
-        raise ValueError("`document_ids` pack documents into a row, which a cache cannot continue; pass one of them.")
     rows = torch.arange(batch)[:, None].expand(batch, seq)
     queries = torch.arange(batch * seq).view(batch, seq)
     keys = torch.arange(batch * num_keys).view(batch, num_keys)
@@ -127,7 +109,7 @@ def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: 
         return VarlenPlan(passes, batch * seq, batch * num_keys, block_ids, document_ids).to(device)
 
     labels = rows if document_ids is None else rows * (int(document_ids.max()) + 1) + document_ids.cpu()
-    lengths = _runs(labels[new])
+    lengths = torch.unique_consecutive(labels[new], return_counts=True)[1].tolist()
     query_index, key_index = (None, None) if is_whole and not past else (queries[new], new_keys[new])
     passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
 
@@ -139,7 +121,8 @@ def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: 
 
     if blocks is not None:
         is_patch = (blocks >= 0) & new
-        lengths = _runs((rows * (int(blocks.max()) + 1) + blocks)[is_patch])
+        labels = rows * (int(blocks.max()) + 1) + blocks
+        lengths = torch.unique_consecutive(labels[is_patch], return_counts=True)[1].tolist()
         if any(n > 1 for n in lengths):
             query_index = torch.cat([part[:-1].flip(0) for part in queries[is_patch].split(lengths)])
             key_index = torch.cat([part[1:].flip(0) for part in new_keys[is_patch].split(lengths)])
@@ -235,9 +218,8 @@ class FlashAttnKernel(TorchCudaKernel):
 
     @staticmethod
     def forward(query, key, value, one: VarlenPass, scale: float):
-        options = {"dropout_p": 0.0, "softmax_scale": scale, "causal": one.is_causal}
         output, lse, _, rng_state = flash_attn_interface._flash_attn_varlen_forward(
-            query, key, value, *one.segments, **options
+            query, key, value, *one.segments, dropout_p=0.0, softmax_scale=scale, causal=one.is_causal
         )
         return output, lse.transpose(0, 1), rng_state
 
@@ -254,69 +236,48 @@ class FlashAttnKernel(TorchCudaKernel):
 
 
 Kernel = type[TorchCpuKernel] | type[TorchCudaKernel]
-_KERNELS: tuple[Kernel, ...] = (TorchCudaKernel, FlashAttnKernel, TorchCpuKernel)  # in the order of preference
+_KERNELS: dict[str, Kernel] = {k.name: k for k in (TorchCudaKernel, FlashAttnKernel, TorchCpuKernel)}  # best first
 _chosen: dict[str, Kernel | None] = {}  # by device, for the whole process
 
 
 def varlen_kernels() -> dict[str, str]:
-    """
-    The kernels behind `attn_implementation="transfusion_varlen"`: for each `"in use"` (or to be used, on its device),
-    `"available"`, or why it is not.
-
-    Example:
-
-    ```python
-    >>> varlen_kernels()
-    {'torch_cuda': 'torch sees no CUDA device', 'flash_attn': "No module named 'flash_attn' …", 'torch_cpu': 'in use'}
-    ```"""
-    in_use = [_choose(kernel.device_type) for kernel in _KERNELS]
-    return {k.name: k.unavailable() or ("in use" if k in in_use else "available") for k in _KERNELS}
+    """The kernels of `"transfusion_varlen"`: for each `"in use"` on its device, `"available"`, or why it is not."""
+    in_use = [_choose(kernel.device_type) for kernel in _KERNELS.values()]
+    return {name: k.unavailable() or ("in use" if k in in_use else "available") for name, k in _KERNELS.items()}
 
 
 def set_varlen_kernel(name: str) -> None:
     """
-    Makes `"transfusion_varlen"` use another kernel on the device it is for, in the whole process. FlashAttention 3
-    and 4 sit behind `"torch_cuda"` after `torch.nn.attention.activate_flash_attention_impl("FA3")`.
-
-    Args:
-        name (`str`): `"torch_cuda"`, `"flash_attn"` or `"torch_cpu"`.
-
-    Raises:
-        ValueError: an unknown kernel, or one that cannot run here.
+    Chooses a kernel of [`varlen_kernels`] for its device, in the whole process; `ValueError` if it cannot run here.
+    FlashAttention 3 and 4 are behind `"torch_cuda"` after `torch.nn.attention.activate_flash_attention_impl("FA3")`.
     """
-    kernel = next((kernel for kernel in _KERNELS if kernel.name == name), None)
-    if kernel is None:
-        raise ValueError(f"`name` must be one of {', '.join(k.name for k in _KERNELS)}; got {name!r}.")
-    if reason := kernel.unavailable():
+    if name not in _KERNELS:
+        raise ValueError(f"`name` must be one of {', '.join(_KERNELS)}; got {name!r}.")
+    if reason := _KERNELS[name].unavailable():
         raise ValueError(f"The kernel {name!r} cannot be used: {reason}.")
-    _chosen[kernel.device_type] = kernel
+    _chosen[_KERNELS[name].device_type] = _KERNELS[name]
 
 
 def _choose(device_type: str) -> Kernel | None:
     """The kernel of a device, chosen once; `None` where there is none."""
     if device_type not in _chosen:
-        _chosen[device_type] = next(
-            (k for k in _KERNELS if k.device_type == device_type and not k.unavailable()), None
-        )
+        usable = (k for k in _KERNELS.values() if k.device_type == device_type and not k.unavailable())
+        _chosen[device_type] = next(usable, None)
     return _chosen[device_type]
 
 
 def _kernel_for(query: torch.Tensor) -> Kernel:
     """The kernel for a tensor's device, once it is sure to take it."""
-    kernel = _choose(query.device.type)
+    kernel, device, dim = _choose(query.device.type), query.device.type, query.shape[-1]
     if kernel is None:
-        raise ValueError(
-            f"`{VARLEN_ATTENTION}` has no kernel for {query.device.type}: {varlen_kernels()}. Use 'sdpa' there."
-        )
+        raise ValueError(f"`{VARLEN_ATTENTION}` has no kernel for {device}: {varlen_kernels()}. Use 'sdpa' there.")
     if query.dtype not in kernel.dtypes:
         raise ValueError(
             f"`{VARLEN_ATTENTION}` with the kernel {kernel.name!r} computes in "
             f"{', '.join(map(str, kernel.dtypes))}; got {query.dtype}. Load the model in one of these, or use 'sdpa'."
         )
-    if kernel is not TorchCpuKernel and (query.shape[-1] > 256 or query.shape[-1] % 8):
-        raise ValueError(
-            f"FlashAttention takes head sizes up to 256 that are multiples of 8; got {query.shape[-1]}. Use 'sdpa'."
-        )
+    if kernel is not TorchCpuKernel and (dim > 256 or dim % 8):
+        raise ValueError(f"FlashAttention takes head sizes up to 256, multiples of 8; got {dim}. Use 'sdpa'.")
     return kernel
 
 
@@ -374,15 +335,8 @@ def transfusion_varlen_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, varlen_plan=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """
-    The attention function registered as `"transfusion_varlen"`.
-
-    Args:
-        query (`torch.Tensor` of shape `(batch, heads, seq, dim)`)
-        key (`torch.Tensor` of shape `(batch, kv_heads, past + seq, dim)`), value (the same)
-        varlen_plan (`VarlenPlan`): From `TransfusionModel`.
-
-    Returns:
-        `torch.Tensor` of shape `(batch, seq, heads, dim)`, and `None` for the weights. 0 at padding.
+    The attention function registered as `"transfusion_varlen"`: queries `(batch, heads, seq, dim)`, keys and values
+    `(batch, kv_heads, past + seq, dim)` → `(batch, seq, heads, dim)`, 0 at padding, and `None` for the weights.
 
     Raises:
         ValueError: no plan or one of other sizes, dropout, a sliding window, soft-capped scores, a dtype, device or
@@ -404,10 +358,7 @@ def transfusion_varlen_attention(
         )
     sizes, planned = (batch * seq, batch * key.shape[2]), (varlen_plan.num_queries, varlen_plan.num_keys)
     if sizes != planned:
-        raise ValueError(
-            "`varlen_plan` is for {} queries and {} keys, but there are {} and {}; make it from these "
-            "`input_ids`.".format(*planned, *sizes)
-        )
+        raise ValueError(f"`varlen_plan` is for {planned} queries and keys, not {sizes}; make it from these ids.")
     if torch.is_autocast_enabled(query.device.type):
         # Rotary embeddings leave queries and keys in float32, values are in the lower precision.
         query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))

@@ -20,7 +20,6 @@ _PRESETS: dict[str, dict[str, int]] = {
     "1.4B": {"num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "intermediate_size": 5632},
     "7B": {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "intermediate_size": 11008},
 }
-_VOCAB_SIZE = 32003  # Llama 2's tokens, then <BOI>, the patch placeholder and <EOI>
 
 # By patch size: channels of each level, ResNet blocks per level. The paper gives only the sum, 0.27B for every size.
 _PAPER_UNETS: dict[int, tuple[list[int], int]] = {
@@ -29,7 +28,6 @@ _PAPER_UNETS: dict[int, tuple[list[int], int]] = {
     4: ([448, 896, 896], 2),
     8: ([320, 640, 640, 640], 3),
 }
-_PAPER_HIDDEN_SIZE = 768  # of the paper's smallest model
 
 _CHOICES: dict[str, list] = {
     "patch_encoder": ["linear", "unet"],
@@ -65,7 +63,6 @@ def paper_vae_config(scaling_factor: float, shift_factor: float | None = None) -
     """
     The `vae_config` of the paper's autoencoder (§4.1): sides 8 times smaller, 8 channels, latents (z − shift) · scale;
     measure both on the trained autoencoder with `transfusion_hf.measure_latent_scale`.
-
     NOTE: the paper says only that it has 86M parameters; Stable Diffusion's layout with 8 channels has 83.7M.
     """
     channels = [128, 256, 512, 512]
@@ -78,13 +75,9 @@ def paper_vae_config(scaling_factor: float, shift_factor: float | None = None) -
     }  # fmt: skip
 
 
-def vae_arguments(vae_config: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an `AutoencoderKL`, without diffusers' own notes (`_class_name` …)."""
-    return {name: value for name, value in vae_config.items() if not name.startswith("_")}
-
-
 def _preset_text_config(name: str) -> LlamaConfig:
-    return LlamaConfig(vocab_size=_VOCAB_SIZE, max_position_embeddings=4096, **_PRESETS[name])
+    # Llama 2's 32,000 tokens, then `<BOI>`, the patch placeholder and `<EOI>`.
+    return LlamaConfig(vocab_size=32003, max_position_embeddings=4096, **_PRESETS[name])
 
 
 def _refuse(problems: dict[str, Any]) -> None:
@@ -113,9 +106,8 @@ class TransfusionConfig(PreTrainedConfig):
             `"linear"`: one linear layer on patch plus timestep embedding (with `patch_size=1` the paper's "none").
             `"unet"`: U-Net down and up blocks (§3, Table 7).
         unet_block_out_channels (`list[int]`, *optional*):
-            Channels at each of the U-Net's log2(`patch_size`) + 1 resolutions. For a hidden size of 768 or more and
-            patches of 1, 2, 4 or 8 defaults to a U-Net of 0.27B parameters, otherwise to a quarter of the hidden size,
-            and half of it at the last.
+            Channels at each of the U-Net's log2(`patch_size`) + 1 resolutions. Default for a hidden size of 768 or
+            more and patches up to 8: 0.27B parameters; otherwise a quarter of the hidden size, half of it at the last.
         unet_layers_per_block (`int`, *optional*): ResNet blocks at each resolution down; one more on the way up.
         unet_norm_num_groups (`int`, defaults to 32, or at most 8 for a small U-Net):
             Groups of the U-Net's group norms, of at least two channels; divides all its channels.
@@ -133,9 +125,8 @@ class TransfusionConfig(PreTrainedConfig):
         untied_modalities (`list[str]`, *optional*):
             `["image"]`: patches have separate projections, MLPs and norms in each layer, initialised as copies of the
             text's; attention is shared. `<BOI>` and `<EOI>` count as text. `None` or `[]`: all share all weights.
-        image_start_token_id (`int`, defaults to 32000): Id of `<BOI>`.
-        image_token_id (`int`, defaults to 32001): Id of the placeholder for one patch.
-        image_end_token_id (`int`, defaults to 32002): Id of `<EOI>`.
+        image_start_token_id, image_token_id, image_end_token_id (`int`, defaults to 32000, 32001 and 32002):
+            Ids of `<BOI>`, of the placeholder for one patch, and of `<EOI>`.
         tie_word_embeddings (`bool`, *optional*): Always that of `text_config`.
 
     Raises:
@@ -181,47 +172,36 @@ class TransfusionConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # Mirrored because transformers reads the outer flag: a tied family would lose its head on reload.
         given, tied = self.tie_word_embeddings, self.text_config.tie_word_embeddings
-        message = (
-            f"`tie_word_embeddings` is {given} but that of `text_config` is {tied}; set it in `text_config` only."
-        )
-        _refuse({message: given not in (None, tied)})
+        if given not in (None, tied):
+            raise ValueError(
+                f"`tie_word_embeddings` is {given} but that of `text_config` is {tied}; set it in `text_config` only."
+            )
         self.tie_word_embeddings = tied
         self.validate_transfusion()
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> "TransfusionConfig":
-        """
-        The configuration of one of the paper's five sizes (Table 2): `"0.16B"`, `"0.37B"`, `"0.76B"`, `"1.4B"` or
-        `"7B"`; `kwargs` are further fields. `ValueError` for another `name`.
-        """
+        """One of the paper's five sizes (Table 2): `"0.16B"`, `"0.37B"`, `"0.76B"`, `"1.4B"` or `"7B"`."""
         if name not in _PRESETS:
             raise ValueError(f"`name` must be one of the presets {', '.join(_PRESETS)}; got {name!r}.")
         return cls(text_config=_preset_text_config(name), **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """
-        Writes `config.json` and the code that loads the folder with `trust_remote_code=True` where this package is not
-        installed. A model's `save_pretrained` calls it. `push_to_hub` uploads it with `kwargs` as well.
-        """
+        """Writes `config.json`, and the code that loads the folder with `trust_remote_code=True`; models call it."""
         saved = copy.copy(self)
         saved.auto_map, saved.custom_pipelines = dict(AUTO_MAP), CUSTOM_PIPELINES
         super(TransfusionConfig, saved).save_pretrained(save_directory)
-        self._save_code(save_directory)
-        if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-
-    def _save_code(self, save_directory: str | os.PathLike) -> None:
         folder = Path(__file__).parent
         if _IS_REMOTE_CODE:
             # transformers copied only what this file imports, and no file imports the pipelines. A repository's code
             # lies in a folder named after its commit. If it is gone, transformers copies model and processor.
             with suppress(OSError):
-                file = cached_file(self.name_or_path, "pipelines_transfusion.py", revision=folder.name)
-                folder = Path(file).parent
+                folder = Path(cached_file(self.name_or_path, "pipelines_transfusion.py", revision=folder.name)).parent
         for file in folder.glob("*_transfusion.py"):
-            target = Path(save_directory, file.name)
-            if not (target.exists() and target.samefile(file)):
-                shutil.copyfile(file, target)
+            with suppress(shutil.SameFileError):
+                shutil.copyfile(file, Path(save_directory, file.name))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     @property
     def latent_size(self) -> tuple[int, int]:
@@ -285,7 +265,7 @@ class TransfusionConfig(PreTrainedConfig):
     def _complete_and_validate_unet(self) -> None:
         hidden_size, patch_size, channels = self.text_config.hidden_size, self.patch_size, self.unet_block_out_channels
         num_levels, layers, groups = patch_size.bit_length(), 1, 32
-        if channels is None and hidden_size >= _PAPER_HIDDEN_SIZE and patch_size in _PAPER_UNETS:
+        if channels is None and hidden_size >= _PRESETS["0.16B"]["hidden_size"] and patch_size in _PAPER_UNETS:
             channels, layers = _PAPER_UNETS[patch_size]
         elif channels is None:
             quarter, half = (-(-hidden_size // part // 8) * 8 for part in (4, 2))

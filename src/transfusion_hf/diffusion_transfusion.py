@@ -43,7 +43,6 @@ def is_flow(scheduler: SchedulerMixin) -> bool:
 def make_noise_scheduler(config: TransfusionConfig) -> SchedulerMixin:
     """
     The schedule of the training: a `DDPMScheduler`, or for flow matching a `FlowMatchEulerDiscreteScheduler`.
-
     Clipping x_0 to [−1, 1] while sampling is right for pixels only. Timesteps are spaced `"leading"`, which leaves out
     t = T − 1: the cosine schedule has √ᾱ ≈ 5e-5 there, and would magnify an error of ε 20,000 times.
     """
@@ -60,15 +59,13 @@ def make_noise_scheduler(config: TransfusionConfig) -> SchedulerMixin:
 
 def make_sampling_scheduler(noise_scheduler, scheduler, num_inference_steps: int, device) -> SchedulerMixin:
     """
-    A scheduler ready to sample, whose state is shared with nobody.
+    A scheduler ready to sample in 1 to T steps, whose state is shared with nobody.
 
     Args:
-        noise_scheduler (`SchedulerMixin`): That of the training.
         scheduler (`SchedulerMixin` or `str`, *optional*):
-            A diffusers scheduler, or the name of its class. By name it is made from the model's own schedule, to go
+            A diffusers scheduler, or the name of its class. By name it is made from the training's schedule, to go
             from 0.98·T or above to 0 in any number of steps, and to clip x_0 if the training's does (Euler's cannot).
             Default: the DDPM sampler of the paper; for flow matching Euler's.
-        num_inference_steps (`int`): 1 to T.
 
     Raises:
         ValueError: an unknown name, a schedule or prediction type other than the model's, steps out of range or, with
@@ -103,25 +100,19 @@ def _scheduler_of_name(noise_scheduler: SchedulerMixin, name: Any) -> Any:
 
 
 def _check_same_schedule(sampler: Any, noise_scheduler: SchedulerMixin) -> None:
-    remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
     if not isinstance(sampler, SchedulerMixin):
-        raise ValueError(
-            f"`scheduler` must be a diffusers scheduler, its class name or `None`; got {sampler!r}; {remedy}."
-        )
+        raise ValueError(f"`scheduler` must be a diffusers scheduler, its class name or `None`; got {sampler!r}.")
+    remedy = "make it with `type(scheduler).from_config(model.noise_scheduler.config)` or pass its class name"
     pair = (sampler, noise_scheduler)
     # The config of diffusers' own flow matching names no type; that of multistep samplers does.
     names = ["flow_prediction" if type(s).__name__.startswith("FlowMatch") else None for s in pair]
     sampled, wanted = (name or s.config.get("prediction_type") for name, s in zip(names, pair, strict=True))
     if sampled != wanted:
-        raise ValueError(
-            f"`scheduler` samples a model of prediction type {sampled!r}, this one predicts {wanted!r}; {remedy}."
-        )
+        raise ValueError(f"`scheduler` has prediction type {sampled!r}, the model predicts {wanted!r}; {remedy}.")
     kinds = [(is_flow(s), s.config.get("num_train_timesteps")) for s in pair]
     bars = [torch.empty(0) if is_flow(s) else getattr(s, "alphas_cumprod", torch.empty(0)).cpu() for s in pair]
     if kinds[0] != kinds[1] or bars[0].shape != bars[1].shape or not torch.allclose(*bars, atol=1e-6):
-        raise ValueError(
-            f"`scheduler` ({type(sampler).__name__}) has another noise schedule than the model; {remedy}."
-        )
+        raise ValueError(f"`scheduler` has another noise schedule than the model; {remedy}.")
 
 
 def _from_noise_to_0(sampler: Any, betas: torch.Tensor, num_steps: int) -> Any:
@@ -155,10 +146,7 @@ def content_seeds(stacks: Stacks) -> list[int]:
 
 
 def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | None = None) -> torch.LongTensor:
-    """
-    Draws t uniform in 0 … `max_timesteps` − 1 (§4.3.4: 500 for images before their caption), both of shape
-    `(num_images,)`, from a seed for each or by torch's global generator.
-    """
+    """Draws each image's t uniform below its `max_timesteps` (§4.3.4), from its seed or torch's global generator."""
     if seeds is None:
         uniform = torch.rand(max_timesteps.shape, device=max_timesteps.device)
     else:
@@ -186,9 +174,7 @@ def sample_noise(stacks: Stacks, seeds: Sequence[int] | None = None) -> list[tor
     ]
 
 
-def add_noise(
-    noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.Tensor
-) -> list[torch.Tensor]:
+def add_noise(noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.Tensor) -> Stacks:
     """x_t = √ᾱ_t·x_0 + √(1−ᾱ_t)·ε (Eq. 2); with flow matching on the straight line from x_0 to ε."""
     if is_flow(noise_scheduler):
         sigmas = _per_stack(timesteps / noise_scheduler.config.num_train_timesteps, x_0)
@@ -200,9 +186,7 @@ def _per_stack(values: torch.Tensor, stacks: Stacks) -> tuple[torch.Tensor, ...]
     return values.split([len(stack) for stack in stacks])
 
 
-def prediction_targets(
-    noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.LongTensor
-) -> list[torch.Tensor]:
+def prediction_targets(noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks, timesteps: torch.Tensor) -> Stacks:
     """What to predict: ε (Eq. 3), v = √ᾱ_t·ε − √(1−ᾱ_t)·x_0 (arXiv 2202.00512), x_0, or ε − x_0 (flow matching)."""
     if is_flow(noise_scheduler):
         return [e - x for x, e in zip(x_0, eps, strict=True)]
@@ -210,7 +194,7 @@ def prediction_targets(
     if prediction_type == "v_prediction":
         parts = zip(x_0, eps, _per_stack(timesteps, x_0), strict=True)
         return [noise_scheduler.get_velocity(*part) for part in parts]
-    return list(x_0 if prediction_type == "sample" else eps)
+    return x_0 if prediction_type == "sample" else eps
 
 
 def chosen_rows(stacks: Stacks, mask: torch.BoolTensor) -> list[list[int]]:
@@ -221,19 +205,14 @@ def chosen_rows(stacks: Stacks, mask: torch.BoolTensor) -> list[list[int]]:
 
 def noise_images(
     noise_scheduler: SchedulerMixin, x_0: Stacks, timesteps=None, max_timesteps=None, image_loss_mask=None, seeds=None
-) -> tuple[list[torch.Tensor], torch.LongTensor, torch.BoolTensor | None, list[torch.Tensor]]:
+) -> tuple[Stacks, torch.LongTensor, torch.BoolTensor | None, Stacks]:
     """
-    The forward diffusion of a training step: draws t and ε, and noises the images in `image_loss_mask`.
-
-    Args:
-        timesteps, max_timesteps, image_loss_mask, seeds: As in `TransfusionForCausalLMAndDiffusion.forward`.
+    The forward diffusion of a training step: draws t and ε, and noises the images in `image_loss_mask`. The arguments
+    are those of `TransfusionForCausalLMAndDiffusion.forward`.
 
     Returns:
         x_t, in stacks, clean where not noised; t of each image, 0 for clean ones; the images to predict (`None`: all;
         the first if none is noised, so that each image part is used); the targets of the noised ones, in stacks.
-
-    Raises:
-        ValueError: not one value for each image, a t out of range.
     """
     num_images, device = sum(len(stack) for stack in x_0), x_0[0].device
     num_train_timesteps, first = noise_scheduler.config.num_train_timesteps, int(is_flow(noise_scheduler))
@@ -241,14 +220,14 @@ def noise_images(
     for name, value in per_image.items():
         if value is not None and len(value) != num_images:
             raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(value)}.")
-    if timesteps is not None:
-        check_timesteps(timesteps, num_images, num_train_timesteps - 1 + first)
-    elif max_timesteps is None:
-        timesteps = sample_timesteps(torch.full((num_images,), num_train_timesteps, device=device), seeds) + first
-    elif ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
+    if max_timesteps is None:
+        max_timesteps = torch.full((num_images,), num_train_timesteps, device=device)
+    elif not ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
+        raise ValueError(f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}.")
+    if timesteps is None:
         timesteps = sample_timesteps(max_timesteps, seeds) + first
     else:
-        raise ValueError(f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}.")
+        check_timesteps(timesteps, num_images, num_train_timesteps - 1 + first)
     timesteps, eps, mask = timesteps.to(device), sample_noise(x_0, seeds), None
     if image_loss_mask is not None:
         mask = image_loss_mask.to(device=device, dtype=torch.bool)
@@ -270,16 +249,8 @@ def predicted_x_0(
     """What x_t of shape `(num_images, channels, height, width)` leads to, by a prediction at one t of shape `()`."""
     if is_flow(noise_scheduler):
         return x_t - t / noise_scheduler.config.num_train_timesteps * prediction
-    alpha_bar = noise_scheduler.alphas_cumprod[int(t)].to(x_t)
-    a, b = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-    prediction_type = noise_scheduler.config.prediction_type
-    if prediction_type == "sample":
-        x_0 = prediction
-    elif prediction_type == "v_prediction":
-        x_0 = a * x_t - b * prediction
-    else:
-        x_0 = (x_t - b * prediction) / a
-    return x_0.clamp(-1, 1) if noise_scheduler.config.clip_sample else x_0
+    # The step also draws noise, which must not come from the generators of the drawing.
+    return noise_scheduler.step(prediction, int(t), x_t, generator=torch.Generator()).pred_original_sample
 
 
 def image_losses(predictions: Stacks, targets: Stacks) -> torch.Tensor:
@@ -289,13 +260,8 @@ def image_losses(predictions: Stacks, targets: Stacks) -> torch.Tensor:
 
 def mean_image_loss(losses, num_labels, num_items_in_batch=None, num_images_in_batch=None) -> torch.Tensor:
     """
-    L_DDPM as the mean over images, or this micro-batch's part of that of a batch.
-
-    Args:
-        losses (`torch.FloatTensor` of shape `(num_noised_images,)`)
-        num_labels (`torch.LongTensor` of shape `()`): Labels in this micro-batch.
-        num_items_in_batch (`torch.Tensor` or `int`, *optional*): Labels in the batch: weights the mean by the share.
-        num_images_in_batch (`torch.Tensor` or `int`, *optional*): Noised images in the batch, for the exact part.
+    L_DDPM as the mean over the losses of images `(num_noised_images,)`, or this micro-batch's part of that of a batch:
+    exactly, by the noised images in the batch, or by the share of `num_labels` in the `num_items_in_batch` labels.
     """
     if num_images_in_batch is not None:
         return losses.sum() / num_images_in_batch
@@ -310,8 +276,7 @@ def mean_image_loss(losses, num_labels, num_items_in_batch=None, num_images_in_b
 
 
 def _logit_options(text_config: PreTrainedConfig) -> list[float | None]:
-    names = ("logit_scale", "logits_scaling", "final_logit_softcapping")
-    return [getattr(text_config, name, None) for name in names]
+    return [getattr(text_config, name, None) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")]
 
 
 def scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
@@ -340,10 +305,7 @@ class _CrossEntropyInPlace(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         if ctx.gradient is None:
-            raise RuntimeError(
-                "The LM loss without logits goes backward once. Pass `skip_logits=False` to `forward` for a second "
-                "time, as with `retain_graph=True`."
-            )
+            raise RuntimeError("The LM loss goes backward once. Pass `skip_logits=False` to `forward` for more.")
         gradient, ctx.gradient = ctx.gradient, None
         return gradient.mul_(grad_output), None
 
@@ -351,13 +313,9 @@ class _CrossEntropyInPlace(torch.autograd.Function):
 @torch.compiler.disable  # a compiled graph cannot hold a function that keeps what it overwrote
 def sum_cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
-    The sum of −log softmax(logits)[target] (L_LM, Eq. 1), in at least float32. In place: float32 and float64 logits
-    hold nothing useful afterwards, and the backward pass, which runs once, needs no memory beyond theirs;
-    `F.cross_entropy` takes three times as much.
-
-    Args:
-        logits (`torch.FloatTensor` of shape `(num_labels, vocab)`)
-        targets (`torch.LongTensor` of shape `(num_labels,)`)
+    The sum of −log softmax(logits)[target] (L_LM, Eq. 1), in at least float32, of logits `(num_labels, vocab)`. In
+    place: float32 and float64 logits hold nothing useful afterwards. The backward pass runs once and needs no memory
+    beyond theirs; `F.cross_entropy` takes three times as much.
     """
     return _CrossEntropyInPlace.apply(at_least_float32(logits), targets)
 

@@ -14,10 +14,8 @@ from transformers.image_utils import PILImageResampling
 class TransfusionImageProcessor(TorchvisionBackend):
     """
     Resizes, crops to the centre and maps to [−1, 1] (§4.1: 256×256). With `do_resize=False, do_center_crop=False`
-    images keep their sizes, and `pixel_values` is a list if they differ.
-
-    Accepts PIL images of any mode: reduces 16 bits to 8, lays transparency over white, and converts to gray or colour,
-    depending on whether `image_mean` has one number or three.
+    images keep their sizes, and `pixel_values` is a list if they differ. Accepts PIL images of any mode: reduces 16
+    bits to 8, lays transparency over white, and converts to gray or colour, as `image_mean` has one number or three.
     """
 
     _auto_class = "AutoImageProcessor"  # the library saves its code
@@ -47,9 +45,7 @@ class TransfusionImageProcessor(TorchvisionBackend):
             raise ValueError("`images`: mode 'F' (floating point) has no known range; pass images of 8 or 16 bits.")
         if image.mode.startswith("I"):  # PIL would clip 16 bits instead of scaling them
             image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
-        if image.mode in ("La", "RGBa"):  # premultiplied
-            image = image.convert(image.mode.upper())
-        if "A" in image.getbands() or "transparency" in image.info:
+        if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("L" if len(self.image_mean) == 1 else "RGB")
@@ -62,17 +58,15 @@ class TransfusionImageProcessor(TorchvisionBackend):
         return BatchFeature({"pixel_values": pixel_values})
 
     def postprocess(self, images: Iterable[torch.Tensor]) -> list[Image.Image]:
-        """
-        PIL images of tensors `(channels, height, width)`, a list or stacked: undoes the mapping to [−1, 1], clips, and
-        rounds to 8 bits.
-        """
-        return [self._to_pil(image.detach().float().cpu()) for image in images]
-
-    def _to_pil(self, image: torch.Tensor) -> Image.Image:
+        """PIL images of tensors `(channels, height, width)`, in [−1, 1] but for clipping; rounds to 8 bits."""
         mean, std = (torch.tensor(x, dtype=torch.float32).view(-1, 1, 1) for x in (self.image_mean, self.image_std))
-        if image.ndim != 3 or len(image) not in (1, 3) or not torch.isfinite(image).all():
-            raise ValueError(
-                "`images` must hold finite tensors of shape (channels, height, width) with 1 or 3 channels; got shape "
-                f"{tuple(image.shape)}."
-            )
-        return F.to_pil_image(((image * std + mean).clamp(0, 1) * 255).round().to(torch.uint8))
+        pictures = []
+        for image in images:
+            if image.ndim != 3 or len(image) not in (1, 3) or not torch.isfinite(image).all():
+                raise ValueError(
+                    "`images` must hold finite tensors of shape (channels, height, width) with 1 or 3 channels; got "
+                    f"shape {tuple(image.shape)}."
+                )
+            pixels = image.detach().float().cpu() * std + mean
+            pictures.append(F.to_pil_image((pixels.clamp(0, 1) * 255).round().to(torch.uint8)))
+        return pictures

@@ -14,10 +14,7 @@ from .configuration_transfusion import TransfusionConfig
 
 def check_attn_implementation(attn_implementation: str | dict | None) -> None:
     """Raises `ValueError` for a stock flash implementation, alone or in a dict of those of the sub-configs."""
-    if isinstance(attn_implementation, dict):
-        for value in attn_implementation.values():
-            check_attn_implementation(value)
-    elif attn_implementation is not None and "flash" in attn_implementation:
+    if "flash" in str(attn_implementation):
         raise ValueError(
             f"`attn_implementation={attn_implementation!r}` cannot compute Transfusion's mask: flash attention knows "
             "only causal and full attention, so transformers would silently drop the bidirectional image blocks. Use "
@@ -26,25 +23,11 @@ def check_attn_implementation(attn_implementation: str | dict | None) -> None:
 
 
 def image_block_ids(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
-    """
-    Numbers the images of each row: a run of placeholders is one image; `<BOI>` and `<EOI>` keep neighbours apart.
-
-    Returns:
-        `torch.LongTensor` of shape `(batch, seq)`: 0, 1, … at the patches of a row's images in turn, −1 at text.
-    """
+    """0, 1, … at the patches of each row's images, −1 at text: `(batch, seq)`. A run of placeholders is one image."""
     is_patch = input_ids == image_token_id
     starts = is_patch.clone()
     starts[:, 1:] &= ~is_patch[:, :-1]
     return torch.where(is_patch, starts.cumsum(dim=-1) - 1, -1)
-
-
-def image_block_lengths(block_ids: torch.LongTensor) -> list[int]:
-    """Number of patches of each image, row by row, in order (one device synchronisation)."""
-    rows, columns = block_ids.shape
-    num_blocks = block_ids.max(dim=-1, keepdim=True).values + 1 if columns else block_ids.new_zeros(rows, 1)
-    first = num_blocks.cumsum(dim=0) - num_blocks  # blocks in the rows above
-    flat = (first + block_ids)[block_ids >= 0]
-    return torch.bincount(flat).tolist()
 
 
 def check_num_images(num_images: int, num_blocks: int) -> None:
@@ -56,37 +39,23 @@ def check_num_images(num_images: int, num_blocks: int) -> None:
 
 
 def check_image_blocks(stacks: list[torch.Tensor] | None, block_ids: Any, config: TransfusionConfig) -> int:
-    """
-    Images and blocks must be equal in number and length, or the placeholders would be filled wrongly. Returns their
-    number.
-
-    Args:
-        stacks (`list[torch.Tensor]` of shapes `(num_images, channels, height, width)`, *optional*): The latents.
-        block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*): From [`image_block_ids`].
-
-    Raises:
-        ValueError: they are not, an image has a wrong size or holds NaN or infinite values.
-    """
-    if stacks is None:
-        if block_ids is not None and (block_ids >= 0).any():
-            raise ValueError(
-                f"`input_ids` has {len(image_block_lengths(block_ids))} image blocks but no images were passed; pass "
-                "`pixel_values` or `latents`, one image per block."
-            )
-        return 0
+    """The number of images. Raises `ValueError` unless finite latents and blocks match in number and length."""
     if block_ids is None:
-        raise ValueError("`inputs_embeds` holds text only; pass images together with `input_ids`.")
+        if stacks is not None:
+            raise ValueError("`inputs_embeds` holds text only; pass images together with `input_ids`.")
+        return 0
     num_patches = []
-    for stack in stacks:
+    for stack in stacks or []:
         if stack.ndim != 4 or stack.shape[1] != config.latent_channels:
             raise ValueError(
-                f"Latents must have shape (num_images, {config.latent_channels}, height, width), as `latent_channels` "
-                f"says; got {tuple(stack.shape)}."
+                f"Latents need shape (num_images, {config.latent_channels}, height, width); got {tuple(stack.shape)}."
             )
         num_patches += [config.num_patches(*stack.shape[2:])] * len(stack)
         if not torch.isfinite(stack).all():
             raise ValueError("`pixel_values` or `latents` hold NaN or infinite values; expected finite numbers.")
-    block_lengths = image_block_lengths(block_ids)
+    num_blocks = block_ids.amax(dim=-1, keepdim=True) + 1
+    num_before = num_blocks.cumsum(dim=0) - num_blocks  # in the rows above
+    block_lengths = torch.bincount((num_before + block_ids)[block_ids >= 0]).tolist()  # in patches
     check_num_images(len(num_patches), len(block_lengths))
     if num_patches != block_lengths:
         raise ValueError(
@@ -100,22 +69,13 @@ def create_transfusion_mask(
     text_config, inputs_embeds, block_ids, attention_mask, cache, position_ids, varlen_plan: VarlenPlan | None = None
 ) -> Any:
     """
-    The mask for the new positions, in whatever form the decoder and its attention implementation want.
+    The mask for the new positions, in the form that the decoder takes: a tensor, a `BlockMask`, `None`, or a dict of
+    those by layer type; for `"transfusion_varlen"` a `VarlenPlan`. Of `inputs_embeds` only shape, dtype and device are
+    read. The other arguments are those of `TransfusionModel.forward`, and:
 
-    Args:
-        text_config (`PreTrainedConfig`): The decoder's.
-        inputs_embeds (`torch.Tensor` of shape `(batch, seq, hidden)`): Only its shape, dtype and device are read.
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
             Of the new positions, from [`image_block_ids`]; `None`: causal throughout. An image never straddles the
             border between cache and new positions, so the cached ones are not needed.
-        attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*): 0 at padding.
-        cache (`Cache`, *optional*)
-        position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
-        varlen_plan (`VarlenPlan`, *optional*): A plan made before, in place of `attention_mask` and `cache`.
-
-    Returns:
-        What the decoder takes as `attention_mask`: a tensor, a `BlockMask`, `None`, or a dict of those by layer type;
-        for `"transfusion_varlen"` a `VarlenPlan`.
 
     Raises:
         ValueError: the decoder runs on a stock flash implementation; `varlen_plan` was made for another batch.
@@ -130,8 +90,7 @@ def create_transfusion_mask(
             _check_varlen_plan(varlen_plan, attn_implementation, (batch, seq), block_ids, position_ids)
         return varlen_plan.to(inputs_embeds.device)
     if attn_implementation == VARLEN_ATTENTION:
-        is_packed = attention_mask is None and cache is None
-        document_ids = _document_ids(position_ids, batch, seq) if is_packed else None
+        document_ids = _document_ids(position_ids, batch, seq) if attention_mask is None and cache is None else None
         if attention_mask is None:
             attention_mask = torch.ones(batch, seq if cache is None else cache.get_seq_length() + seq)
         return make_varlen_plan(attention_mask, seq, block_ids, document_ids, inputs_embeds.device)
@@ -144,10 +103,7 @@ def create_transfusion_mask(
 
 
 def make_packed_plan(input_ids: torch.LongTensor, position_ids: torch.LongTensor, image_token_id: int) -> VarlenPlan:
-    """
-    The plan of packed rows, for `varlen_plan` of `TransfusionModel.forward`. Ids and positions have shape
-    `(batch, seq)`; positions restart at each document, and padding counts as one.
-    """
+    """The plan of packed rows `(batch, seq)`, whose positions restart at each document; padding counts as one."""
     block_ids = image_block_ids(input_ids, image_token_id)
     document_ids = _document_ids(position_ids, *input_ids.shape)
     return make_varlen_plan(torch.ones_like(input_ids), input_ids.shape[1], block_ids, document_ids)
@@ -165,11 +121,10 @@ def _check_varlen_plan(plan: VarlenPlan, attn_implementation: str | None, shape,
             f"`varlen_plan` is for `attn_implementation='{VARLEN_ATTENTION}'`; this model runs on "
             f"{attn_implementation!r}. Have the collator make none, or set that implementation."
         )
-    for what, own, other, default in (
-        ("images", plan.block_ids, block_ids, -1),
-        ("documents", plan.document_ids, _document_ids(position_ids, *shape), 0),
-    ):
-        own, other = (torch.tensor(default).expand(shape) if ids is None else ids for ids in (own, other))
+    of_images = ("images", -1, plan.block_ids, block_ids)
+    of_documents = ("documents", 0, plan.document_ids, _document_ids(position_ids, *shape))
+    for what, default, *pair in (of_images, of_documents):
+        own, other = (torch.tensor(default).expand(shape) if ids is None else ids for ids in pair)
         if own.shape != other.shape or not torch.equal(own.to(other.device), other):
             raise ValueError(
                 f"`varlen_plan` was made for other {what} than those of `input_ids` and `position_ids`, or for a "
@@ -179,6 +134,4 @@ def _check_varlen_plan(plan: VarlenPlan, attn_implementation: str | None, shape,
 
 def is_prepared(attention_mask: Any) -> bool:
     """Whether [`create_transfusion_mask`] made the mask, so that it is handed on as it is."""
-    if attention_mask is None or isinstance(attention_mask, (dict, VarlenPlan)):
-        return attention_mask is not None
-    return len(attention_mask.shape) == 4
+    return isinstance(attention_mask, (dict, VarlenPlan)) or len(getattr(attention_mask, "shape", ())) == 4

@@ -29,7 +29,6 @@ class ModalityRouter:
     Sends each position through either the text module or the image's. Made once in a forward pass.
 
     Args:
-        model_type (`str`): The decoder's family.
         shape (`torch.Size`): `(batch, seq)`.
         is_image (`torch.BoolTensor` of shape `(batch, seq)`, *optional*):
             Where a patch stands. `None`: nowhere. The image modules then see one position of zeros, times 0, so that
@@ -118,26 +117,14 @@ def _new_routed(plain_class: Any) -> nn.Module:
 def untie_modalities(language_model: nn.Module) -> None:
     """
     Gives each decoder layer a copy of its modules for image positions, used where `forward` gets a `modality_router`.
-    Without one the model stays what it was, to the bit.
+    Without one the model stays what it was, to the bit. `ValueError` if the layers have image weights already.
 
     NOTE: the norm behind the last layer stays one for all: what follows it at a patch is the image's own linear layer.
-
-    Args:
-        language_model (`PreTrainedModel`): A transformers decoder with `layers`, each with a `self_attn`.
-
-    Raises:
-        ValueError: a layer has parameters outside of its modules, or has image weights already.
     """
     for layer in language_model.layers:
         attention = layer.self_attn
         if hasattr(layer, IMAGE):
             raise ValueError("This decoder's layers have image weights already, from another model; load it again.")
-        own = [name for part in (layer, attention) for name, _ in part.named_parameters(recurse=False)]
-        if own:
-            raise ValueError(
-                f"`untied_modalities` cannot split a {type(layer).__name__}, which has parameters outside of its "
-                f"modules: {', '.join(own)}. Leave it empty for this family."
-            )
         modules = {"self_attn": nn.ModuleDict(_copies(attention)), **_copies(layer, without="self_attn")}
         layer.add_module(IMAGE, nn.ModuleDict(modules))
         for part in (layer, attention):

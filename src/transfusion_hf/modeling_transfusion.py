@@ -1,10 +1,8 @@
-"""
-Transfusion (Zhou et al., arXiv 2408.11039): any transformers decoder, the light image parts around it, two losses.
-"""
+"""Transfusion (Zhou et al., arXiv 2408.11039): a transformers decoder, light image parts around it, two losses."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_transfusion import VarlenPlan
-from .configuration_transfusion import TransfusionConfig, vae_arguments
+from .configuration_transfusion import TransfusionConfig
 from .denoising_transfusion import DRAWING_DEFAULTS
 from .diffusion_transfusion import (
     at_least_float32,
@@ -43,13 +41,9 @@ from .masking_transfusion import (
 from .modality_transfusion import ModalityRouter, image_parameters, untie_modalities
 from .patching_transfusion import (
     FrozenLinear,
-    TransfusionLinearPatchDecoder,
-    TransfusionLinearPatchEncoder,
-    TransfusionUNetPatchDecoder,
-    TransfusionUNetPatchEncoder,
     TransfusionVAE,
     apply_by_size,
-    fit_patch_parts,
+    make_patch_parts,
     sincos_positions,
     stack_images,
 )
@@ -67,9 +61,8 @@ def check_text_config(text_config: PreTrainedConfig) -> None:
     """Raises `ValueError` unless the config is that of a causal decoder of a supported family."""
     if text_config.model_type not in SUPPORTED_TEXT_MODELS:
         raise ValueError(
-            f"`text_config.model_type` {text_config.model_type!r} is not supported. Recurrent, linear-attention, "
-            "mixture-of-experts and encoder-decoder families cannot be made right, others have not been verified; "
-            f"use one of {', '.join(SUPPORTED_TEXT_MODELS)}."
+            f"`text_config.model_type` {text_config.model_type!r} is not supported: unverified, or not possible "
+            f"(recurrent, mixture-of-experts, encoder-decoder); use one of {', '.join(SUPPORTED_TEXT_MODELS)}."
         )
     if getattr(text_config, "use_bidirectional_attention", False) or not getattr(text_config, "is_causal", True):
         raise ValueError("`text_config` is that of an encoder, bidirectional over text; pass a causal decoder's.")
@@ -82,13 +75,7 @@ def mean_row(rows: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class TransfusionModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape `(batch, seq, hidden)`)
-        image_predictions (`list[torch.FloatTensor]`, *optional*):
-            With `timesteps`: the prediction (ε, or what `config.prediction_type` says) for the images in
-            `prediction_mask`, in stacks of shape `(num_images, channels, height, width)`.
-    """
+    """`image_predictions`, with `timesteps`: ε, or what `config.prediction_type` says, in stacks like the latents."""
 
     image_predictions: list[torch.Tensor] | None = None
 
@@ -118,20 +105,12 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 @dataclass
 class _Patches:
-    """
-    The encoded images of a batch, and where they stand in it.
+    """The encoded images of a batch, in stacks, and where they stand in it."""
 
-    Args:
-        states (`list[torch.Tensor]` of shapes `(num_images, num_patches, hidden)`): One for each stack.
-        sizes (`list[tuple[int, int]]`): Height and width of the images of each stack.
-        skips (`list[tuple[torch.Tensor, ...]]`, *optional*): What the patch decoder needs of the encoder.
-        is_patch (`torch.BoolTensor` of shape `(batch, seq)`)
-    """
-
-    states: list[torch.Tensor]
-    sizes: list[tuple[int, int]]
-    skips: list[tuple[torch.Tensor, ...]] | None
-    is_patch: torch.Tensor
+    states: list[torch.Tensor]  # (images, patches, hidden)
+    sizes: list[tuple[int, int]]  # height and width of latents
+    skips: list[tuple[torch.Tensor, ...]] | None  # what the patch decoder needs of the encoder
+    is_patch: torch.Tensor  # (batch, seq)
 
     def __post_init__(self) -> None:
         self.lengths = [states.shape[0] * states.shape[1] for states in self.states]
@@ -149,9 +128,8 @@ class _Patches:
         """What the patch decoder takes, for the images that `mask` chooses; stacks without any are left out."""
         flat = hidden_states.flatten(0, 1) if self.is_everything else hidden_states[self.is_patch]
         states = [f.view_as(s) for f, s in zip(flat.split(self.lengths), self.states, strict=True)]
-        if mask is None:
-            return states, self.sizes, self.skips
-        chosen = [(i, row) for i, row in enumerate(chosen_rows(states, mask)) if row]
+        rows = [slice(None) for _ in states] if mask is None else chosen_rows(states, mask)
+        chosen = [(i, row) for i, row in enumerate(rows) if row]
         skips = None if self.skips is None else [tuple(s[row] for s in self.skips[i]) for i, row in chosen]
         return [states[i][row] for i, row in chosen], [self.sizes[i] for i, _ in chosen], skips
 
@@ -173,7 +151,6 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["timestep_embedding", "vae"]
     _supports_sdpa = True
     _supports_flex_attn = True
-    _supports_flash_attn = False
     _supports_attention_backend = True
 
     def __init__(self, config: TransfusionConfig):
@@ -201,25 +178,9 @@ class TransfusionPreTrainedModel(PreTrainedModel):
         for image, text in new:
             initialization.copy_(image, text)  # leaves what was loaded
 
-    @torch.no_grad()
-    def copy_text_weights_(self) -> None:
-        """
-        Makes the image weights of `untied_modalities` copies of the text's, for a language model that was loaded.
-        Raises `ValueError` if the model has none.
-        """
-        if not self.config.untied_modalities:
-            raise ValueError("There are no image weights to copy to: `untied_modalities` of the config is empty.")
-        for _, image, text in image_parameters(self):
-            image.copy_(text)
-
 
 class TransfusionModel(TransfusionPreTrainedModel):
-    """
-    The single transformer with its patch encoder and decoder, without LM head.
-
-    Raises:
-        ValueError: the decoder's family is not supported, or it runs on a stock flash implementation.
-    """
+    """The single transformer with its patch encoder and decoder, without LM head."""
 
     def __init__(self, config: TransfusionConfig):
         super().__init__(config)
@@ -228,9 +189,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         if config.untied_modalities:
             untie_modalities(self.language_model)
-        is_unet = config.patch_encoder == "unet"
-        self.patch_encoder = (TransfusionUNetPatchEncoder if is_unet else TransfusionLinearPatchEncoder)(config)
-        self.patch_decoder = (TransfusionUNetPatchDecoder if is_unet else TransfusionLinearPatchDecoder)(config)
+        self.patch_encoder, self.patch_decoder = make_patch_parts(config)
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -265,24 +224,20 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 With `timesteps`: the images to predict the noise of; the others are only encoded. Default: all.
             attention_mask (`torch.Tensor` of shape `(batch, past + seq)`, *optional*):
                 0 at padding; or a mask prepared by `create_transfusion_mask`.
-            position_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*)
-            cache (`Cache`, *optional*)
             inputs_embeds (`torch.FloatTensor` of shape `(batch, seq, hidden)`, *optional*):
                 In place of `input_ids`, for text alone.
-            use_cache (`bool`, *optional*)
             varlen_plan (`VarlenPlan`, *optional*):
-                In place of `attention_mask`, for `attn_implementation="transfusion_varlen"`: the plan of a batch
-                without padding or cache, which the collator makes. `None`: it is made here.
+                In place of `attention_mask`, for `"transfusion_varlen"`: the plan that the collator makes.
+            position_ids, cache, use_cache, kwargs: As the decoder takes them.
 
         Raises:
-            ValueError: images and image blocks do not match, an image has a wrong size or holds NaN or infinite
-                values, `varlen_plan` was made for another batch.
+            ValueError: images that do not match the image blocks or are not finite, a plan of another batch.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of `input_ids` and `inputs_embeds`.")
         if input_ids is not None and input_ids.numel() == 0:
             raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
-        stacks = None if latents is None else stack_images(latents) or None
+        text_config, stacks = self.config.text_config, None if latents is None else stack_images(latents) or None
         block_ids: Any = None if input_ids is None else image_block_ids(input_ids, self.config.image_token_id)
         # Under a prepared mask, in a step of generation, there is nothing left to check.
         if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
@@ -303,8 +258,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
 
         if varlen_plan is not None or not is_prepared(attention_mask):
             # Text alone needs no blocks, and then transformers can use the faster causal kernels.
-            has_blocks = patches is not None and self.config.bidirectional_image_attention
-            blocks, text_config = block_ids if has_blocks else None, self.config.text_config
+            blocks = block_ids if patches is not None and self.config.bidirectional_image_attention else None
             attention_mask = create_transfusion_mask(
                 text_config, hidden_states, blocks, attention_mask, cache, position_ids, varlen_plan
             )
@@ -315,10 +269,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
         is_learning = self.training and torch.is_grad_enabled()
         if self.config.untied_modalities and (patches is not None or is_learning):
             where = (None, 0) if patches is None else (patches.is_patch, sum(patches.lengths))
-            family = self.config.text_config.model_type
-            kwargs["modality_router"] = ModalityRouter(family, hidden_states.shape[:2], *where)
+            kwargs["modality_router"] = ModalityRouter(text_config.model_type, hidden_states.shape[:2], *where)
         if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
+            use_cache = text_config.use_cache and not self.training
         kwargs |= {"position_ids": position_ids, "cache": cache, "use_cache": use_cache}
         outputs = self.language_model(inputs_embeds=hidden_states, attention_mask=attention_mask, **kwargs)
 
@@ -343,13 +296,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
 class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, TransfusionGenerationMixin):
     """
     Transfusion with its LM head and both losses: reads text and images, writes text and draws images.
+    `ValueError` for a decoder of an unsupported family, or on a stock flash implementation.
 
     Attributes:
-        use_liger_loss (`bool`, defaults to `False`):
-            Where the LM head runs only at labels: whether Liger's fused kernel computes it and the LM loss.
-
-    Raises:
-        ValueError: as [`TransfusionModel`].
+        use_liger_loss (`bool`): Where the LM head runs only at labels, whether Liger computes it and the LM loss.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -360,41 +310,31 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         text_config = config.text_config
         self.model = TransfusionModel(config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=text_config.model_type == "phi")
-        self._noise_scheduler = None
         self.use_liger_loss = False
         # Otherwise the library ignores custom entries of `generation_config.json` on loading.
         self.generation_config._from_model_config = False
-        for name, default in DRAWING_DEFAULTS.items():
-            setattr(self.generation_config, name, default)
+        self.generation_config.update(**DRAWING_DEFAULTS, allow_custom_entries=True)
         self.post_init()
         if not self.model.tp_plan:  # a family without one (StableLM): then not the head alone, which may be tied
             self.tp_plan = None
         # Last: `post_init` would initialise it again, and `dtype` and `device` are those of the first parameters.
-        self.vae = None if config.vae_config is None else TransfusionVAE(**vae_arguments(config.vae_config))
+        self.vae = None if config.vae_config is None else TransfusionVAE(**config.vae_config)
         # FSDP takes its classes from here by default, and expects to find each.
-        present = {type(module).__name__ for module in self.modules()}
-        self._no_split_modules = {name for name in self._no_split_modules if name in present}
+        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
 
-    @property
+    @cached_property  # not in __init__, which `from_pretrained` runs on the meta device
     def noise_scheduler(self) -> SchedulerMixin:
         """That of the training. Other samplers come from its config: `DDIMScheduler.from_config(scheduler.config)`."""
-        if self._noise_scheduler is None:  # not in __init__, which `from_pretrained` runs on the meta device
-            self._noise_scheduler = make_noise_scheduler(self.config)
-        return self._noise_scheduler
+        return make_noise_scheduler(self.config)
 
     def reset_noise_scheduler(self) -> None:
         """Rebuilds the schedule after a change of the configuration."""
-        self._noise_scheduler = None
+        self.__dict__.pop("noise_scheduler", None)
 
     def encode_images(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """
-        Images in [−1, 1] to latents, in stacks of at least float32. Without a VAE the image is its own latent.
-
-        Args:
-            pixel_values (`torch.FloatTensor` of shape `(num_images, channels, height, width)`, or a list of images)
-
-        Raises:
-            ValueError: channels that the VAE does not take, sides that are not multiples of VAE factor × patch.
+        Images `(num_images, channels, height, width)` or a list of them, in [−1, 1], to latents, in stacks of at least
+        float32. Without a VAE the image is its own latent. `ValueError` for channels or sides that do not fit it.
         """
         stacks, vae = [at_least_float32(stack) for stack in stack_images(pixel_values)], self.vae
         if vae is None:
@@ -404,9 +344,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             if stack.ndim != 4 or stack.shape[1] != channels or stack.shape[2] % side or stack.shape[3] % side:
                 raise ValueError(
                     f"`pixel_values` must have shape (num_images, {channels}, height, width), height and width "
-                    f"multiples of {side} (VAE factor {self.config.vae_scale_factor} × `patch_size` "
-                    f"{self.config.patch_size}); got {tuple(stack.shape)}. Use the model's processor, or pass "
-                    "`latents`."
+                    f"multiples of {side} (VAE factor × `patch_size`); got {tuple(stack.shape)}. Use the model's "
+                    "processor, or pass `latents`."
                 )
         encoded = apply_by_size(lambda images: (vae.to_latents(images),), [(stack,) for stack in stacks])
         return [latents for (latents,) in encoded]
@@ -414,19 +353,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(num_images, latent_channels, height, width)` to images in [−1, 1]; undoes [`encode_images`]."""
         return latents if self.vae is None else self.vae.to_images(latents)
-
-    def init_patch_parts(self, embedding: torch.Tensor | None = None) -> None:
-        """
-        New patch encoder and decoder for a trained language model: patches enter as large as its words, and the first
-        prediction is 0. They take size, device and dtype from `embedding` of shape `(vocab, hidden)`; default its own.
-        """
-        weight = self.get_input_embeddings().weight.detach() if embedding is None else embedding
-        parts = nn.ModuleList(type(part)(self.config) for part in (self.model.patch_encoder, self.model.patch_decoder))
-        parts.apply(self._init_weights).to(weight)
-        self.model.patch_encoder, self.model.patch_decoder = parts
-        std = math.sqrt(sum(rows.float().square().sum().item() for rows in weight.split(4096)) / weight.numel())
-        scale = getattr(self.get_input_embeddings(), "scalar_embed_scale", 1.0)
-        fit_patch_parts(*parts, self.config, std * scale)
 
     def grow_vocabulary(self, num_tokens: int, pad_to_multiple_of: int | None = None) -> None:
         """Grows the vocabulary to at least `num_tokens`. New rows of embedding and head are the mean of the others."""
@@ -491,21 +417,23 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 Number of last positions, or the positions, to compute logits for; 0: all.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
-                Number of labels in the whole batch, over micro-batches and processes, as the `Trainer` counts it.
-                `lm_loss` is then exact; `diffusion_loss` is weighted by this micro-batch's share of the labels, which
-                is exact only where all micro-batches hold the same numbers of labels and images.
+                Number of labels in the whole batch, over micro-batches and processes, as the `Trainer` counts it: for
+                an exact `lm_loss`. The mean over this micro-batch's images is weighted by its share of the labels.
             num_images_in_batch (`torch.Tensor` or `int`, *optional*):
-                Number of noised images in the whole batch, as [`TransfusionTrainer`] counts it. `diffusion_loss` is
-                then exact too, whatever each micro-batch holds.
+                Number of noised images in the whole batch, as [`TransfusionTrainer`] counts it: for an exact
+                `diffusion_loss`, whatever each micro-batch holds.
             skip_logits (`bool`, *optional*, defaults to `True` in training with `labels`):
                 Whether to run the LM head only where there is a label, and to return no logits.
             kwargs: `varlen_plan`, as in [`TransfusionModel.forward`], and what the decoder takes.
 
         Raises:
-            ValueError: as [`TransfusionModel.forward`]; also for both or neither of two arguments where one is needed.
+            ValueError: as [`TransfusionModel.forward`]; arguments that exclude each other.
         """
-        stacks, blank = self._latents_of(pixel_values, latents), None
-        targets: list[torch.Tensor] = []
+        if pixel_values is not None and latents is not None:
+            raise ValueError("Pass `pixel_values` or `latents`, not both.")
+        given: Any = latents if pixel_values is None else self.encode_images(pixel_values)
+        stacks: Any = [] if given is None else [at_least_float32(stack) for stack in stack_images(given)]
+        targets: Sequence[torch.Tensor] = []
         if labels is None and (max_timesteps is not None or image_loss_mask is not None):
             name = "max_timesteps" if image_loss_mask is None else "image_loss_mask"
             raise ValueError(
@@ -514,18 +442,15 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             )
         if labels is not None and prediction_mask is not None:
             raise ValueError("`prediction_mask` is for inference; in training pass `image_loss_mask`.")
-        if labels is not None and stacks is None:
-            blank = self._encode_blank()
-        elif labels is not None and stacks is not None:
+        blank = None if labels is None or stacks else self._encode_blank()
+        if labels is not None and stacks:
             if noise_seeds is None and not self.training:
                 noise_seeds = content_seeds(stacks)
             stacks, timesteps, prediction_mask, targets = noise_images(
                 self.noise_scheduler, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds
             )
-        kwargs |= {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "cache": cache}
-        outputs = self.model(
-            input_ids, stacks, timesteps, prediction_mask, attention_mask, use_cache=use_cache, **kwargs
-        )
+        rest = {"position_ids": position_ids, "cache": cache, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        outputs = self.model(input_ids, stacks, timesteps, prediction_mask, attention_mask, **rest, **kwargs)
         predictions = outputs.image_predictions if blank is None else self.model.patch_decoder(*blank)
         if predictions is not None:
             predictions = [at_least_float32(stack) for stack in predictions]
@@ -551,13 +476,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             own["image_predictions"] = [image for stack in predictions for image in stack]
         own |= {name: getattr(outputs, name) for name in ("cache", "hidden_states", "attentions")}
         return TransfusionCausalLMOutputWithPast(diffusion_loss=diffusion_loss, **own)
-
-    def _latents_of(self, pixel_values: Any, latents: Any) -> list[torch.Tensor] | None:
-        if pixel_values is not None and latents is not None:
-            raise ValueError("Pass `pixel_values` or `latents`, not both.")
-        if pixel_values is not None:
-            return self.encode_images(pixel_values) or None
-        return None if latents is None else [at_least_float32(stack) for stack in stack_images(latents)] or None
 
     def _encode_blank(self) -> tuple:
         """The arguments of the patch decoder for an image of one empty patch."""

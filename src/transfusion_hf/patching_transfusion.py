@@ -17,14 +17,13 @@ from torch import nn
 
 from .configuration_transfusion import TransfusionConfig
 
+Tensors = tuple[torch.Tensor, ...]
 Stacks = Sequence[torch.Tensor]
+Sizes = Sequence[tuple[int, int]]  # height and width of the images of each stack
 
 
 def stack_images(images: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """
-    Stacks of a tensor `(num_images, channels, height, width)` or of images `(channels, height, width)` of any sizes.
-    Stacks pass through.
-    """
+    """Stacks of a tensor `(num_images, channels, height, width)` or of images of any sizes. Stacks pass through."""
     if isinstance(images, torch.Tensor):
         return [images]
     images = list(images)
@@ -33,17 +32,12 @@ def stack_images(images: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Te
     return [torch.stack(list(group)) for _, group in groupby(images, key=lambda image: tuple(image.shape))]
 
 
-def apply_by_size(
-    function: Callable[..., tuple[torch.Tensor, ...]], inputs: Sequence[tuple[torch.Tensor, ...]]
-) -> list[tuple[torch.Tensor, ...]]:
-    """
-    Calls a function of images once per size, even if stacks of that size are not neighbours. `inputs` holds the
-    arguments for each stack, images first; so does the result.
-    """
+def apply_by_size(function: Callable[..., Tensors], inputs: Sequence[Tensors]) -> list[Tensors]:
+    """Calls a function of images once per size. `inputs` and the result hold tensors for each stack, images first."""
     members: dict[tuple[int, ...], list[int]] = {}
     for i, arguments in enumerate(inputs):
         members.setdefault(tuple(arguments[0].shape[1:]), []).append(i)
-    outputs: list[tuple[torch.Tensor, ...]] = [()] * len(inputs)
+    outputs: list[Tensors] = [()] * len(inputs)
     for stacks in members.values():
         results = function(*(torch.cat(parts) for parts in zip(*(inputs[i] for i in stacks), strict=True)))
         lengths = [len(inputs[i][0]) for i in stacks]
@@ -53,10 +47,7 @@ def apply_by_size(
 
 
 def patchify(stack: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """
-    Cuts images into windows, left to right, top to bottom: `(num_images, channels, height, width)` →
-    `(num_images, num_patches, channels · patch_size²)`.
-    """
+    """Cuts images `(n, channels, height, width)` into windows, row by row: `(n, patches, channels · patch_size²)`."""
     windows = nn.functional.pixel_unshuffle(stack, patch_size)  # (images, channels · p², rows, columns)
     return windows.flatten(2).transpose(1, 2)
 
@@ -68,10 +59,7 @@ def unpatchify(patches: torch.Tensor, patch_size: int, size: tuple[int, int]) ->
 
 
 def sincos_positions(height: int, width: int, hidden_size: int) -> torch.Tensor:
-    """
-    Sines and cosines of each patch's column (first half) and row (second half), `height` and `width` in patches:
-    `torch.FloatTensor` of shape `(height · width, hidden_size)`.
-    """
+    """Sines and cosines of each patch's column (first half) and row, `(height · width, hidden)`; sides in patches."""
     columns, rows = torch.meshgrid(torch.arange(width), torch.arange(height), indexing="xy")
     return get_2d_sincos_pos_embed_from_grid(hidden_size, torch.stack([columns, rows]).float(), output_type="pt")
 
@@ -113,10 +101,7 @@ class TransfusionLinearPatchEncoder(nn.Module):
         self.proj = nn.Linear(patch_dim, config.text_config.hidden_size)
 
     def forward(self, stacks: Stacks, timesteps: torch.Tensor) -> tuple[list[torch.Tensor], None]:
-        """
-        Latents x_t, stacks `(num_images, channels, height, width)`, and t of each image, over all stacks, → stacks
-        `(num_images, num_patches, hidden)`, and `None`: the decoder needs nothing else.
-        """
+        """Latents x_t in stacks, and t of each image → stacks `(num_images, num_patches, hidden)`; no skips."""
         patches = [patchify(stack, self.patch_size) for stack in stacks]  # (images, patches, channels · p²)
         embeddings = self.timestep_embedding(timesteps).split([len(stack) for stack in stacks])
         sums = [(p + e[:, None]).to(self.proj.weight.dtype) for p, e in zip(patches, embeddings, strict=True)]
@@ -131,13 +116,8 @@ class TransfusionLinearPatchDecoder(nn.Module):
         self.patch_size = config.patch_size
         self.proj = nn.Linear(config.text_config.hidden_size, config.latent_channels * config.patch_size**2)
 
-    def forward(
-        self, hidden_states: Stacks, sizes: Sequence[tuple[int, int]], skips: None = None
-    ) -> list[torch.Tensor]:
-        """
-        Stacks `(num_images, num_patches, hidden)`, and the height and width of the images of each, →
-        `(num_images, channels, height, width)`.
-        """
+    def forward(self, hidden_states: Stacks, sizes: Sizes, skips: None = None) -> list[torch.Tensor]:
+        """Stacks `(num_images, num_patches, hidden)` → stacks `(num_images, channels, height, width)`."""
         patches = _per_stack(self.proj, hidden_states)
         return [unpatchify(p, self.patch_size, size) for p, size in zip(patches, sizes, strict=True)]
 
@@ -172,18 +152,13 @@ class TransfusionUNetPatchEncoder(nn.Module):
         )  # fmt: skip
         self.proj = nn.Linear(channels[-1], config.text_config.hidden_size)
 
-    def forward(
-        self, stacks: Stacks, timesteps: torch.Tensor
-    ) -> tuple[list[torch.Tensor], list[tuple[torch.Tensor, ...]]]:
-        """
-        As in [`TransfusionLinearPatchEncoder`], but the second value holds per stack what the decoder needs from this
-        pass: the timestep embedding and the maps of each level.
-        """
+    def forward(self, stacks: Stacks, timesteps: torch.Tensor) -> tuple[list[torch.Tensor], list[Tensors]]:
+        """As in [`TransfusionLinearPatchEncoder`]; skips of each stack: timestep embedding and feature maps."""
         embeddings = self.timestep_embedding(timesteps).split([len(stack) for stack in stacks])
         outputs = apply_by_size(self._encode, list(zip(stacks, embeddings, strict=True)))
         return [patches for patches, *_ in outputs], [tuple(skips) for _, *skips in outputs]
 
-    def _encode(self, x_t: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _encode(self, x_t: torch.Tensor, embedding: torch.Tensor) -> Tensors:
         dtype = self.conv_in.weight.dtype
         hidden_states, embedding = self.conv_in(x_t.to(dtype)), embedding.to(dtype)
         maps = [hidden_states]
@@ -215,9 +190,7 @@ class TransfusionUNetPatchDecoder(nn.Module):
         self.norm_out = nn.GroupNorm(num_groups, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], config.latent_channels, kernel_size=3, padding=1)
 
-    def forward(
-        self, hidden_states: Stacks, sizes: Sequence[tuple[int, int]], skips: Sequence[tuple[torch.Tensor, ...]]
-    ) -> list[torch.Tensor]:
+    def forward(self, hidden_states: Stacks, sizes: Sizes, skips: Sequence[Tensors]) -> list[torch.Tensor]:
         """As in [`TransfusionLinearPatchDecoder`]; `skips` come from the encoder's pass over the same images."""
         inputs = []
         for states, (height, width), (embedding, *maps) in zip(hidden_states, sizes, skips, strict=True):
@@ -233,20 +206,11 @@ class TransfusionUNetPatchDecoder(nn.Module):
         return (self.conv_out(nn.functional.silu(self.norm_out(hidden_states))),)
 
 
-@torch.no_grad()
-def fit_patch_parts(encoder: nn.Module, decoder: nn.Module, config: TransfusionConfig, embedding_std: float) -> None:
-    """
-    Prepares new patch parts for a trained language model: patch vectors get the scale of its token embeddings, whose
-    root mean square is `embedding_std`, and the first prediction is 0.
-    """
-    side = 4 * config.patch_size  # small images: those of the model may be many patches
-    stack = torch.randn(64, config.latent_channels, side, side, device=encoder.proj.weight.device)
-    encoder.proj.bias.zero_()
-    (patches,), _ = encoder([stack], torch.randint(config.num_train_timesteps, (len(stack),), device=stack.device))
-    encoder.proj.weight.mul_(embedding_std / patches.float().square().mean().sqrt())
-    last = decoder.conv_out if isinstance(decoder, TransfusionUNetPatchDecoder) else decoder.proj
-    last.weight.zero_()
-    last.bias.zero_()
+def make_patch_parts(config: TransfusionConfig) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder, as `config.patch_encoder` says."""
+    if config.patch_encoder == "unet":
+        return TransfusionUNetPatchEncoder(config), TransfusionUNetPatchDecoder(config)
+    return TransfusionLinearPatchEncoder(config), TransfusionLinearPatchDecoder(config)
 
 
 class FrozenLinear(nn.Module):
@@ -257,8 +221,7 @@ class FrozenLinear(nn.Module):
         self.weight = linear.weight
         self.bias = linear.bias
 
-    def reset_parameters(self) -> None:
-        nn.Linear.reset_parameters(self)
+    reset_parameters = nn.Linear.reset_parameters
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(hidden_states, self.weight, self.bias)
@@ -270,8 +233,9 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
     float32: lower precision damages images, and some public checkpoints overflow.
     """
 
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
+    def __init__(self, **vae_config: Any):
+        # Without diffusers' own notes, `_class_name` and others.
+        super().__init__(**{name: value for name, value in vae_config.items() if not name.startswith("_")})
         for name, module in list(self.named_modules()):
             if isinstance(module, nn.Linear):
                 self.set_submodule(name, FrozenLinear(module))
@@ -285,9 +249,8 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
     @torch.no_grad()
     def to_latents(self, images: torch.Tensor) -> torch.Tensor:
         """
-        Images `(num_images, channels, height, width)` in [−1, 1] → `(num_images, latent_channels, height / f,
-        width / f)`, (z − shift) · scale. NOTE: takes the mode of the posterior, which the paper leaves open, so that
-        precomputed latents equal those computed on the fly.
+        Images in [−1, 1] → (z − shift) · scale. NOTE: takes the mode of the posterior, which the paper leaves open, so
+        that precomputed latents equal those computed on the fly.
         """
         with torch.autocast(images.device.type, enabled=False):
             latents = self.encode(images.to(self.dtype)).latent_dist.mode()
@@ -302,7 +265,6 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
         if not torch.isfinite(images).all():
             raise ValueError(
                 f"The VAE decoded latents with absolute values up to {float(latents.abs().max()):.3g} to NaN or "
-                "infinite pixels. Check its weights, and that the latents have its `scaling_factor` and "
-                "`shift_factor`."
+                "infinite pixels. Check its weights, `scaling_factor` and `shift_factor`."
             )
         return images

@@ -14,11 +14,7 @@ from .image_processing_transfusion import TransfusionImageProcessor
 
 
 def make_labels(
-    input_ids: torch.LongTensor,
-    attention_mask: torch.Tensor,
-    image_start_token_id: int,
-    image_token_id: int,
-    image_end_token_id: int,
+    input_ids, attention_mask, image_start_token_id: int, image_token_id: int, image_end_token_id: int
 ) -> torch.LongTensor:
     """
     Labels for `forward`: the ids, with −100 where there is no LM loss (§3, footnote 8). That is at patches, which are
@@ -37,19 +33,15 @@ _PLAIN_CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ message['role'] }}: {{ message['content'] }}\n{% endfor -%}"
     "{%- if add_generation_prompt -%}assistant: {%- endif -%}"
 )
-
-
-def _chat_template(template: str, image_token: str) -> str:
-    """Makes a template for text accept messages whose content is a list of texts and images."""
-    flatten = (
-        "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
-        "{%- set given, content = message['content'], namespace(text='') -%}"
-        "{%- for part in ([{'type': 'text', 'text': given}] if given is string else given) -%}"
-        "{%- set content.text = content.text + (IMAGE if part['type'] == 'image' else part['text']) -%}{%- endfor -%}"
-        "{%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}"
-        "{%- endfor -%}{%- set messages = flat.messages -%}"
-    )
-    return flatten.replace("IMAGE", repr(image_token)) + template
+# In front of a template for text: messages may then hold a list of texts and images.
+_FLATTEN_CONTENT = (
+    "{%- set flat = namespace(messages=[]) -%}{%- for message in messages -%}"
+    "{%- set given, content = message['content'], namespace(text='') -%}"
+    "{%- for part in ([{'type': 'text', 'text': given}] if given is string else given) -%}"
+    "{%- set content.text = content.text + (IMAGE if part['type'] == 'image' else part['text']) -%}{%- endfor -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}"
+    "{%- endfor -%}{%- set messages = flat.messages -%}"
+)
 
 
 class TransfusionProcessor(ProcessorMixin):
@@ -60,14 +52,10 @@ class TransfusionProcessor(ProcessorMixin):
     ends with `image_start_token`, generation begins with an image.
 
     Args:
-        image_processor (`TransfusionImageProcessor`)
         tokenizer (`PreTrainedTokenizerBase`): Needs the three tokens; [`TransfusionProcessor.for_model`] adds them.
         pixels_per_patch (`int`, defaults to 2): Side of a patch in pixels, `config.pixels_per_patch`.
-        patch_size (`int`, *optional*):
-            Side of a patch in latent pixels, `config.patch_size`; defaults to `pixels_per_patch`.
-        image_token (`str`, defaults to `"<image>"`)
-        image_start_token (`str`, defaults to `"<BOI>"`)
-        image_end_token (`str`, defaults to `"<EOI>"`)
+        patch_size (`int`, *optional*): The same in latent pixels, `config.patch_size`; default: `pixels_per_patch`.
+        image_token, image_start_token, image_end_token (`str`): Default to `"<image>"`, `"<BOI>"` and `"<EOI>"`.
         chat_template (`str`, *optional*):
             Defaults to the tokenizer's, extended by images in the messages of both roles, or to plain `role: content`
             lines if it has none.
@@ -100,7 +88,8 @@ class TransfusionProcessor(ProcessorMixin):
         self.image_token_id, self.image_start_token_id, self.image_end_token_id = (vocabulary[t] for t in tokens)
         if chat_template is None:
             own = getattr(tokenizer, "chat_template", None)
-            chat_template = _chat_template(own if isinstance(own, str) else _PLAIN_CHAT_TEMPLATE, image_token)
+            chat_template = _FLATTEN_CONTENT.replace("IMAGE", repr(image_token))
+            chat_template += own if isinstance(own, str) else _PLAIN_CHAT_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
@@ -113,11 +102,9 @@ class TransfusionProcessor(ProcessorMixin):
         **kwargs: Any,
     ) -> "TransfusionProcessor":
         """
-        Fits tokenizer and model to each other and returns the processor for both.
-
-        Adds the missing image tokens, and `<pad>` if there is no padding token, to the tokenizer. Grows the model's
-        embeddings if they are too few; a new row is the mean of the old ones. Writes the ids into `model.config` and
-        `model.generation_config`.
+        Fits tokenizer and model to each other and returns the processor for both. Adds the missing image tokens, and
+        `<pad>` if there is no padding token, to the tokenizer. Grows the model's embeddings if they are too few; a new
+        row is the mean of the old ones. Writes the ids into `model.config` and `model.generation_config`.
 
         Args:
             model (`TransfusionForCausalLMAndDiffusion`), tokenizer (`PreTrainedTokenizerBase`)
@@ -149,14 +136,10 @@ class TransfusionProcessor(ProcessorMixin):
         if image_processor is None:
             height, width = (side * config.vae_scale_factor for side in config.latent_size)
             crop_size = {"height": height, "width": width}
-            vae_config = config.vae_config
-            channels = config.latent_channels if vae_config is None else vae_config.get("in_channels", 3)
+            channels = (config.vae_config or {"in_channels": config.latent_channels}).get("in_channels", 3)
+            size, half = {"shortest_edge": height} if height == width else crop_size, [0.5] * channels
             image_processor = TransfusionImageProcessor(
-                size={"shortest_edge": height} if height == width else dict(crop_size),
-                crop_size=crop_size,
-                do_convert_rgb=channels == 3,
-                image_mean=[0.5] * channels,
-                image_std=[0.5] * channels,
+                size=size, crop_size=crop_size, do_convert_rgb=channels == 3, image_mean=half, image_std=half
             )
         sides = {"pixels_per_patch": config.pixels_per_patch, "patch_size": config.patch_size}
         return cls(image_processor, tokenizer, **sides, **tokens, **kwargs)
@@ -181,28 +164,25 @@ class TransfusionProcessor(ProcessorMixin):
         kwargs = {"return_tensors": "pt", "padding_side": "left", "padding": not isinstance(text, str), **kwargs}
         if isinstance(text, (list, tuple)) and len(text) == 0:
             raise ValueError("`text` must hold at least one text; got an empty list.")
-        # A batch may happen to have no images.
-        images = None if isinstance(images, (list, tuple)) and not images else images
-        latents = None if latents is not None and not len(latents) else latents
-        if images is not None and latents is not None:
+        images = [] if images is None else make_flat_list_of_images(images)
+        latents = [] if latents is None else list(latents)
+        if images and latents:
             raise ValueError("Pass `images` or `latents`, not both.")
         texts = [text] if isinstance(text, str) else list(text or [])
-        name, given = "latents", latents
-        if given is None:
-            name, given = "images", [] if images is None else make_flat_list_of_images(images)
+        name, given = ("latents", latents) if latents else ("images", images)
         num_markers = "".join(texts).count(self.image_token)
         if num_markers != len(given):
             raise ValueError(
                 f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {len(given)} images; pass "
                 "one image per marker."
             )
-        if latents is None:
-            features = super().__call__(images=images, text=text, **kwargs)
-        else:
+        if latents:
             blocks = [self.replace_image_token({"latents": latents}, i) for i in range(len(latents))]
             texts, _ = self.get_text_with_replacements(texts, blocks)
             features = BatchFeature(dict(self.tokenizer(texts[0] if isinstance(text, str) else texts, **kwargs)))
-            features["latents"] = torch.stack(list(latents)) if len({x.shape for x in latents}) == 1 else list(latents)
+            features["latents"] = torch.stack(latents) if len({x.shape for x in latents}) == 1 else latents
+        else:
+            features = super().__call__(images=images or None, text=text, **kwargs)
         if return_labels:
             ids, mask = (torch.as_tensor(features[name]) for name in ("input_ids", "attention_mask"))
             tokens = (self.image_start_token_id, self.image_token_id, self.image_end_token_id)
@@ -215,15 +195,14 @@ class TransfusionProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """`<BOI>`, a placeholder for each patch, `<EOI>`; `image_inputs` holds `pixel_values` or `latents`."""
         if "latents" in image_inputs:
-            name, side, where, images = "latents", self.patch_size, "in the latent", image_inputs["latents"]
+            name, side, images = "latents", self.patch_size, image_inputs["latents"]
         else:
-            name, side, where = "images", self.pixels_per_patch, "after preprocessing"
-            images = image_inputs["pixel_values"]
+            name, side, images = "images", self.pixels_per_patch, image_inputs["pixel_values"]
         height, width = images[image_idx].shape[-2:]
         if height % side or width % side:
             raise ValueError(
-                f"`{name}`: image {image_idx} is {height} × {width} pixels {where}; its sides must be multiples of "
-                f"{side}, one patch. Resize or crop it."
+                f"`{name}`: image {image_idx} is {height} × {width} pixels as the model takes it; its sides must be "
+                f"multiples of {side}, one patch. Resize or crop it."
             )
         num_patches = (height // side) * (width // side)
         return self.image_start_token + self.image_token * num_patches + self.image_end_token
@@ -255,33 +234,25 @@ class TransfusionProcessor(ProcessorMixin):
         raise ValueError(f"`generation_mode` must be 'text', 'image' or 'interleaved'; got {generation_mode!r}.")
 
     def decode_interleaved(
-        self,
-        sequences: torch.LongTensor,
-        images: Sequence[Sequence[torch.Tensor | Image.Image]] | None,
-        skip_special_tokens: bool = True,
-        **kwargs: Any,
+        self, sequences: torch.LongTensor, images: Sequence | None, skip_special_tokens: bool = True, **kwargs: Any
     ) -> list[list[str | Image.Image]]:
         """
-        Each row as an ordered list of strings and PIL images.
-
-        Args:
-            sequences (`torch.LongTensor` of shape `(batch, seq)`)
-            images (`list[list[torch.FloatTensor]]` or of PIL images): For each row, one image per image block.
-            skip_special_tokens (`bool`, defaults to `True`)
+        Each row of ids `(batch, seq)` as an ordered list of strings and PIL images. `images` holds a list for each
+        row, with a tensor or PIL image per image block; `kwargs` go to the tokenizer.
         """
         if images is None or len(images) != len(sequences):
             raise ValueError(f"`images` must hold one list for each of {len(sequences)} rows; got {images!r}.")
         kwargs["skip_special_tokens"] = skip_special_tokens
-        return [self._decode_row(ids.tolist(), row, **kwargs) for ids, row in zip(sequences, images, strict=True)]
-
-    def _decode_row(self, ids: list[int], images: Sequence[Any], **kwargs: Any) -> list[str | Image.Image]:
-        runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=lambda i: i == self.image_token_id)]
-        num_blocks = sum(is_image for is_image, _ in runs)
-        if num_blocks != len(images):
-            raise ValueError(
-                f"A row has {num_blocks} image blocks but `images` holds {len(images)}; pass the prompt's images "
-                "before the generated ones, or cut the prompt off: `sequences[:, prompt_length:]`."
-            )
-        pictures = (self.image_processor.postprocess([x])[0] if isinstance(x, torch.Tensor) else x for x in images)
-        parts = [next(pictures) if is_image else self.tokenizer.decode(run, **kwargs) for is_image, run in runs]
-        return [part for part in parts if part != ""]
+        rows = []
+        for ids, row in zip(sequences.tolist(), images, strict=True):
+            runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=lambda i: i == self.image_token_id)]
+            num_blocks = sum(is_image for is_image, _ in runs)
+            if num_blocks != len(row):
+                raise ValueError(
+                    f"A row has {num_blocks} image blocks but `images` holds {len(row)}; pass the prompt's images "
+                    "before the generated ones, or cut the prompt off: `sequences[:, prompt_length:]`."
+                )
+            pictures = (self.image_processor.postprocess([x])[0] if isinstance(x, torch.Tensor) else x for x in row)
+            parts = [next(pictures) if is_image else self.tokenizer.decode(run, **kwargs) for is_image, run in runs]
+            rows.append([part for part in parts if part != ""])
+        return rows

@@ -22,7 +22,7 @@ from ..modality_transfusion import image_name
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion, check_text_config, mean_row
 from ..processing_transfusion import IMAGE_TOKENS, TransfusionProcessor
 from ..vae.attach import attach_vae
-from .language_model import causal_lm_config, generation_values, refuse_unfit
+from .language_model import causal_lm_config, generation_values, init_patch_parts, refuse_unfit
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -208,7 +208,7 @@ def convert_causal_lm(
         expected = AutoModelForCausalLM.from_config(text_config).state_dict()
     checkpoint = SafetensorsCheckpoint(source)
     checkpoint.check(expected, text_config.tie_word_embeddings)
-    model.init_patch_parts(checkpoint[EMBEDDING])
+    init_patch_parts(model, checkpoint[EMBEDDING])
     if vae is not None:
         attach_vae(model, vae)
     model.grow_vocabulary(config.text_config.vocab_size, pad_to_multiple_of)

@@ -6,7 +6,6 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from ..configuration_transfusion import vae_arguments
 from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from .causal_lm import transfusion_key
@@ -69,6 +68,6 @@ def extract_vae(model: TransfusionForCausalLMAndDiffusion) -> AutoencoderKL:
     if model.vae is None or vae_config is None:
         raise ValueError("`model` has no autoencoder: its latents are the images themselves.")
     with torch.device("meta"):
-        vae = AutoencoderKL(**vae_arguments(vae_config))
+        vae = AutoencoderKL.from_config(vae_config)
     vae.load_state_dict(model.vae.state_dict(), assign=True)
     return vae.eval()

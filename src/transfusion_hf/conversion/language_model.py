@@ -1,21 +1,19 @@
 """In memory: a language model of transformers becomes a Transfusion that can learn to draw."""
 
 import copy
+import math
 import os
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..configuration_transfusion import IMAGE_TOKEN_IDS, TransfusionConfig
 from ..modality_transfusion import untie_modalities
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
-
-# The arguments of `from_pretrained` that say where a checkpoint lies.
-_HUB_ARGUMENTS = (
-    "cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code",
-)  # fmt: skip
+from ..patching_transfusion import make_patch_parts
 
 
 def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> TransfusionConfig:
@@ -50,6 +48,28 @@ def refuse_unfit(missing: Iterable[str], unknown: Iterable[str], misshapen: Iter
         raise ValueError(f"The checkpoint does not fit its configuration. Tensors {'; '.join(said)}.")
 
 
+@torch.no_grad()
+def init_patch_parts(model: TransfusionForCausalLMAndDiffusion, embedding: torch.Tensor) -> None:
+    """
+    New patch encoder and decoder for a trained language model: patches enter as large as its words, and the first
+    prediction is 0. They take device and dtype from the language model's `embedding` of shape `(vocab, hidden)`.
+    """
+    config, base = model.config, model.model
+    parts = nn.ModuleList(make_patch_parts(config))
+    parts.apply(model._init_weights).to(embedding)
+    base.patch_encoder, base.patch_decoder = encoder, decoder = parts
+    mean_square = sum(rows.float().square().sum().item() for rows in embedding.split(4096)) / embedding.numel()
+    scale = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
+    side = 4 * config.patch_size  # small images: those of the model may be many patches
+    stack = torch.randn(64, config.latent_channels, side, side, device=embedding.device)
+    encoder.proj.bias.zero_()
+    (patches,), _ = encoder([stack], torch.randint(config.num_train_timesteps, (len(stack),), device=stack.device))
+    encoder.proj.weight.mul_(math.sqrt(mean_square) * scale / patches.float().square().mean().sqrt())
+    last = getattr(decoder, "conv_out", decoder.proj)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+
+
 def from_causal_lm(
     pretrained_model_name_or_path: str | os.PathLike | PreTrainedModel,
     pad_to_multiple_of: int | None = None,
@@ -57,11 +77,10 @@ def from_causal_lm(
     **kwargs: Any,
 ) -> TransfusionForCausalLMAndDiffusion:
     """
-    Turns a language model into one that can learn to draw, also as
-    `TransfusionForCausalLMAndDiffusion.from_causal_lm`. Its text stays as it was: the weights are taken as they are,
-    and the vocabulary grows by `<BOI>`, the placeholder of a patch and `<EOI>`, whose rows are the mean of the others.
-    Patches enter as large as its words, and the first prediction is 0. Where the embedding has more rows than the
-    tokenizer has tokens, `image_start_token_id` and its like may name spare ones; those stay as they are.
+    Turns a language model into one that can learn to draw; also `TransfusionForCausalLMAndDiffusion.from_causal_lm`.
+    Its text stays as it was: the weights are taken as they are, and the vocabulary grows by `<BOI>`, the placeholder
+    of a patch and `<EOI>`, whose rows are the mean of the others. Spare rows of the embedding, named by
+    `image_start_token_id` and the other ids, stay as they are.
 
     Call `attach_vae(model, ...)` next if images are latents, and `TransfusionProcessor.for_model(model, tokenizer)`.
     `conversion/convert_causal_lm.py` does all of it without holding the model in memory.
@@ -69,19 +88,17 @@ def from_causal_lm(
     Args:
         pretrained_model_name_or_path (`str`, `os.PathLike` or `PreTrainedModel`):
             A folder, a repository on the Hub, or the language model itself, whose modules are then shared.
-        pad_to_multiple_of (`int`, *optional*): Pads the grown vocabulary to a multiple of this.
+        pad_to_multiple_of (`int`, *optional*): For the size of the grown vocabulary.
         kwargs: Fields of [`TransfusionConfig`], such as `latent_channels`; the others go to
             `AutoModelForCausalLM.from_pretrained`: `dtype`, `revision`, `device_map` …
 
     Raises:
-        ValueError: a model that is not a decoder of a family in `SUPPORTED_TEXT_MODELS`, or is quantised; a checkpoint
-            that is not complete or does not fit its configuration.
+        ValueError: a quantised model, one of another family than `SUPPORTED_TEXT_MODELS`, a checkpoint with gaps.
     """
     fields = {name: kwargs.pop(name) for name in list(kwargs) if name in TransfusionConfig.__annotations__}
     source: Any = pretrained_model_name_or_path
     is_loaded = isinstance(source, PreTrainedModel)
-    where = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
-    text_config = source.config if is_loaded else AutoConfig.from_pretrained(source, **where)
+    text_config = source.config if is_loaded else AutoConfig.from_pretrained(source, **kwargs)
     config = causal_lm_config(text_config, **fields)
     with torch.device("meta"):  # refuses what cannot be converted before anything large is loaded
         model = TransfusionForCausalLMAndDiffusion(config)
@@ -96,7 +113,7 @@ def from_causal_lm(
     model.lm_head = language_model.get_output_embeddings()
     config.text_config = model.model.language_model.config
     model.grow_vocabulary(config.image_end_token_id + 1, pad_to_multiple_of)
-    model.init_patch_parts()
+    init_patch_parts(model, model.get_input_embeddings().weight.detach())
     model.generation_config.update(**generation_values(language_model.generation_config))
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
