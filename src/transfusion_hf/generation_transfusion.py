@@ -400,7 +400,11 @@ class _Decoder:
         # What stands before the next token of each row; without a cache, all its images are read in every pass.
         self.context = Prefixes(ids, [[] for _ in ids], int(pad_token_id), cache)
         model_kwargs.pop("position_ids", None)
-        latents = self.model._latents_of(model_kwargs.pop("pixel_values", None), model_kwargs.pop("latents", None))
+        pixel_values, latents = model_kwargs.pop("pixel_values", None), model_kwargs.pop("latents", None)
+        if pixel_values is not None and latents is not None:
+            raise ValueError("Pass `pixel_values` or `latents`, not both.")
+        if pixel_values is not None:
+            latents = self.model.encode_images(pixel_values)
         if latents is not None:
             self.context.latents = self.model._split_by_row(latents, prompts[:, self.context.num_cached :])
         self.images: list[list[torch.Tensor]] = [[] for _ in ids]
