@@ -19,7 +19,6 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transfusion_hf.cli.main import main
 from transfusion_hf.diffusion_transfusion import make_sampling_scheduler
 
-pytestmark = pytest.mark.xdist_group("app")  # one browser and one page are shared
 TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
 CHROMIUM = shutil.which("chromium")
 # Chromium reaches for nothing but the page.

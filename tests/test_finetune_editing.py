@@ -18,7 +18,6 @@ from transfusion_hf.data.shapes import COLORS, KINDS, draw_scene
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import finetune_editing as editing
 
-pytestmark = pytest.mark.xdist_group("editing")  # one training is shared
 TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
 NUM_HELD_OUT = 4
 

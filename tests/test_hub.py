@@ -23,7 +23,6 @@ from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 from transfusion_hf.configuration_transfusion import AUTO_MAP, CUSTOM_PIPELINES
 from transfusion_hf.conversion.causal_lm import transfusion_key
 
-pytestmark = pytest.mark.xdist_group("hub")  # what is saved and pushed is shared
 SOURCE = Path(transfusion_hf.__file__).parent
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 FIXTURES = Path(__file__).parent / "fixtures"

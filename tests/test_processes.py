@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.xdist_group("processes")  # what several processes computed is shared
 SCRIPTS = Path(__file__).parent / "fixtures"
 CONTEXT = multiprocessing.get_context("forkserver")  # what is imported, is imported once
 

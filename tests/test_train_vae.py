@@ -20,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import common
 import train_vae
 
-pytestmark = pytest.mark.xdist_group("train_vae")  # one training is shared
 NUM_TRAIN = 80
 TINY = (
     "--digits --report_to none --num_eval_images 40 --block_out_channels 4 4 8 --norm_num_groups 4 "
