@@ -71,7 +71,8 @@ def test_pictures_of_every_mode_become_what_the_model_takes(processor):
     assert pixel(color, picture((255, 0, 0, 0)).convert("RGBA")) == [1, -1, -1]
     transparent = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     assert pixel(color, transparent) == [1, 1, 1]  # over white
-    assert pixel(color, Image.new("LA", (8, 8), (0, 0))) == [1, 1, 1]
+    gray_over_white = Image.new("LA", (8, 8), (0, 0))
+    assert pixel(color, gray_over_white) == pixel(color, gray_over_white.convert("La")) == [1, 1, 1]
     assert pixel(color, Image.new("L", (8, 8), 128)) == [half] * 3
     sixteen = Image.fromarray(np.full((8, 8), 128 * 257, dtype=np.uint16))
     assert sixteen.mode == "I;16" and pixel(color, sixteen) == [half] * 3

@@ -45,6 +45,8 @@ class TransfusionImageProcessor(TorchvisionBackend):
             raise ValueError("`images`: mode 'F' (floating point) has no known range; pass images of 8 or 16 bits.")
         if image.mode.startswith("I"):  # PIL would clip 16 bits instead of scaling them
             image = Image.fromarray((np.asarray(image, dtype=np.int64).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.mode == "La":  # which Pillow converts to nothing else
+            image = image.convert("LA")
         if {"A", "a"} & {*image.getbands()} or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
