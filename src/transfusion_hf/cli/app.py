@@ -16,7 +16,7 @@ from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..diffusion_transfusion import is_flow
 from ..processing_transfusion import TransfusionProcessor
 from .main import chat_inputs, open_picture
-from .streamers import TransfusionStreamer
+from .streamers import StreamedImage, TransfusionStreamer
 
 try:
     import gradio as gr
@@ -63,6 +63,21 @@ def _inputs(processor: TransfusionProcessor, mode: str, message: dict[str, Any],
     return processor(text=[processor.image_token * len(pictures) + text], images=pictures)
 
 
+def _take(piece: str | StreamedImage, content: list[Any], folder: str) -> list[dict[str, Any]]:
+    """Adds a piece to the content of the answer; a preview is returned instead, as a message."""
+    if isinstance(piece, str):
+        is_continued = content and isinstance(content[-1], str)
+        content.append(content.pop() + piece if is_continued else piece)
+        return []
+    file = Path(folder, f"{len(content)}-{piece.step}.png")
+    piece.image.save(file)
+    if piece.is_final:
+        content.append({"path": str(file)})
+        return []
+    shown = [{"path": str(file)}, f"step {piece.step} of {piece.num_inference_steps}"]
+    return [{"role": "assistant", "content": shown, "metadata": _PREVIEW}]
+
+
 def respond(
     model: Any,
     processor: TransfusionProcessor,
@@ -96,19 +111,7 @@ def respond(
         # Gradio copies each file before it asks for more.
         with closing(pieces), TemporaryDirectory() as folder:  # type: ignore[type-var]
             for piece in pieces:
-                preview = []
-                if isinstance(piece, str):
-                    if content and isinstance(content[-1], str):
-                        piece = content.pop() + piece
-                    content.append(piece)
-                else:
-                    file = Path(folder) / f"{len(content)}-{piece.step}.png"
-                    piece.image.save(file)
-                    if piece.is_final:
-                        content.append({"path": str(file)})
-                    else:
-                        shown = [{"path": str(file)}, f"step {piece.step} of {piece.num_inference_steps}"]
-                        preview = [{"role": "assistant", "content": shown, "metadata": _PREVIEW}]
+                preview = _take(piece, content, folder)
                 answer = [{"role": "assistant", "content": list(content)}] if content else []
                 yield answer + preview
     # After an exception Gradio would not reopen the prompt.

@@ -64,17 +64,17 @@ class SafetensorsCheckpoint:
         for path in self._find(folder):
             try:
                 with safe_open(path, framework="pt") as file:
-                    for key in file.keys():
-                        tensor = file.get_slice(key)
-                        if (dtype := tensor.get_dtype()) not in DTYPES:
-                            raise ValueError(
-                                f"{key} in {path} is of type {dtype}; expected one of {', '.join(DTYPES)}. Quantised "
-                                "weights cannot be converted; take the original ones."
-                            )
-                        self.files[key] = path
-                        self.layout[key] = torch.empty(tensor.get_shape(), dtype=DTYPES[dtype], device="meta")
+                    slices = {key: file.get_slice(key) for key in file.keys()}
             except (SafetensorError, FileNotFoundError) as error:
                 raise ValueError(f"{path} is missing, cut off or no safetensors: {error}. Get it again.") from error
+            for key, tensor in slices.items():
+                if (dtype := tensor.get_dtype()) not in DTYPES:
+                    raise ValueError(
+                        f"{key} in {path} is of type {dtype}; expected one of {', '.join(DTYPES)}. Quantised weights "
+                        "cannot be converted; take the original ones."
+                    )
+                self.files[key] = path
+                self.layout[key] = torch.empty(tensor.get_shape(), dtype=DTYPES[dtype], device="meta")
 
     @staticmethod
     def _find(folder: Path) -> list[Path]:
