@@ -1,6 +1,7 @@
 """The library's pipelines, our own tasks, and the diffusers-like pipeline."""
 
 import inspect
+import io
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,18 @@ def test_the_diffusers_like_pipeline(model, processor, tmp_path):
     (inpainted,) = pipe("draw", init_image=RED, mask_image=mask, **QUICK).images
     pixels = torch.tensor(list(inpainted.tobytes())).view(8, 8, 3)
     assert (pixels[:, :4] == torch.tensor([255, 0, 0])).all() and not (pixels[:, 4:] == pixels[0, 0]).all()
+    turned, exif = {}, Image.Exif()  # a photo on its side: left as it is, red in its upper half once upright
+    exif[0x0112] = 6
+    for name, image in (("init_image", Image.new("RGB", (8, 8), "blue")), ("mask_image", Image.new("L", (8, 8)))):
+        upright = image.copy()
+        upright.paste("white" if image.mode == "L" else "red", (0, 0, 8, 4))
+        buffer = io.BytesIO()
+        upright.rotate(90).save(buffer, "png", exif=exif)
+        turned[name] = (upright, Image.open(buffer))
+    pair = [
+        pipe("draw", **{n: i[k] for n, i in turned.items()}, generator=seeded(), **QUICK).images[0] for k in (0, 1)
+    ]
+    assert pair[0].tobytes() == pair[1].tobytes()
     assert len(pipe(["a", "b"], init_image=[RED, RED], strength=0.4, num_images_per_prompt=2, **QUICK).images) == 4
     with pytest.raises(ValueError, match="`mask_image` and `strength` need an `init_image`"):
         pipe("draw", mask_image=mask)

@@ -1,14 +1,19 @@
+import base64
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 import torch
 from make_tiny_transfusion import byte_tokenizer
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoProcessor, LlamaConfig
 
 from transfusion_hf import (
     TransfusionConfig,
+    TransfusionDataCollator,
     TransfusionForCausalLMAndDiffusion,
     TransfusionImageProcessor,
     TransfusionProcessor,
@@ -58,6 +63,66 @@ def test_latents_take_the_place_of_images(processor):
         processor(text="<image>", latents=latents)
     with pytest.raises(ValueError, match="Pass `images` or `latents`, not both"):
         processor(text="<image>", images=[RED], latents=latents[:1])
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    """Red above blue once it is turned upright, as its EXIF data ask for."""
+    upright = picture("red")
+    upright.paste("blue", (0, 4, 8, 8))
+    stored, exif = upright.rotate(90), Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    stored.save(tmp_path / "photo.png", exif=exif)
+    return tmp_path / "photo.png"
+
+
+def forms_of(file: Path) -> dict:
+    """All the forms in which people hold a picture."""
+    content = file.read_bytes()
+    return {
+        "image": Image.open(file), "path": str(file), "Path": file, "bytes": content,
+        "data URI": f"data:image/png;base64,{base64.b64encode(content).decode()}",
+        "row with bytes": {"bytes": content, "path": None}, "row with path": {"bytes": None, "path": str(file)},
+    }  # fmt: skip
+
+
+def test_a_photo_is_upright_in_whatever_form_it_comes(processor, photo):
+    expected = ImageOps.exif_transpose(Image.open(photo))
+    assert expected.getpixel((0, 0)) == (255, 0, 0) and expected.getpixel((0, 7)) == (0, 0, 255)
+    pixels = processor.image_processor(expected)["pixel_values"]
+    collate = TransfusionDataCollator(processor)
+    for name, form in forms_of(photo).items():
+        assert torch.equal(processor(text="<image>", images=form)["pixel_values"], pixels), name
+        assert torch.equal(processor(text=["<image>"], images=[[form]])["pixel_values"], pixels), name
+        assert torch.equal(processor.image_processor(form)["pixel_values"], pixels), name
+        assert torch.equal(collate([{"text": "a<image>", "image": form}])["pixel_values"], pixels), name
+
+
+def test_a_chat_takes_pictures_in_each_form_of_the_library(processor, photo):
+    pixels = processor(text="<image>", images=photo)["pixel_values"]
+    for key, form in (("image", Image.open(photo)), ("path", str(photo)), ("url", forms_of(photo)["data URI"])):
+        chat = [{"role": "user", "content": [{"type": "image", key: form}, {"type": "text", "text": "What?"}]}]
+        features = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+        assert torch.equal(features["pixel_values"], pixels), key
+
+
+def test_a_url_is_fetched(processor, photo):
+    handler = partial(SimpleHTTPRequestHandler, directory=photo.parent)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        features = processor(text="<image>", images=f"{address}/photo.png")
+        assert torch.equal(features["pixel_values"], processor(text="<image>", images=photo)["pixel_values"])
+        with pytest.raises(ValueError, match=r"none.png is no picture that can be read: .*404"):
+            processor(text="<image>", images=f"{address}/none.png")
+        server.shutdown()
+
+
+def test_pictures_nested_by_row_must_belong_to_their_rows(processor):
+    features = processor(text=["<image><image>x", "y<image>"], images=[[RED, BLUE], [RED]])
+    assert len(features["pixel_values"]) == 3
+    with pytest.raises(ValueError, match=r"`images` has \[1, 1\] images by row, but `text` marks \[2, 0\]"):
+        processor(text=["<image><image>x", "y"], images=[[RED], [BLUE]])
 
 
 def test_pictures_of_every_mode_become_what_the_model_takes(processor):

@@ -1,14 +1,43 @@
 """Pixels in, pixels out: PIL images and arrays to tensors in [−1, 1], and back."""
 
+import base64
+import os
+import struct
 from collections.abc import Iterable
+from io import BytesIO
+from typing import Any
 
+import httpx
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import PILImageResampling
+
+
+def read_picture(picture: Any) -> Image.Image:
+    """
+    The picture of a path, a URL, a data URI, bytes, `{"bytes": ..., "path": ...}` as in `datasets`, or a PIL image:
+    loaded, and upright as its EXIF data say. Raises `ValueError` where none can be read.
+    """
+    source = picture
+    try:
+        if isinstance(source, dict):
+            source = source.get("path") if source.get("bytes") is None else source["bytes"]
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            source = httpx.get(source, follow_redirects=True).raise_for_status().content
+        elif isinstance(source, str) and source.startswith("data:"):
+            source = base64.b64decode(source.partition(",")[2])
+        if not isinstance(source, Image.Image):
+            source = Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+        source.load()  # notices truncated files
+        return ImageOps.exif_transpose(source)
+    # What Pillow raises depends on the format.
+    except (OSError, ValueError, SyntaxError, struct.error, httpx.HTTPError, Image.DecompressionBombError) as error:
+        name = os.path.basename(picture) if isinstance(picture, (str, os.PathLike)) else type(picture).__name__
+        raise ValueError(f"{name[:80]} is no picture that can be read: {error}") from error
 
 
 class TransfusionImageProcessor(TorchvisionBackend):
@@ -28,6 +57,13 @@ class TransfusionImageProcessor(TorchvisionBackend):
     rescale_factor = 1 / 255
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Reads all but arrays and tensors by [`read_picture`], in lists of any depth. The library calls it first."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(one) for one in image_url_or_urls]
+        is_array = isinstance(image_url_or_urls, (np.ndarray, torch.Tensor))
+        return image_url_or_urls if is_array else read_picture(image_url_or_urls)
 
     def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs):
         if isinstance(image, Image.Image):

@@ -170,14 +170,15 @@ class TransfusionPipeline:
             per_row["negative_prompt_ids"] = inputs["input_ids"]
             per_row["negative_prompt_attention_mask"] = inputs["attention_mask"]
         if init_image is not None:
-            pictures, size = make_flat_list_of_images(init_image), (width, height)
-            pictures = [picture.resize(size, Image.Resampling.BICUBIC) for picture in pictures]
+            pictures = make_flat_list_of_images(self.processor.image_processor.fetch_images(init_image))
+            pictures = [picture.resize((width, height), Image.Resampling.BICUBIC) for picture in pictures]
             inputs = self.processor.image_processor(pictures, do_resize=False, do_center_crop=False)
             per_row["init_image"] = inputs["pixel_values"]
         if mask_image is not None:
             black_or_white = {"do_normalize": False, "do_convert_grayscale": True, "do_binarize": True}
             mask_processor = VaeImageProcessor(vae_scale_factor=1, resample="nearest", **black_or_white)
-            per_row["mask_image"] = mask_processor.preprocess(mask_image, height, width)
+            masks = self.processor.image_processor.fetch_images(mask_image)
+            per_row["mask_image"] = mask_processor.preprocess(masks, height, width)
         for name, rows in per_row.items():  # one for all, or one for each image
             rows = rows if len(rows) == 1 else rows.repeat_interleave(num_images_per_prompt, dim=0)
             kwargs[name] = rows.to(self.model.device)

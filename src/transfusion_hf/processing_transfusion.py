@@ -164,11 +164,12 @@ class TransfusionProcessor(ProcessorMixin):
         kwargs = {"return_tensors": "pt", "padding_side": "left", "padding": not isinstance(text, str), **kwargs}
         if isinstance(text, (list, tuple)) and len(text) == 0:
             raise ValueError("`text` must hold at least one text; got an empty list.")
-        images = [] if images is None else make_flat_list_of_images(images)
+        nested = [] if images is None else self.image_processor.fetch_images(images)
+        images = make_flat_list_of_images(nested)
+        texts = [text] if isinstance(text, str) else list(text or [])
         latents = [] if latents is None else list(latents)
         if images and latents:
             raise ValueError("Pass `images` or `latents`, not both.")
-        texts = [text] if isinstance(text, str) else list(text or [])
         name, given = ("latents", latents) if latents else ("images", images)
         num_markers = "".join(texts).count(self.image_token)
         if num_markers != len(given):
@@ -176,6 +177,10 @@ class TransfusionProcessor(ProcessorMixin):
                 f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {len(given)} images; pass "
                 "one image per marker."
             )
+        if isinstance(nested, list) and any(isinstance(row, list) for row in nested):
+            counts = [len(row) if isinstance(row, list) else 1 for row in nested]
+            if counts != (marked := [one.count(self.image_token) for one in texts]):
+                raise ValueError(f"`images` has {counts} images by row, but `text` marks {marked}; nest them alike.")
         if latents:
             blocks = [self.replace_image_token({"latents": latents}, i) for i in range(len(latents))]
             texts, _ = self.get_text_with_replacements(texts, blocks)

@@ -14,8 +14,9 @@ import torch
 
 from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..diffusion_transfusion import is_flow
+from ..image_processing_transfusion import read_picture
 from ..processing_transfusion import TransfusionProcessor
-from .main import chat_inputs, open_picture
+from .main import chat_inputs
 from .streamers import StreamedImage, TransfusionStreamer
 
 try:
@@ -45,7 +46,7 @@ def _messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for message, after in pairwise([*kept, {"role": "user"}]):
         if "assistant" in (message["role"], after["role"]):
             content = [
-                {"type": "image", "image": open_picture(part["file"]["path"])} if part["type"] == "file" else part
+                {"type": "image", "image": read_picture(part["file"]["path"])} if part["type"] == "file" else part
                 for part in message["content"]
             ]
             messages.append({"role": message["role"], "content": content})
@@ -53,7 +54,7 @@ def _messages(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _inputs(processor: TransfusionProcessor, mode: str, message: dict[str, Any], history: list[dict[str, Any]]) -> Any:
-    text, pictures = message["text"], [open_picture(file) for file in message["files"]]
+    text, pictures = message["text"], [read_picture(file) for file in message["files"]]
     if mode == "chat":
         shown = [{"type": "image", "image": picture} for picture in pictures]
         question = {"role": "user", "content": [*shown, {"type": "text", "text": text}]}

@@ -22,6 +22,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from ..denoising_transfusion import DRAWING_DEFAULTS
+from ..image_processing_transfusion import read_picture
 from .streamers import TransfusionStreamer
 
 _CHAT_HELP = "End a line with Return to send it. `/image FILE` shows a picture, `/quit` ends."
@@ -69,15 +70,6 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def open_picture(file: str | Path) -> Image.Image:
-    try:
-        picture = Image.open(file)
-        picture.load()  # notices truncated files
-        return picture
-    except (OSError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{Path(file).name} is no picture that can be read: {error}") from error
-
-
 def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
     """The ids and pixels of a conversation, up to where the answer begins."""
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -85,7 +77,7 @@ def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
 
 def _run_once(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str, Any]) -> None:
     """Draws, edits or captions."""
-    pictures = [open_picture(args.picture)] if "picture" in args else []
+    pictures = [read_picture(args.picture)] if "picture" in args else []
     inputs = processor(text=[processor.image_token * len(pictures) + args.prompt], images=pictures).to(model.device)
     if args.command == "caption":
         pieces = TransfusionStreamer(processor).generate(model, **inputs, generation_mode="text", **kwargs)
@@ -109,7 +101,7 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str
             break
         try:
             if line.startswith("/image "):
-                shown.append({"type": "image", "image": open_picture(line.removeprefix("/image ").strip())})
+                shown.append({"type": "image", "image": read_picture(line.removeprefix("/image ").strip())})
                 continue
             question, shown = {"role": "user", "content": [*shown, {"type": "text", "text": line}]}, []
             inputs = chat_inputs(processor, [*messages, question]).to(model.device)
