@@ -490,6 +490,13 @@ def test_samples_go_to_weights_and_biases():
     assert [made.kwargs for made in stand_in.Image.mock_calls] == [{"caption": "a"}, {"caption": "red"}]
 
 
+def test_processes_that_would_each_train_alone_are_refused(tmp_path, monkeypatch):
+    model, args = tiny.model(), trainer(tiny.model(), tmp_path, samples(2)).args
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as `torchrun` sets it, and the Trainer ignores it on a CPU
+    with pytest.raises(ValueError, match="2 processes were started, but each would train alone; pass `use_cpu=True`"):
+        TransfusionTrainer(model, args, train_dataset=samples(2), data_collator=collate_uneven)
+
+
 def test_samples_need_an_interval(tmp_path):
     run = trainer(tiny.model(), tmp_path, samples(2))
     with pytest.raises(ValueError, match="`interval` must be at least 1 step; got 0"):

@@ -1,5 +1,6 @@
 """The exact `Trainer`: both losses over the global batch, logged separately."""
 
+import os
 import time
 from dataclasses import replace
 from itertools import pairwise
@@ -125,6 +126,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         self, *args: Any, num_timestep_bands: int = 4, peak_flops_per_second: float | None = None, **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
+        if self.args.world_size == 1 and (started := os.environ.get("WORLD_SIZE", "1")) != "1":
+            raise ValueError(f"{started} processes were started, but each would train alone; pass `use_cpu=True`.")
         if not self.args.average_tokens_across_devices and self.args.world_size > 1:
             raise ValueError("`average_tokens_across_devices=False` weighs processes unequally; leave it on.")
         if self.args.n_gpu > 1:
