@@ -240,6 +240,18 @@ def test_a_chat_template_of_the_tokenizer_gets_images_in_both_directions():
     assert len(inputs["pixel_values"]) == 2
 
 
+def test_named_chat_templates_stay_named(tmp_path):
+    tokenizer = byte_tokenizer()
+    template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    tokenizer.chat_template = {"default": template, "tool_use": f"tools {template}"}
+    processor = TransfusionProcessor.for_model(AutoModelForMultimodalLM.from_pretrained(TINY), tokenizer)
+    processor.save_pretrained(tmp_path)
+    chat = [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "What?"}]}]
+    for one in (processor, TransfusionProcessor.from_pretrained(tmp_path)):
+        assert one.apply_chat_template(chat) == "[<image>What?]"
+        assert one.apply_chat_template(chat, chat_template="tool_use") == "tools [<image>What?]"
+
+
 def test_images_and_markers_must_be_as_many(model, processor):
     pipe = TransfusionPipeline(model, processor)
     for prompt, number, message in (

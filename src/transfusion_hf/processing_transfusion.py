@@ -56,7 +56,7 @@ class TransfusionProcessor(ProcessorMixin):
         pixels_per_patch (`int`, defaults to 2): Side of a patch in pixels, `config.pixels_per_patch`.
         patch_size (`int`, *optional*): The same in latent pixels, `config.patch_size`; default: `pixels_per_patch`.
         image_token, image_start_token, image_end_token (`str`): Default to `"<image>"`, `"<BOI>"` and `"<EOI>"`.
-        chat_template (`str`, *optional*):
+        chat_template (`str`, or `dict[str, str]` by name, *optional*):
             Defaults to the tokenizer's, extended by images in the messages of both roles, or to plain `role: content`
             lines if it has none.
     """
@@ -72,7 +72,7 @@ class TransfusionProcessor(ProcessorMixin):
         image_token: str = "<image>",
         image_start_token: str = "<BOI>",
         image_end_token: str = "<EOI>",
-        chat_template: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
     ):
         self.pixels_per_patch = pixels_per_patch
         self.patch_size = pixels_per_patch if patch_size is None else patch_size
@@ -87,9 +87,10 @@ class TransfusionProcessor(ProcessorMixin):
             )
         self.image_token_id, self.image_start_token_id, self.image_end_token_id = (vocabulary[t] for t in tokens)
         if chat_template is None:
-            own = getattr(tokenizer, "chat_template", None)
-            chat_template = _FLATTEN_CONTENT.replace("IMAGE", repr(image_token))
-            chat_template += own if isinstance(own, str) else _PLAIN_CHAT_TEMPLATE
+            flatten = _FLATTEN_CONTENT.replace("IMAGE", repr(image_token))
+            own: Any = getattr(tokenizer, "chat_template", None) or _PLAIN_CHAT_TEMPLATE
+            is_named = isinstance(own, dict)
+            chat_template = {name: flatten + one for name, one in own.items()} if is_named else flatten + own
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
