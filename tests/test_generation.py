@@ -668,6 +668,8 @@ def test_bfloat16_stays_within_its_error_through_a_whole_drawing():
         ([4, 30], {"output_scores": True, "return_dict_in_generate": True}, "`output_scores=True` records columns"),
         ([4, 30], {"cache_implementation": "static"}, "`cache_implementation='static'` cannot give up the keys"),
         ([4, 30], {"cache_implementation": "quantized"}, "`cache_implementation='quantized'` cannot give up the keys"),
+        ([4, 30], {"timesteps": torch.tensor([500])}, "`timesteps` is an argument of `forward`"),
+        ([4, 30], {"labels": torch.tensor([[4, 30]])}, "`labels` is an argument of `forward`"),
         ([4, 30], {"exponential_decay_length_penalty": (2, 1.1)}, "decay_length_penalty=.* counts columns"),
         ([4, 30], {"logits_processor": [ForcedEOSTokenLogitsProcessor(9, EOS)]}, "ForcedEOSToken.* counts columns"),
         ([4, 30], {"prefill_chunk_size": 2}, "`prefill_chunk_size=2` could cut an image in two"),

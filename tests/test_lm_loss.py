@@ -35,6 +35,17 @@ def test_without_logits_the_losses_and_gradients_are_the_same():
 
 
 @pytest.mark.parametrize("skip_logits", [True, False])
+def test_labels_may_come_shifted(skip_logits):
+    model, batch = tiny.model(), tiny.batch(0)
+    expected = model(**batch, skip_logits=skip_logits)
+    labels = batch.pop("labels")
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    for given in ({"shift_labels": shifted}, {"shift_labels": shifted, "labels": torch.full_like(labels, -100)}):
+        output = model(**batch, **given, skip_logits=skip_logits)
+        assert torch.equal(output.loss, expected.loss) and torch.equal(output.lm_loss, expected.lm_loss)
+
+
+@pytest.mark.parametrize("skip_logits", [True, False])
 @pytest.mark.parametrize("num_items", [None, torch.tensor(0)])
 def test_images_without_a_label_of_text_have_an_lm_loss_of_0(skip_logits, num_items):
     model, batch = tiny.model(), tiny.batch(2)

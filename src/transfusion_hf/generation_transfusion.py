@@ -49,6 +49,10 @@ _TEXT_ONLY = {
     "cache_implementation": "cannot give up the keys of a denoising step",
 }
 _HARMLESS = {"guidance_scale": 1, "cache_implementation": "dynamic"}
+_OF_FORWARD = (
+    "labels", "shift_labels", "timesteps", "max_timesteps", "image_loss_mask", "prediction_mask", "noise_seeds",
+    "num_items_in_batch", "num_images_in_batch", "skip_logits", "varlen_plan",
+)  # fmt: skip
 _COLUMN_COUNTING = (
     generation.ExponentialDecayLengthPenalty,
     generation.ForcedBOSTokenLogitsProcessor,
@@ -141,6 +145,9 @@ class TransfusionGenerationMixin(GenerationMixin):
             ValueError: an unknown mode or scheduler, steps or size out of range, a prompt that ends among patches, a
                 budget or positions that cannot hold an image asked for, an option without meaning beside images.
         """
+        for name in _OF_FORWARD:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` is an argument of `forward`, which `generate()` has no use for; drop it.")
         given = {field.name: kwargs.pop(field.name, None) for field in fields(DrawingArguments)}
         # transformers' image-text-to-text pipeline asks for a bare tensor.
         wants_ids = kwargs.get("return_dict_in_generate") is False or kwargs.get("custom_generate") is not None

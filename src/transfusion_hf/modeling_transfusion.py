@@ -388,6 +388,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         num_items_in_batch: torch.Tensor | int | None = None,
         num_images_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> TransfusionCausalLMOutputWithPast:
         r"""
@@ -413,7 +414,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: As in `TransfusionModel.forward`.
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 The input ids, with −100 wherever there is no LM loss: patches, `<EOI>`, padding (footnote 8). They are
-                shifted here and masked no further.
+                shifted here and masked no further; `shift_labels` are shifted already.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 Number of last positions, or the positions, to compute logits for; 0: all.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*):
@@ -433,6 +434,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             raise ValueError("Pass `pixel_values` or `latents`, not both.")
         given: Any = latents if pixel_values is None else self.encode_images(pixel_values)
         stacks: Any = [] if given is None else [at_least_float32(stack) for stack in stack_images(given)]
+        labels = shift_labels if labels is None else labels
         targets: Sequence[torch.Tensor] = []
         if labels is None and (max_timesteps is not None or image_loss_mask is not None):
             name = "max_timesteps" if image_loss_mask is None else "image_loss_mask"
@@ -455,9 +457,12 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         if predictions is not None:
             predictions = [at_least_float32(stack) for stack in predictions]
 
-        num_labels = None if labels is None else (labels[:, 1:] != -100).sum()
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        num_labels = None if shift_labels is None else (shift_labels != -100).sum()
         num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        logits, lm_loss = self._predict_text(outputs.last_hidden_state, labels, num_items, logits_to_keep, skip_logits)
+        what = (outputs.last_hidden_state, labels, shift_labels, num_items)
+        logits, lm_loss = self._predict_text(*what, logits_to_keep, skip_logits)
         own: dict[str, Any] = {"logits": logits, "lm_loss": lm_loss}
         diffusion_loss: Any = None
         if targets:
@@ -484,7 +489,9 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         hidden_states, skips = self.model.patch_encoder([stack], stack.new_zeros(1))
         return hidden_states, [(side, side)], skips
 
-    def _predict_text(self, hidden_states, labels, num_items, logits_to_keep, skip_logits) -> tuple[Any, Any]:
+    def _predict_text(
+        self, hidden_states, labels, shift_labels, num_items, logits_to_keep, skip_logits
+    ) -> tuple[Any, Any]:
         """The logits (`None` with `skip_logits`) and L_LM (Eq. 1; `None` without `labels`)."""
         text_config, targets = self.config.text_config, None
         if num_items is not None:
@@ -493,9 +500,9 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             if labels is None or not isinstance(logits_to_keep, int) or logits_to_keep:
                 raise ValueError("`skip_logits` needs `labels`, and excludes `logits_to_keep`.")
             # Patches and whatever else has no label cost no logits.
-            is_target = labels[:, 1:] != -100
-            targets = labels[:, 1:][is_target]
-            hidden_states = hidden_states[:, :-1][is_target]  # (num_labels, hidden)
+            is_target = shift_labels != -100
+            targets = shift_labels[is_target]
+            hidden_states = hidden_states[is_target]  # (num_labels, hidden)
             if self.use_liger_loss and len(targets) > 0:
                 return None, sum_cross_entropy_by_liger(hidden_states, self.lm_head, targets, text_config) / num_items
         else:
@@ -505,5 +512,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             return logits, None
         if targets is not None and not hasattr(self, "_loss_function"):  # which is what a user has set
             return None, sum_cross_entropy_(logits, targets) / num_items
-        loss = self.loss_function(logits, labels, text_config.vocab_size, num_items, shift_labels=targets)
+        shift_labels = shift_labels if targets is None else targets
+        loss = self.loss_function(logits, labels, text_config.vocab_size, num_items, shift_labels=shift_labels)
         return logits if targets is None else None, loss
