@@ -6,6 +6,7 @@ import torch
 from tiny import BOI, EOI, IMG
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, MistralConfig
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils.generic import find_labels
 
 from transfusion_hf import (
     SUPPORTED_TEXT_MODELS,
@@ -394,6 +395,7 @@ def test_static_flags_are_set():
     assert model._supports_sdpa and model._supports_flex_attn and model._supports_attention_backend
     assert not model._supports_flash_attn
     assert model.supports_gradient_checkpointing
+    assert find_labels(type(model)) == ["labels"]  # or the Trainer's evaluation has no loss
     assert "cache" in model._skip_keys_device_placement
     assert model.input_modalities == model.output_modalities == ("image", "text")
     assert model._tied_weights_keys == {"lm_head.weight": "model.language_model.embed_tokens.weight"}

@@ -388,7 +388,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         num_items_in_batch: torch.Tensor | int | None = None,
         num_images_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> TransfusionCausalLMOutputWithPast:
         r"""
@@ -434,6 +433,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             raise ValueError("Pass `pixel_values` or `latents`, not both.")
         given: Any = latents if pixel_values is None else self.encode_images(pixel_values)
         stacks: Any = [] if given is None else [at_least_float32(stack) for stack in stack_images(given)]
+        # Not a parameter: the Trainer takes each one with "label" in its name for required.
+        shift_labels = kwargs.pop("shift_labels", None)
         labels = shift_labels if labels is None else labels
         targets: Sequence[torch.Tensor] = []
         if labels is None and (max_timesteps is not None or image_loss_mask is not None):
