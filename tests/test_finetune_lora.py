@@ -459,7 +459,8 @@ def test_lora_teaches_a_new_style_of_captions_in_both_directions(tmp_path, quick
     )  # fmt: skip
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["before, new style"]["read_accuracy"] == 0 and results["before, new style"]["draw_accuracy"] < 0.9
-    assert results["new style"]["read_accuracy"] >= 0.9
+    # Five runs read 0.882, 0.923, 0.936, 0.943 and 0.950: three standard deviations below their mean lies 0.85.
+    assert results["new style"]["read_accuracy"] >= 0.85
     assert results["new style"]["draw_accuracy"] >= 0.9
     assert results["adapter off, old style"] == results["before, old style"]
     assert results["before, old style"]["read_accuracy"] >= 0.95
