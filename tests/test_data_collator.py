@@ -1,3 +1,4 @@
+import math
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -174,6 +175,15 @@ def test_mixed_lengths_fill_rows_of_4096_to_95_percent():
         assert sorted(item for row in rows for item in row) == list(range(200))
         assert all(sum(lengths[item] for item in row) <= 4096 for row in rows)
         assert sum(lengths) / (4096 * len(rows)) >= 0.95
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_fill_rate_is_reported_from_workers_too(processor, workers):
+    collator = TransfusionDataCollator(processor, max_length=64)
+    assert math.isnan(collator.fill_rate)
+    seen = list(DataLoader([{"text": "a" * 20}] * 12, batch_size=6, collate_fn=collator, num_workers=workers))
+    tokens = sum(int((batch["input_ids"] != processor.tokenizer.pad_token_id).sum()) for batch in seen)
+    assert tokens == 12 * 22 and collator.fill_rate == tokens / sum(batch["input_ids"].numel() for batch in seen)
 
 
 def test_packs_of_mixed_samples_fill_rows_of_4096_to_95_percent(processor):

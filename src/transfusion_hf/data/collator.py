@@ -1,7 +1,8 @@
 """From texts and images to training batches: order, noise limit, caption dropout, padding or packing."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -85,6 +86,10 @@ class TransfusionDataCollator:
     max_length: int | None = None
     truncation: bool = False
     return_varlen_plan: bool = False
+    # Tokens and places of the packed rows. Shared, so that the workers of a data loader count here, too.
+    _filled: torch.Tensor = field(
+        default_factory=lambda: torch.zeros(2, dtype=torch.long).share_memory_(), init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for name in ("return_varlen_plan", "truncation"):
@@ -96,6 +101,12 @@ class TransfusionDataCollator:
         tokenizer = self.processor.tokenizer
         has_eos = tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]
         self._end = "" if has_eos else tokenizer.eos_token or ""
+
+    @property
+    def fill_rate(self) -> float:
+        """Share of the packed rows so far that is not padding, counted in workers, too; NaN before the first row."""
+        tokens, room = self._filled.tolist()
+        return tokens / room if room else math.nan
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if not features:
@@ -144,6 +155,7 @@ class TransfusionDataCollator:
                 packed[name].append(pad(torch.cat([samples[i] for i in row]), (0, padding), value=value))
             packed["position_ids"].append(torch.cat([torch.arange(length) for length in (*lengths, padding)]))
         result: dict[str, Any] = {name: torch.stack(tensors) for name, tensors in packed.items()}
+        self._filled += torch.tensor([sum(map(len, ids)), len(rows) * max_length])
         if self.return_varlen_plan:
             token_id = self.processor.image_token_id
             result["varlen_plan"] = make_packed_plan(result["input_ids"], result["position_ids"], token_id)
