@@ -70,7 +70,7 @@ def test_chat_answers_and_shows_pictures(tmp_path, picture, capsys, monkeypatch)
         (["draw", TINY, "a", "--scheduler", "None"], "`scheduler` must name a scheduler of diffusers"),
         (["caption", TINY, "nowhere.png"], "nowhere.png is no picture that can be read"),
         (["draw", "/nowhere/at/all", "a"], "nowhere"),
-        (["draw", TINY, "a", "-o", "seven.jpgg"], "`--output` seven.jpgg has no suffix of a picture"),
+        (["draw", TINY, "a", "-o", "seven.jpgg"], "`--output` seven.jpgg has no image suffix"),
         (
             ["draw", TINY, "a", "--dtype", "foo"],
             "`--dtype` must be 'auto' or a type of torch such as 'bfloat16'; got 'foo'",

@@ -357,7 +357,7 @@ class Drawing:
         for context in others:
             context.read(self.model)
         rows, lengths = torch.tensor(self.rows, device=self.ids.device), self.positions[: len(self.rows), self.columns]
-        # Of a context that is not read, all that is not masked is the first token of the conditional one.
+        # A context without a cache shows at most one token, the first of the conditional context.
         behind_first = (main.num_cached + 2 - lengths).clamp(max=main.num_cached)
         for number in range(len(main.cache.layers)):
             parts = []

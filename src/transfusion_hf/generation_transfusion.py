@@ -147,7 +147,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         """
         for name in _OF_FORWARD:
             if kwargs.get(name) is not None:
-                raise ValueError(f"`{name}` is an argument of `forward`, which `generate()` has no use for; drop it.")
+                raise ValueError(f"`{name}` is an argument of `forward`, which `generate()` does not use; drop it.")
         given = {field.name: kwargs.pop(field.name, None) for field in fields(DrawingArguments)}
         # transformers' image-text-to-text pipeline asks for a bare tensor.
         wants_ids = kwargs.get("return_dict_in_generate") is False or kwargs.get("custom_generate") is not None

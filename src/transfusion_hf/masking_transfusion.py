@@ -70,7 +70,7 @@ def create_transfusion_mask(
 ) -> Any:
     """
     The mask for the new positions, in the form that the decoder takes: a tensor, a `BlockMask`, `None`, or a dict of
-    those by layer type; for `"transfusion_varlen"` a `VarlenPlan`. Of `inputs_embeds` only shape, dtype and device are
+    those by layer type; for `"transfusion_varlen"` a `VarlenPlan`. Only shape, dtype and device of `inputs_embeds` are
     read. The other arguments are those of `TransfusionModel.forward`, and:
 
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):

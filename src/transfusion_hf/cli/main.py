@@ -126,7 +126,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.command == "app":
         from .app import launch_app  # needs Gradio, which the others do not
     if "output" in args and args.output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"`--output` {args.output} has no suffix of a picture; call it, for example, drawing.png.")
+        raise ValueError(f"`--output` {args.output} has no image suffix; name it, for example, drawing.png.")
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         raise ValueError(f"`--dtype` must be 'auto' or a type of torch such as 'bfloat16'; got {args.dtype!r}.")
     model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)

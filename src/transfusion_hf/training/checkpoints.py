@@ -325,7 +325,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
 _MAY_DIFFER = {
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "diffusion_loss_weight", "dtype",
     "eos_token_id", "initializer_range", "pad_token_id", "transformers_version", "use_cache",
-    # Of an adapter:
+    # Fields of adapters:
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
     "task_type",
 }  # fmt: skip
