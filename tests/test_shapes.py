@@ -392,6 +392,9 @@ def test_bad_input_is_named():
         lambda: check_scene(
             Image.new("RGB", (32, 48)), RED_CIRCLE_AND_BLUE_SQUARES
         ): r"\(48, 32\); got \(32, 48\). Resi",
+        lambda: ShapesDataset(0): "`num_samples` is too small or empty: 0",
+        lambda: ShapesDataset(1, sizes=()): r"`sizes` is too small or empty: \(\)",
+        lambda: ShapesDataset(1, seed=-1): "`seed` is too small or empty: -1",
         lambda: ShapesDataset(1, task="video"): "`task` must be 'caption' or 'edit'; got 'video'",
     }.items():
         with pytest.raises(ValueError, match=error):

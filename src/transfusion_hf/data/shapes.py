@@ -344,6 +344,9 @@ class ShapesDataset(Dataset):
     def __post_init__(self) -> None:
         if self.task not in ("caption", "edit"):
             raise ValueError(f"`task` must be 'caption' or 'edit'; got {self.task!r}.")
+        wrong = {"num_samples": self.num_samples < 1, "sizes": not self.sizes, "seed": self.seed < 0}
+        if name := next((name for name, is_wrong in wrong.items() if is_wrong), None):
+            raise ValueError(f"`{name}` is too small or empty: {getattr(self, name)!r}. Pass a larger one.")
 
     def __len__(self) -> int:
         return self.num_samples
