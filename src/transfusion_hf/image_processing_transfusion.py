@@ -13,8 +13,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling
+from transformers.image_processing_utils import BatchFeature, get_size_dict
+from transformers.image_utils import PILImageResampling, pil_torch_interpolation_mapping
+
+_RESIZING = ("do_resize", "do_center_crop", "size", "crop_size", "resample")
 
 
 def read_picture(picture: Any) -> Image.Image:
@@ -89,11 +91,46 @@ class TransfusionImageProcessor(TorchvisionBackend):
         return image.convert("L" if len(self.image_mean) == 1 else "RGB")
 
     def preprocess(self, images, *args, return_tensors=None, **kwargs) -> BatchFeature:
+        given = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _RESIZING}
+        if given["do_resize"] and given["do_center_crop"]:
+            size, crop = (
+                get_size_dict(given[name], default_to_square=name != "size") for name in ("size", "crop_size")
+            )
+            if edge := size.get("shortest_edge"):
+                images = self._crop_long_sides(self.fetch_images(images), edge, crop, given["resample"])
         # The library would stack images of several sizes and fail.
         pixel_values = super().preprocess(images, *args, return_tensors=None, **kwargs)["pixel_values"]
         if len({image.shape for image in pixel_values}) == 1:
             pixel_values = torch.stack(list(pixel_values))
         return BatchFeature({"pixel_values": pixel_values})
+
+    def _crop_long_sides(self, images: Any, edge: int, crop: dict[str, int], resample: Any) -> Any:
+        """
+        Resizes and crops along their long side those PIL images, in lists of any depth, that would have over 16 times
+        the pixels needed once the short side has `edge` of them. Those of 1 × 200,000 would take 39 GB.
+        """
+        if isinstance(images, (list, tuple)):
+            return [self._crop_long_sides(image, edge, crop, resample) for image in images]
+        if not isinstance(images, Image.Image):
+            return images
+        axis = int(images.height > images.width)  # the long one of (width, height)
+        short, long = images.size[1 - axis], images.size[axis]
+        resized, cropped = int(edge * long / short), crop[("width", "height")[axis]]
+        kept = max(edge, cropped)
+        if resized <= 16 * kept:
+            return images
+        start = (resized - cropped) // 2 - (kept - cropped) // 2
+        first, last = (end * long / resized for end in (start, start + kept))
+        margin = 4 + 4 * long // resized  # what the filter of the outermost pixels reaches
+        low, high = max(0, int(first) - margin), min(long, int(last) + margin)
+        image = self.convert(images.crop((0, low, short, high) if axis else (low, 0, high, short)))
+        names = {torchvision: pil for pil, torchvision in pil_torch_interpolation_mapping.items()}
+        resample, span = names.get(resample, resample), (first - low, last - low)
+        # Rows first, as for other images: what lies between is clipped to 8 bits.
+        if axis:
+            image = image.resize((edge, high - low), resample)
+            return image.resize((edge, kept), resample, (0, span[0], edge, span[1]))
+        return image.resize((kept, edge), resample, (span[0], 0, span[1], short))
 
     def postprocess(self, images: Iterable[torch.Tensor]) -> list[Image.Image]:
         """PIL images of tensors `(channels, height, width)`, in [−1, 1] but for clipping; rounds to 8 bits."""
