@@ -10,8 +10,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
-from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion
+from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion, TransfusionProcessor
 from transfusion_hf.data.collator import first_fit
+from transfusion_hf.data.mixing import count_tokens
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 RED, BLUE = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
@@ -96,6 +97,46 @@ def test_samples_may_say_which_images_are_clean_and_how_much_noise(processor):
     )
     assert batch["image_loss_mask"].tolist() == [False, True, True, True]
     assert batch["max_timesteps"].tolist() == [1000, 1000, 10, 20]
+
+
+def chat(*images) -> list[dict]:
+    first, second = ({"type": "image", **({} if image is None else {"image": image})} for image in images)
+    return [
+        {"role": "user", "content": [first, {"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "b"}, second]},
+    ]
+
+
+@pytest.mark.parametrize("max_length", [None, 64])
+def test_chats_stand_beside_texts_with_images_inside_or_beside_them(processor, max_length):
+    processor = TransfusionProcessor(processor.image_processor, processor.tokenizer)
+    inside, beside = {"messages": chat(RED, BLUE)}, {"messages": chat(None, None), "images": [RED, BLUE], "text": None}
+    collator = TransfusionDataCollator(processor, max_length=max_length, caption_first_probability=1.0)
+    for sample in (inside, beside):
+        batch = collator([{"text": "d", "image": BLUE}, sample, {"text": "e", "messages": None}])
+        shown = ["blue" if pixels[0, 0, 0] < 0 else "red" for pixels in batch["pixel_values"]]
+        assert shown == (["blue", "red", "blue"] if max_length is None else ["red", "blue", "blue"])
+        row = "<s>user: <BOI>*<EOI>a\nassistant: b<BOI>*<EOI></s>"
+        if max_length is None:
+            assert texts(processor, batch) == ["<s>d<BOI>*<EOI></s>", row, "<s>e</s>"]
+            assert count_tokens(sample, processor) == batch["attention_mask"][1].sum()
+        else:
+            assert processor.tokenizer.decode(batch["input_ids"][0]).replace("<image>" * 16, "*").startswith(row)
+    latents = {"messages": chat(None, None), "latents": [torch.ones(3, 8, 8), torch.zeros(3, 8, 8)]}
+    assert collator([latents])["latents"][:, 0, 0, 0].tolist() == [1, 0]
+
+
+def test_chats_may_be_trained_on_what_the_assistant_says_and_draws(processor):
+    processor = TransfusionProcessor(processor.image_processor, processor.tokenizer)
+    collator = TransfusionDataCollator(processor, assistant_only_loss=True)
+    batch = collator([{"messages": chat(RED, BLUE)}, {"text": "c"}])
+    labels = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert labels == [" b<BOI></s>", "c</s>"] and batch["image_loss_mask"].tolist() == [False, True]
+    latents = {"messages": chat(None, None), "latents": [torch.zeros(3, 8, 8)] * 2}
+    assert torch.equal(collator([latents])["labels"][0], batch["labels"][0])
+    processor.chat_template = "{% for message in messages %}{{ message.role }}{% endfor %}"
+    with pytest.raises(ValueError, match="`assistant_only_loss` needs a chat template that encloses"):
+        collator([{"messages": [{"role": "assistant", "content": "a"}]}])
 
 
 def test_a_seed_reproduces_the_batch(processor):

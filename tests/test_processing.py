@@ -1,4 +1,5 @@
 import base64
+import tracemalloc
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 import torch
 from make_tiny_transfusion import byte_tokenizer
 from PIL import Image, ImageOps
+from tokenizers.processors import TemplateProcessing
+from torchvision.transforms.v2 import functional as F
 from transformers import AutoImageProcessor, AutoProcessor, LlamaConfig
+from transformers.image_utils import PILImageResampling, SizeDict
 
 from transfusion_hf import (
     TransfusionConfig,
@@ -175,6 +179,146 @@ def test_a_text_that_ends_at_boi_has_no_loss_behind_it(processor):
     assert features["labels"][0].tolist()[-2:] == [processor.image_start_token_id, -100]
 
 
+def with_ends(processor, single: str) -> TransfusionProcessor:
+    """The processor with a tokenizer that puts `single` around a text."""
+    ids = [("<s>", processor.tokenizer.bos_token_id), ("</s>", processor.tokenizer.eos_token_id)]
+    template = TemplateProcessing(single=single, special_tokens=ids)
+    processor.tokenizer.backend_tokenizer.post_processor = template
+    return processor
+
+
+def rows_of(processor, features) -> list[str]:
+    """Each row as text, without padding, and with `*` for the patches of an image."""
+    masked = zip(features["input_ids"], features["attention_mask"], strict=True)
+    return [processor.tokenizer.decode(ids[mask.bool()]).replace("<image>" * 16, "*") for ids, mask in masked]
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A </s>", "$A"])
+def test_rows_begin_and_end_once_whatever_the_tokenizer_adds(processor, single):
+    processor, begin = with_ends(processor, single), "<s>" if "<s>" in single else ""
+    end = "</s>" if "</s>" in single else ""
+    prompts = processor(text=["a<BOI>", "<s>b</s>", "<image>"], images=[RED])
+    assert rows_of(processor, prompts) == [f"{begin}a<BOI>", "<s>b</s>", f"{begin}<BOI>*<EOI>"]
+    assert prompts["input_ids"].shape[1] == 18 + bool(begin) and prompts["attention_mask"][:, -1].all()
+    trained = processor(text=["a", "<s>b</s>"], return_labels=True)
+    assert rows_of(processor, trained) == [f"{begin}a{end}", "<s>b</s>"]
+    batch = TransfusionDataCollator(processor)([{"text": "a"}, {"text": "<s>b</s>"}, {"text": "c</s>"}])
+    assert rows_of(processor, batch) == [f"{begin}a</s>", "<s>b</s>", f"{begin}c</s>"]
+    raw = processor(text=["a"], add_special_tokens=False, return_labels=True)
+    assert rows_of(processor, raw) == ["a"]
+
+
+def test_an_empty_prompt_draws_without_condition(processor):
+    assert rows_of(processor, processor(text=[""])) == ["<s>"]
+    processor = with_ends(processor, "$A")
+    features = processor(text=["", "a"])
+    assert rows_of(processor, features) == ["<BOI>", "a"] and features["input_ids"].dtype == torch.long
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
+    output = model.generate(**features, num_inference_steps=2, generation_mode="image")
+    assert [len(row) for row in output.images] == [1, 1]
+
+
+def test_truncation_never_cuts_an_image(processor):
+    text = "bc<image>d"  # <s>, 2 letters, 18 ids of the image, 1 letter
+    for side, fitting in (("right", 21), ("left", 20)):
+        processor.tokenizer.truncation_side = side
+        for max_length in range(3, 23):
+            kwargs = {"text": text, "images": RED, "truncation": True, "max_length": max_length}
+            if max_length >= fitting:
+                kept = rows_of(processor, processor(**kwargs))
+                whole = "<s>bc<BOI>*<EOI>d"
+                dropped = 22 - max_length
+                expected = whole[: len(whole) - dropped] if side == "right" else "<s>" + whole[3 + dropped :]
+                assert kept == [expected]
+            else:
+                with pytest.raises(ValueError, match=f"`max_length` is {max_length}, which cuts an image of row 0"):
+                    processor(**kwargs)
+    with pytest.raises(ValueError, match="`max_length` is 10, which cuts an image of row 0"):
+        processor(text=text, latents=[torch.zeros(3, 8, 8)], truncation=True, max_length=10)
+
+
+def test_text_options_may_come_in_their_own_dict(processor):
+    texts = ["abc", "d"]
+    options = {"padding": "max_length", "max_length": 6, "padding_side": "right"}
+    nested, flat = processor(text=texts, text_kwargs=options), processor(text=texts, **options)
+    assert nested["input_ids"].shape == (2, 6) and torch.equal(nested["input_ids"], flat["input_ids"])
+    assert isinstance(processor(text=texts, text_kwargs={"return_tensors": "np"})["input_ids"], np.ndarray)
+    assert isinstance(processor(text=texts, common_kwargs={"return_tensors": "np"})["input_ids"], np.ndarray)
+    assert processor(text=texts, pad_to_multiple_of=8)["input_ids"].shape == (2, 8)
+    assert options == {"padding": "max_length", "max_length": 6, "padding_side": "right"}
+    with pytest.raises(ValueError, match="`padding` was passed two times, alone and in `text_kwargs`"):
+        processor(text=texts, padding=True, text_kwargs={"padding": True})
+
+
+CHAT = [
+    {"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": "red"},
+    {"role": "user", "content": "Draw it."},
+    {"role": "assistant", "content": [{"type": "text", "text": "here"}, {"type": "image", "image": BLUE}]},
+]
+RENDERED = "<s>user: <BOI>*<EOI>What is it?\nassistant: red</s>\nuser: Draw it.\nassistant: here<BOI>*<EOI></s>"
+
+
+@pytest.fixture
+def chatting(processor) -> TransfusionProcessor:
+    """With the chat template of a tokenizer that has none."""
+    return TransfusionProcessor(processor.image_processor, processor.tokenizer)
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>", "$A"])
+def test_a_chat_has_the_same_ids_in_training_and_inference(chatting, single):
+    chatting = with_ends(chatting, single)
+    template = chatting.chat_template
+    chatting.chat_template = template if "<s>" in single else f"{{{{ bos_token }}}}{template}"
+    chat = chatting.apply_chat_template(CHAT, tokenize=True, return_dict=True)
+    text = chatting.apply_chat_template(CHAT)
+    assert rows_of(chatting, chat) == [RENDERED]
+    assert torch.equal(chatting(text=text, images=[RED, BLUE])["input_ids"], chat["input_ids"])
+    collate = TransfusionDataCollator(chatting)
+    for sample in ({"text": text, "images": [RED, BLUE]}, {"messages": CHAT}):
+        batch = collate([sample])
+        assert torch.equal(batch["input_ids"], chat["input_ids"])
+        assert torch.equal(batch["pixel_values"], chat["pixel_values"])
+        assert batch["image_loss_mask"].tolist() == [True, True]
+    prompt = chatting.apply_chat_template(CHAT[:1], add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert RENDERED.startswith(rows_of(chatting, prompt)[0])
+
+
+def test_the_content_of_a_chat_is_text(chatting):
+    content = "is <image> or <BOI> or <s> a tag?"
+    chat = [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": content}]}]
+    for single in ("<s> $A", "$A"):
+        processor = with_ends(chatting, single)
+        features = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+        assert rows_of(processor, features) == [f"{'<s>' * (single != '$A')}user: <BOI>*<EOI>{content}"]
+        tokens = processor.tokenizer.convert_ids_to_tokens(features["input_ids"][0])
+        assert tokens.count("<image>") == 16 and tokens.count("<BOI>") == 1
+        ids = TransfusionDataCollator(processor)([{"messages": chat}])["input_ids"]
+        assert torch.equal(ids, features["input_ids"])
+    with pytest.raises(ValueError, match=r"`conversation` holds <BOI>, <image>, <s> as text, which"):
+        TransfusionDataCollator(processor, assistant_only_loss=True)([{"messages": chat}])
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"), [({"type": "video", "video": "a.mp4"}, "'video'"), ("a", "'str'"), ({"text": "a"}, "None")]
+)
+def test_parts_of_a_chat_that_nobody_reads_are_refused(processor, part, kind):
+    for tokenize in (False, True):
+        with pytest.raises(ValueError, match=rf"`conversation` holds a part of type {kind}; a part is {{'type': 'tex"):
+            processor.apply_chat_template([{"role": "user", "content": [part]}], tokenize=tokenize)
+
+
+def test_the_assistants_tokens_are_those_of_the_template_in_batches_with_images(chatting):
+    features = chatting.apply_chat_template(
+        [CHAT, CHAT[:2]], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [
+        chatting.tokenizer.decode(ids[torch.tensor(mask).bool()]).replace("<image>" * 16, "*")
+        for ids, mask in zip(features["input_ids"], features["assistant_masks"], strict=True)
+    ]
+    assert marked == [" red</s> here<BOI>*<EOI></s>", " red</s>"]
+
+
 def test_images_of_several_sizes_come_as_a_list(processor):
     features = processor(
         text="<image><image>", images=[picture("red", (4, 8)), BLUE], do_resize=False, do_center_crop=False
@@ -235,6 +379,26 @@ def test_images_are_resized_and_cropped_to_the_centre():
     pixels = TransfusionImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})(image)
     assert torch.equal(pixels["pixel_values"][0, :, 3, 3], torch.tensor([-1.0, -1.0, 1.0]))
     assert pixels["pixel_values"].shape == (1, 3, 8, 8)
+
+
+@pytest.mark.parametrize("size", [(3, 400), (400, 3), (901, 5), (5000, 37)])
+def test_long_pictures_are_cropped_before_they_are_resized(size):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
+    images = TransfusionImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 8, "width": 8})
+    resized = images.resize(F.pil_to_tensor(image), SizeDict(shortest_edge=16), PILImageResampling.BICUBIC)
+    expected = images.center_crop(resized, SizeDict(height=8, width=8))
+    levels = (images(image)["pixel_values"][0] + 1) * 127.5
+    assert (levels - expected).abs().max() < 1.01  # two libraries round
+
+
+def test_a_picture_of_one_by_two_hundred_thousand_pixels_costs_what_its_crop_does(processor):
+    image = Image.new("RGB", (1, 200_000), "red")
+    image.paste("blue", (0, 0, 1, 90_000))
+    tracemalloc.start()
+    pixels = TransfusionImageProcessor()([[image]])["pixel_values"]  # resized as a whole: 39 GB
+    assert torch.equal(pixels, torch.tensor([1.0, -1.0, -1.0]).view(1, 3, 1, 1).expand(1, 3, 256, 256))
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
 
 
 def test_processor_survives_saving(processor, tmp_path):

@@ -1,7 +1,7 @@
 """Interleaved text and images to model inputs, and model outputs back to text and images."""
 
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, takewhile
 from typing import Any
 
 import torch
@@ -28,10 +28,27 @@ def make_labels(
     return input_ids.masked_fill(~has_loss, -100)
 
 
+def chat_parts(messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The parts of the messages of a chat, in order, with the message's `role`; `ValueError` for unknown ones."""
+    for message in messages:
+        content = message.get("content") or ""
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            if kind not in ("text", "image", "image_url") or not isinstance(part.get("text", ""), str):
+                raise ValueError(
+                    f"`conversation` holds a part of type {kind!r}; a part is {{'type': 'text', 'text': ...}} or "
+                    "{'type': 'image', 'image': ...}."
+                )
+            yield {"role": message.get("role"), **part}
+
+
 IMAGE_TOKENS = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
 _PLAIN_CHAT_TEMPLATE = (
-    "{%- for message in messages -%}{{ message['role'] }}: {{ message['content'] }}\n{% endfor -%}"
-    "{%- if add_generation_prompt -%}assistant: {%- endif -%}"
+    "{%- for message in messages -%}{{ '' if loop.first else '\n' }}{{ message['role'] }}: "
+    "{%- if message['role'] == 'assistant' -%}"
+    "{% generation %}{{ ' ' + message['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{%- else -%}{{ ' ' + message['content'] }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '\nassistant:' }}{%- endif -%}"
 )
 # In front of a template for text: messages may then hold a list of texts and images.
 _FLATTEN_CONTENT = (
@@ -42,6 +59,16 @@ _FLATTEN_CONTENT = (
     "{%- set flat.messages = flat.messages + [dict(message, content=content.text)] -%}"
     "{%- endfor -%}{%- set messages = flat.messages -%}"
 )
+# What is done to ids once there are some, rather than by the tokenizer.
+_TEXT_OPTIONS = (
+    "padding", "padding_side", "truncation", "max_length", "pad_to_multiple_of", "return_tensors",
+    "add_special_tokens",
+)  # fmt: skip
+# What the tokenizer returns for each token: its value at a special token, and at padding.
+_PER_TOKEN = {
+    "attention_mask": (1, 0), "token_type_ids": (0, 0), "special_tokens_mask": (1, 1), "mm_token_type_ids": (0, 0),
+    "offset_mapping": ((0, 0), (0, 0)),
+}  # fmt: skip
 
 
 class TransfusionProcessor(ProcessorMixin):
@@ -149,6 +176,11 @@ class TransfusionProcessor(ProcessorMixin):
         self, images=None, text=None, latents: Sequence[torch.Tensor] | None = None, return_labels=False, **kwargs: Any
     ) -> BatchFeature:
         """
+        Each row begins with the tokenizer's beginning-of-sequence token if it adds one, and only once, whether the
+        text holds it or not. A prompt ends as its text does, though the tokenizer may add an end-of-sequence token;
+        with `return_labels` it ends with one. An empty text without beginning-of-sequence token becomes
+        `image_start_token`: the unconditional drawing.
+
         Args:
             images (`ImageInput`, *optional*): One per marker in the texts, in order.
             text (`str` or `list[str]`): With an `image_token` for each image.
@@ -160,35 +192,35 @@ class TransfusionProcessor(ProcessorMixin):
         Returns:
             `BatchFeature` with `input_ids` and `attention_mask` of shape `(batch, seq)`, `pixel_values` of shape
             `(num_images, channels, height, width)` in [−1, 1] (a list if sizes differ) or `latents`, and `labels`.
+
+        Raises:
+            ValueError: images in another number than markers, sides that are no multiple of a patch, a `max_length`
+                that cuts an image, both images and latents.
         """
-        # Not in the library's `text_kwargs`, which the tokenizer's init arguments override.
-        kwargs = {"return_tensors": "pt", "padding_side": "left", "padding": not isinstance(text, str), **kwargs}
+        if text is None:
+            return super().__call__(images=images, **kwargs)
         if isinstance(text, (list, tuple)) and len(text) == 0:
             raise ValueError("`text` must hold at least one text; got an empty list.")
-        nested = [] if images is None else self.image_processor.fetch_images(images)
-        images = make_flat_list_of_images(nested)
-        texts = [text] if isinstance(text, str) else list(text or [])
-        latents = [] if latents is None else list(latents)
-        if images and latents:
-            raise ValueError("Pass `images` or `latents`, not both.")
-        name, given = ("latents", latents) if latents else ("images", images)
-        num_markers = "".join(texts).count(self.image_token)
-        if num_markers != len(given):
-            raise ValueError(
-                f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {len(given)} images; pass "
-                "one image per marker."
-            )
-        if isinstance(nested, list) and any(isinstance(row, list) for row in nested):
-            counts = [len(row) if isinstance(row, list) else 1 for row in nested]
-            if counts != (marked := [one.count(self.image_token) for one in texts]):
-                raise ValueError(f"`images` has {counts} images by row, but `text` marks {marked}; nest them alike.")
-        if latents:
-            blocks = [self.replace_image_token({"latents": latents}, i) for i in range(len(latents))]
-            texts, _ = self.get_text_with_replacements(texts, blocks)
-            features = BatchFeature(dict(self.tokenizer(texts[0] if isinstance(text, str) else texts, **kwargs)))
-            features["latents"] = torch.stack(latents) if len({x.shape for x in latents}) == 1 else latents
+        images = None if isinstance(images, (list, tuple)) and len(images) == 0 else images
+        texts = [text] if isinstance(text, str) else list(text)
+        options = self._pop_text_options({"padding": not isinstance(text, str)}, kwargs)
+        if not (options["add_special_tokens"] and self.missing_ends([])[0]):
+            texts = [one or self.image_start_token for one in texts]
+        if latents is None or len(latents) == 0:
+            features = super().__call__(images, texts, add_special_tokens=False, padding=False, **kwargs)
         else:
-            features = super().__call__(images=images or None, text=text, **kwargs)
+            if images is not None:
+                raise ValueError("Pass `images` or `latents`, not both.")
+            self._check_markers(texts, "latents", latents)
+            blocks = [self.replace_image_token({"latents": latents}, i) for i in range(len(latents))]
+            texts, offsets = self.get_text_with_replacements(texts, blocks)
+            returns_offsets = kwargs.pop("return_text_replacement_offsets", False)
+            features = BatchFeature(dict(self.tokenizer(texts, add_special_tokens=False, **kwargs)))
+            features.update({"text_replacement_offsets": offsets} if returns_offsets else {})
+            is_stack = len({latent.shape for latent in latents}) == 1
+            features["latents"] = torch.stack(list(latents)) if is_stack else list(latents)
+        features.update(self._finish_rows(features, options, is_prompt=not return_labels))
+        features.convert_to_tensors(options["return_tensors"], skip_tensor_conversion=self.skip_tensor_conversion)
         if return_labels:
             ids, mask = (torch.as_tensor(features[name]) for name in ("input_ids", "attention_mask"))
             tokens = (self.image_start_token_id, self.image_token_id, self.image_end_token_id)
@@ -196,7 +228,117 @@ class TransfusionProcessor(ProcessorMixin):
         return features
 
     # The library would stack images of several sizes and fail.
-    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "pixel_values"]
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "pixel_values", "latents"]
+
+    def validate_inputs(self, images=None, text=None, **kwargs: Any) -> None:
+        """Raises `ValueError` unless each marker has its image. The library calls it with what it has fetched."""
+        if text is None:
+            return super().validate_inputs(images=images, text=text, **kwargs)
+        nested = [] if images is None else images
+        self._check_markers(text, "images", make_flat_list_of_images(nested))
+        if isinstance(nested, list) and any(isinstance(row, list) for row in nested):
+            counts = [len(row) if isinstance(row, list) else 1 for row in nested]
+            if counts != (marked := [one.count(self.image_token) for one in text]):
+                raise ValueError(f"`images` has {counts} images by row, but `text` marks {marked}; nest them alike.")
+
+    def _check_markers(self, texts: list[str], name: str, images: Sequence[Any]) -> None:
+        if (num_markers := "".join(texts).count(self.image_token)) != len(images):
+            raise ValueError(
+                f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {len(images)} images; pass "
+                "one image per marker."
+            )
+
+    def _pop_text_options(self, defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Takes `_TEXT_OPTIONS` out of `kwargs` and the dicts in it; the tokenizer's own come after, then ours."""
+        options = {"return_tensors": "pt", "add_special_tokens": True, **defaults}
+        init = self.tokenizer.init_kwargs
+        options |= {name: init[name] for name in ("padding", "truncation", "max_length") if name in init}
+        # Not the tokenizer's: a prompt ends where generation begins.
+        options["padding_side"] = "left"
+        for group in ("common_kwargs", "text_kwargs"):
+            given = dict(kwargs.pop(group, {}))
+            if twice := [name for name in _TEXT_OPTIONS if name in given and name in kwargs]:
+                raise ValueError(f"`{twice[0]}` was passed two times, alone and in `{group}`; pass it once.")
+            options |= {name: given.pop(name) for name in _TEXT_OPTIONS if name in given}
+            kwargs |= {group: given} if given else {}
+        return options | {name: kwargs.pop(name) for name in _TEXT_OPTIONS if name in kwargs}
+
+    def missing_ends(self, ids: list[int], is_prompt: bool = False) -> tuple[list[int], list[int]]:
+        """What the tokenizer adds before and behind a text and `ids` lack; behind a prompt nothing is added."""
+        probe = self.tokenizer("a", return_special_tokens_mask=True)
+        pairs = list(zip(probe["input_ids"], probe["special_tokens_mask"], strict=True))
+        ends = (takewhile(lambda pair: pair[1], order) for order in (pairs, pairs[::-1]))
+        before, after = ([token for token, _ in end] for end in ends)
+        after = [] if is_prompt or ids[len(ids) - len(after) :] == after[::-1] else after[::-1]
+        return [] if ids[: len(before)] == before else before, after
+
+    def _finish_rows(self, features, options: dict[str, Any], is_prompt: bool) -> dict[str, Any]:
+        """Adds the special tokens that a row does not have yet, truncates and pads."""
+        strategy, limit, truncation = options["padding"], options.get("max_length"), options.get("truncation")
+        if truncation is None:  # as tokenizers do
+            truncation = limit is not None and strategy in (False, "do_not_pad")
+        if truncation in (False, "do_not_truncate"):
+            limit = None
+        elif limit is None:
+            limit = self.tokenizer.model_max_length
+        rows: dict[str, list[list[Any]]] = {name: [] for name in ("input_ids", *_PER_TOKEN) if name in features}
+        for i, ids in enumerate(features["input_ids"]):
+            first, last = self.missing_ends(ids, is_prompt) if options["add_special_tokens"] else ([], [])
+            kept = slice(0, len(ids))
+            if limit is not None and (room := max(0, limit - len(first) - len(last))) < len(ids):
+                kept = self._truncated(i, ids, room, limit)
+            rows["input_ids"].append(first + ids[kept] + last)
+            for name, (added, _) in _PER_TOKEN.items():
+                if name in rows:
+                    rows[name].append([added] * len(first) + list(features[name][i][kept]) + [added] * len(last))
+        by_hand = {name: rows.pop(name) for name in ("mm_token_type_ids", "offset_mapping") if name in rows}
+        pad_options = {name: options.get(name) for name in ("pad_to_multiple_of", "padding_side")}
+        if strategy == "max_length":
+            pad_options["max_length"] = options.get("max_length")
+        padded = dict(self.tokenizer.pad(rows, padding=strategy, **pad_options))
+        for name, values in by_hand.items():
+            for row, ids in zip(values, padded["input_ids"], strict=True):
+                padding = [_PER_TOKEN[name][1]] * (len(ids) - len(row))
+                row[:] = padding + row if options["padding_side"] == "left" else row + padding
+        return padded | by_hand
+
+    def _truncated(self, index: int, ids: list[int], room: int, max_length: int) -> slice:
+        """The `room` ids that truncation keeps; `ValueError` if it drops any part of an image."""
+        is_left = self.tokenizer.truncation_side == "left"
+        cut = len(ids) - room if is_left else room
+        # An image goes along with the ids on both its sides, which may be all that is cut off of it.
+        dropped = ids[: cut + 1] if is_left else ids[max(0, cut - 1) :]
+        if self.image_token_id in dropped:
+            raise ValueError(
+                f"`max_length` is {max_length}, which cuts an image of row {index}; raise it, or pass "
+                "`truncation=False`."
+            )
+        return slice(cut, None) if is_left else slice(cut)
+
+    def apply_chat_template(self, conversation, chat_template: str | None = None, **kwargs: Any) -> Any:
+        """
+        As for any processor. Content is text: with `tokenize=True`, an `image_token` or another special token that
+        somebody typed is encoded as plain text. Images are parts of their own, `{"type": "image", "image": ...}`, with
+        what [`read_picture`] takes under `image`, `url` or `path`.
+
+        Raises:
+            ValueError: a part that is neither text nor image; special tokens in the content, which
+                `return_assistant_tokens_mask` would take for those of the template.
+        """
+        is_batch = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        typed: set[str] = set()
+        for chat in conversation if is_batch else [conversation]:
+            for part in chat_parts(getattr(chat, "messages", chat)):
+                typed |= {token for token in special if token in part.get("text", "")}
+        if typed and kwargs.get("return_assistant_tokens_mask"):
+            raise ValueError(
+                f"`conversation` holds {', '.join(sorted(typed))} as text, which "
+                "`return_assistant_tokens_mask` cannot tell from the template's; remove it."
+            )
+        if typed and kwargs.get("tokenize"):
+            kwargs.setdefault("sanitize_control_tokens", True)
+        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """`<BOI>`, a placeholder for each patch, `<EOI>`; `image_inputs` holds `pixel_values` or `latents`."""

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from ..masking_transfusion import make_packed_plan
-from ..processing_transfusion import TransfusionProcessor
+from ..processing_transfusion import TransfusionProcessor, chat_parts
 
 
 def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
@@ -29,11 +30,19 @@ def first_fit(lengths: Sequence[int], max_length: int) -> list[list[int]]:
 
 
 def images_of(sample: dict[str, Any]) -> list[Any]:
-    """The images of a sample, from `images` or `image`, which are `None` where a dataset mixes in plain text."""
+    """
+    The images of a sample, from `images` or `image`, which are `None` where a dataset mixes in plain text, or from the
+    parts of `messages`.
+    """
     image, images = sample.get("image"), sample.get("images")
     if image is not None and images is not None:
         raise ValueError("A sample holds its images in `image` or in `images`; got both.")
-    return list(images) if images is not None else [] if image is None else [image]
+    if image is not None:
+        return [image]
+    if images is not None:
+        return list(images)
+    parts = chat_parts(sample.get("messages") or ())
+    return [part[key] for part in parts for key in ("image", "url", "path") if part.get(key) is not None]
 
 
 def latents_of(sample: dict[str, Any]) -> list[torch.Tensor]:
@@ -41,6 +50,25 @@ def latents_of(sample: dict[str, Any]) -> list[torch.Tensor]:
     latents = sample.get("latents")
     tensors = [torch.as_tensor(x, dtype=torch.float32) for x in (() if latents is None else latents)]
     return [torch.stack(tensors)] if tensors and tensors[0].ndim == 2 else tensors
+
+
+def text_of(sample: dict[str, Any], processor: TransfusionProcessor) -> str:
+    """The text of a sample as it is tokenized: with an end of sequence, or its `messages` as the template has them."""
+    if sample.get("messages") is not None:
+        return processor.apply_chat_template(sample["messages"], tools=sample.get("tools"))
+    end = processor.tokenizer.eos_token or ""
+    return sample["text"] if sample["text"].rstrip().endswith(end) else sample["text"] + end
+
+
+@dataclass
+class _Sample:
+    text: str
+    images: list[Any]  # as they came, and then pixels
+    latents: list[torch.Tensor]
+    max_timesteps: list[int]
+    image_loss_mask: list[bool]
+    input_ids: Any = None
+    labels: Any = None
 
 
 @dataclass
@@ -54,6 +82,9 @@ class TransfusionDataCollator:
     shape `(latent_channels, height, width)` or a list of them. Optional keys with one value per image:
     `image_loss_mask` (`bool`, `False` for clean context) and `max_timesteps` (`int`).
 
+    Instead of `text`, a sample may hold a chat in `messages`, with its images in the parts or, in their order, in
+    `images` or `latents` (and `tools`); the processor's chat template writes it.
+
     Text that marks the places of its images with the processor's image token stays as it is. Otherwise it is the
     caption of one image, and torch's global generator decides which comes first.
 
@@ -65,6 +96,8 @@ class TransfusionDataCollator:
         image_first_max_timesteps (`int`, defaults to 500): Limit of t for images before their caption (§4.3.4).
         num_train_timesteps (`int`, defaults to 1000): T of the model, the noise limit of all other images.
         max_length (`int`, *optional*): Pack samples into rows of this length.
+        assistant_only_loss (`bool`, defaults to `False`): In chats, train on what the assistant says and draws alone;
+            other images are clean context. The template must enclose it in `{% generation %}`, `{% endgeneration %}`.
         truncation (`bool`, defaults to `False`): Cut longer samples, before an image rather than within.
         return_varlen_plan (`bool`, defaults to `False`): Make the plan of packed rows for
             `attn_implementation="transfusion_varlen"` in the data loader's workers rather than in `forward`.
@@ -84,6 +117,7 @@ class TransfusionDataCollator:
     image_first_max_timesteps: int = 500
     num_train_timesteps: int = 1000
     max_length: int | None = None
+    assistant_only_loss: bool = False
     truncation: bool = False
     return_varlen_plan: bool = False
     # Tokens and places of the packed rows. Shared, so that the workers of a data loader count here, too.
@@ -98,9 +132,6 @@ class TransfusionDataCollator:
         for name in ("caption_first_probability", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in 0 to 1; got {getattr(self, name)}.")
-        tokenizer = self.processor.tokenizer
-        has_eos = tokenizer("").input_ids[-1:] == [tokenizer.eos_token_id]
-        self._end = "" if has_eos else tokenizer.eos_token or ""
 
     @property
     def fill_rate(self) -> float:
@@ -111,16 +142,22 @@ class TransfusionDataCollator:
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if not features:
             raise ValueError("`features` must hold at least one sample; got none.")
-        texts, images, latents, limits, masks = zip(*map(self._read, features), strict=True)
-        contents = {"text": list(texts), "images": [*chain(*images)], "latents": [*chain(*latents)]}
-        batch = dict(self.processor(**contents, return_labels=True, padding=True, padding_side="right"))
-        if any(limits):
-            batch["max_timesteps"] = torch.tensor([*chain(*limits)])
-            batch["image_loss_mask"] = torch.tensor([*chain(*masks)])
-        return batch if self.max_length is None else self._pack(batch, [*map(len, limits)], self.max_length)
+        samples = [self._read(feature) for feature in features]
+        if any(sample.images for sample in samples) and any(sample.latents for sample in samples):
+            raise ValueError("Pass `images` or `latents`, not both.")
+        self._tokenize([sample for sample in samples if sample.input_ids is None])
+        batch = self._pad(samples) if self.max_length is None else self._pack(samples, self.max_length)
+        for name, attribute in (("pixel_values", "images"), ("latents", "latents")):
+            if tensors := [x for sample in samples for x in getattr(sample, attribute)]:
+                batch[name] = torch.stack(tensors) if len({x.shape for x in tensors}) == 1 else tensors
+                for name in ("max_timesteps", "image_loss_mask"):
+                    batch[name] = torch.tensor([*chain(*(getattr(sample, name) for sample in samples))])
+        return batch
 
-    def _read(self, feature: dict[str, Any]) -> tuple[str, list[Any], list[torch.Tensor], list[int], list[bool]]:
-        """Text with its markers, images, latents, noise limits and loss mask of a sample."""
+    def _read(self, feature: dict[str, Any]) -> _Sample:
+        """A sample whose images have their markers, or parts of a chat, which has its ids then."""
+        if feature.get("messages") is not None:
+            return self._read_chat(feature)
         images, latents, text = images_of(feature), latents_of(feature), feature["text"]
         num_images, limit, marker = len(images) + len(latents), self.num_train_timesteps, self.processor.image_token
         if num_images and marker not in text:
@@ -132,38 +169,83 @@ class TransfusionDataCollator:
                 text, limit = marker + text, self.image_first_max_timesteps
             else:
                 text = marker if dropout < self.caption_dropout else text + marker
-        limits = _per_image(feature, "max_timesteps", num_images, limit)
-        return text + self._end, images, latents, limits, _per_image(feature, "image_loss_mask", num_images, True)
+        limits = _per_image(feature, "max_timesteps", [limit] * num_images)
+        masks = _per_image(feature, "image_loss_mask", [True] * num_images)
+        return _Sample(text_of({"text": text}, self.processor), images, latents, limits, masks)
 
-    def _pack(self, batch: dict[str, Any], num_images: list[int], max_length: int) -> dict[str, Any]:
-        """Packs whole samples into rows; the images follow the order of their samples."""
-        is_real = batch["attention_mask"].bool()
-        pairs = (zip(batch[name], is_real, strict=True) for name in ("input_ids", "labels"))
-        ids, labels = ([row[mask] for row, mask in pair] for pair in pairs)
-        images = list(torch.arange(sum(num_images)).split(num_images))  # the indices of each sample's images
-        for i, sample in enumerate(ids):
-            if len(sample) > max_length:
-                end, num_kept = self._find_cut(i, sample, max_length)
-                ids[i], labels[i], images[i] = sample[:end], labels[i][:end], images[i][:num_kept]
+    def _read_chat(self, feature: dict[str, Any]) -> _Sample:
+        images, latents, is_masked = images_of(feature), latents_of(feature), self.assistant_only_loss
+        contents: dict[str, Any] = {"latents": latents} if latents else {"images": images} if images else {}
+        row = self.processor.apply_chat_template(
+            feature["messages"],
+            tools=feature.get("tools"),
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=is_masked,
+            processor_kwargs={"return_labels": True, **contents},
+        )
+        parts, labels = list(chat_parts(feature["messages"])), row["labels"][0]
+        if is_masked:
+            is_assistant = torch.tensor(row["assistant_masks"][0]).bool()
+            if not is_assistant.any() and any(part["role"] == "assistant" for part in parts):
+                raise ValueError(
+                    "`assistant_only_loss` needs a chat template that encloses what the assistant says in "
+                    "`{% generation %}` and `{% endgeneration %}`; pass one to the processor as `chat_template`."
+                )
+            labels = labels.masked_fill(~is_assistant, -100)
+        roles = [part["role"] for part in parts if part["type"] != "text"]
+        limits = _per_image(feature, "max_timesteps", [self.num_train_timesteps] * len(roles))
+        masks = _per_image(feature, "image_loss_mask", [not is_masked or role == "assistant" for role in roles])
+        pixels = list(row.get("pixel_values", ()))
+        return _Sample("", pixels, latents, limits, masks, row["input_ids"][0], labels)
+
+    def _tokenize(self, samples: list[_Sample]) -> None:
+        """Gives samples their ids, labels and pixels."""
+        if not samples:
+            return
+        images, latents = ([*chain(*(getattr(s, name) for s in samples))] for name in ("images", "latents"))
+        texts = [sample.text for sample in samples]
+        contents: dict[str, Any] = {"text": texts, "images": images, "latents": latents}
+        batch = self.processor(**contents, return_labels=True, padding=True, padding_side="right")
+        pixels = iter(batch.get("pixel_values", ()))
+        rows = zip(samples, batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True)
+        for sample, ids, labels, is_real in rows:
+            sample.input_ids, sample.labels = ids[is_real], labels[is_real]
+            sample.images = list(islice(pixels, len(sample.images)))
+
+    def _pad(self, samples: list[_Sample]) -> dict[str, Any]:
+        rows = [sample.input_ids for sample in samples]
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        return {
+            "input_ids": pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], batch_first=True),
+            "labels": pad_sequence([s.labels for s in samples], batch_first=True, padding_value=-100),
+        }
+
+    def _pack(self, samples: list[_Sample], max_length: int) -> dict[str, Any]:
+        """Packs whole samples into rows, and brings them into the order of the rows."""
+        for i, sample in enumerate(samples):
+            if len(sample.input_ids) > max_length:
+                end, num_kept = self._find_cut(i, sample.input_ids, max_length)
+                sample.input_ids, sample.labels = sample.input_ids[:end], sample.labels[:end]
+                for name in ("images", "latents", "max_timesteps", "image_loss_mask"):
+                    setattr(sample, name, getattr(sample, name)[:num_kept])
         packed: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "position_ids": []}
         pad_token_id = self.processor.tokenizer.pad_token_id
-        rows = first_fit([len(sample) for sample in ids], max_length)
+        rows = first_fit([len(sample.input_ids) for sample in samples], max_length)
         for row in rows:
-            lengths = [len(ids[i]) for i in row]
+            lengths = [len(samples[i].input_ids) for i in row]
             padding = max_length - sum(lengths)
-            for name, samples, value in (("input_ids", ids, pad_token_id), ("labels", labels, -100)):
-                packed[name].append(pad(torch.cat([samples[i] for i in row]), (0, padding), value=value))
+            for name, value in (("input_ids", pad_token_id), ("labels", -100)):
+                ids = torch.cat([getattr(samples[i], name) for i in row])
+                packed[name].append(pad(ids, (0, padding), value=value))
             packed["position_ids"].append(torch.cat([torch.arange(length) for length in (*lengths, padding)]))
         result: dict[str, Any] = {name: torch.stack(tensors) for name, tensors in packed.items()}
-        self._filled += torch.tensor([sum(map(len, ids)), len(rows) * max_length])
+        self._filled += torch.tensor([sum(len(sample.input_ids) for sample in samples), len(rows) * max_length])
         if self.return_varlen_plan:
             token_id = self.processor.image_token_id
             result["varlen_plan"] = make_packed_plan(result["input_ids"], result["position_ids"], token_id)
-        kept = torch.cat([images[i] for row in rows for i in row])
-        for name in ("pixel_values", "latents", "max_timesteps", "image_loss_mask") if len(kept) else ():
-            if (values := batch.get(name)) is not None:
-                is_tensor = isinstance(values, torch.Tensor)
-                result[name] = values[kept] if is_tensor else [values[i] for i in kept.tolist()]
+        samples[:] = [samples[i] for row in rows for i in row]
         return result
 
     def _find_cut(self, index: int, ids: torch.Tensor, max_length: int) -> tuple[int, int]:
@@ -180,9 +262,9 @@ class TransfusionDataCollator:
         return cut, sum(end < cut for end in ends)
 
 
-def _per_image(feature: dict[str, Any], name: str, num_images: int, default: Any) -> list[Any]:
-    values = [default] * num_images if feature.get(name) is None else feature[name]
+def _per_image(feature: dict[str, Any], name: str, defaults: list[Any]) -> list[Any]:
+    values = defaults if feature.get(name) is None else feature[name]
     values = [values] if isinstance(values, (bool, int)) else list(values)
-    if len(values) != num_images:
-        raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(values)}.")
+    if len(values) != len(defaults):
+        raise ValueError(f"`{name}` must hold one value for each of {len(defaults)} images; got {len(values)}.")
     return values

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from ..processing_transfusion import TransfusionProcessor
-from .collator import images_of, latents_of
+from .collator import images_of, latents_of, text_of
 from .dataset import ResumableDataset, TransfusionDataset
 
 
@@ -17,8 +17,9 @@ def count_tokens(sample: dict[str, Any], processor: TransfusionProcessor) -> int
     The number of tokens that a sample of `TransfusionDataCollator` has in a batch: the text with its first and last
     token, and for each image its patches, `<BOI>` and `<EOI>`. A caption that may be dropped counts.
     """
-    tokenizer, image_processor = processor.tokenizer, processor.image_processor
-    ids = tokenizer(sample["text"], verbose=False)["input_ids"]
+    text, image_processor = text_of(sample, processor), processor.image_processor
+    ids = processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    num_tokens = len(ids) + sum(map(len, processor.missing_ends(ids)))
     images, side = images_of(sample), processor.pixels_per_patch
     if latents := latents_of(sample):
         side, sizes = processor.patch_size, [latent.shape[-2:] for latent in latents]
@@ -26,9 +27,8 @@ def count_tokens(sample: dict[str, Any], processor: TransfusionProcessor) -> int
         sizes = [(image_processor.crop_size["height"], image_processor.crop_size["width"])] * len(images)
     else:
         sizes = [image_processor(image)["pixel_values"][0].shape[-2:] for image in images]
-    num_tokens = len(ids) + sum((height // side) * (width // side) + 2 for height, width in sizes)
-    num_tokens += tokenizer.eos_token is not None and ids[-1:] != [tokenizer.eos_token_id]
-    return num_tokens - sample["text"].count(processor.image_token)  # each marker is one of `ids`
+    num_tokens += sum((height // side) * (width // side) + 2 for height, width in sizes)
+    return num_tokens - text.count(processor.image_token)  # each marker is one of `ids`
 
 
 @dataclass(eq=False)
