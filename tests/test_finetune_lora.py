@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_trainer import collate, samples
 from test_vae import model_with_vae
@@ -223,6 +223,20 @@ def test_an_adapter_goes_off_comes_back_and_is_merged(tmp_path, kind, parts):
     assert set(loaded.state_dict()) == set(MODELS[kind]().state_dict())
     assert_equal(outputs(loaded.eval()), expected, 1e-5)
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == (kind == "tied")
+
+
+def test_a_tied_model_whose_head_was_trained_alone_is_merged_untied_and_reloads(tmp_path):
+    base = tiny.model(std=0.1, **TIED)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    expected = outputs(model)
+    with pytest.warns(UserWarning, match="no longer tied after merging"):
+        merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.text_config.tie_word_embeddings is False
+    assert_equal(outputs(loaded), expected, 1e-5)
 
 
 def test_an_adapter_loads_by_its_folder_alone(tmp_path):
