@@ -414,6 +414,16 @@ def test_resizing_the_vocabulary_keeps_head_and_embeddings_together():
         assert model(torch.tensor([[5, 69]])).logits.shape[-1] == 70
 
 
+def test_only_parts_that_are_there_are_named_as_kept_in_float32():
+    vae = {**tiny.VAE, "in_channels": 3}
+    with_vae = tiny.model(vae_config=vae)
+    for model in (tiny.model(), with_vae, with_vae.model, tiny.model(**tiny.UNET)):
+        names = [name for name, _ in model.named_modules()]
+        for kept in model._keep_in_fp32_modules_strict:
+            assert any(kept in name.split(".") for name in names), kept
+    assert with_vae._keep_in_fp32_modules_strict == {"timestep_embedding", "vae"}
+
+
 # --- Bad input -------------------------------------------------------------------------------------------------------
 
 

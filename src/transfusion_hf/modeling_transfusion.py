@@ -148,7 +148,7 @@ class TransfusionPreTrainedModel(PreTrainedModel):
         "TransfusionLinearPatchEncoder", "TransfusionLinearPatchDecoder", "TransfusionUNetPatchEncoder",
         "TransfusionUNetPatchDecoder", "TransfusionVAE",
     ]  # fmt: skip
-    _keep_in_fp32_modules_strict = ["timestep_embedding", "vae"]
+    _keep_in_fp32_modules_strict: set[str] | list[str] = ["timestep_embedding"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -319,6 +319,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             self.tp_plan = None
         # Last: `post_init` would initialise it again, and `dtype` and `device` are those of the first parameters.
         self.vae = None if config.vae_config is None else TransfusionVAE(**config.vae_config)
+        if self.vae is not None:
+            self._keep_in_fp32_modules_strict = {*self._keep_in_fp32_modules_strict, "vae"}
         # FSDP takes its classes from here by default, and expects to find each.
         self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
 
