@@ -1,3 +1,4 @@
+import copy
 import random
 
 import pytest
@@ -412,6 +413,21 @@ def test_resizing_the_vocabulary_keeps_head_and_embeddings_together():
         assert model.config.text_config.vocab_size == 70
         assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
         assert model(torch.tensor([[5, 69]])).logits.shape[-1] == 70
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_without_the_image_tokens_is_refused_before_anything_changes(tied):
+    model = tiny.model(tiny.text_config(tie_word_embeddings=tied))
+    before = copy.deepcopy(model.state_dict())
+    for part in (model, model.model):
+        for kwargs in ({"new_num_tokens": 63}, {"new_num_tokens": 50, "pad_to_multiple_of": 10}):
+            message = rf"above the ids.*image_end_token_id=63; got {kwargs['new_num_tokens']}\. Pass 64 or more"
+            with pytest.raises(ValueError, match=message):
+                part.resize_token_embeddings(**kwargs)
+    assert model.config.text_config.vocab_size == 64
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.resize_token_embeddings(60, pad_to_multiple_of=16)  # which makes 64
+    assert model.lm_head.weight.shape == (64, 32)
 
 
 def test_only_parts_that_are_there_are_named_as_kept_in_float32():

@@ -1,5 +1,6 @@
 """Transfusion (Zhou et al., arXiv 2408.11039): a transformers decoder, light image parts around it, two losses."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_transfusion import VarlenPlan
-from .configuration_transfusion import TransfusionConfig
+from .configuration_transfusion import IMAGE_TOKEN_IDS, TransfusionConfig
 from .denoising_transfusion import DRAWING_DEFAULTS
 from .diffusion_transfusion import (
     at_least_float32,
@@ -161,6 +162,21 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         check_attn_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As for any model; `ValueError`, before anything changes, for a vocabulary without the image tokens."""
+        if new_num_tokens is not None:
+            padded = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            ids = {name: getattr(self.config, name) for name in IMAGE_TOKEN_IDS}
+            if padded <= max(ids.values()):
+                raise ValueError(
+                    f"`new_num_tokens` must be above the ids of the image tokens, "
+                    f"{', '.join(f'{name}={value}' for name, value in ids.items())}; got {new_num_tokens}. Pass "
+                    f"{max(ids.values()) + 1} or more, or give the tokens lower ids in the config first."
+                )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
