@@ -247,6 +247,10 @@ def test_an_adapter_loads_by_its_folder_alone(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     for auto_class in (AutoModelForMultimodalLM, AutoPeftModelForCausalLM):
         assert_equal(outputs(auto_class.from_pretrained(tmp_path / "adapter").eval()), expected, tiny.ROUNDING)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"A weight file of .* or of its adapter {tmp_path / 'adapter'} is cut off"):
+        AutoModelForMultimodalLM.from_pretrained(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("linear", "projections"), ("unet", "all")])

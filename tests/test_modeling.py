@@ -5,7 +5,14 @@ import pytest
 import tiny
 import torch
 from tiny import BOI, EOI, IMG
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, MistralConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    DynamicCache,
+    MistralConfig,
+)
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.generic import find_labels
 
@@ -438,6 +445,18 @@ def test_only_parts_that_are_there_are_named_as_kept_in_float32():
         for kept in model._keep_in_fp32_modules_strict:
             assert any(kept in name.split(".") for name in names), kept
     assert with_vae._keep_in_fp32_modules_strict == {"timestep_embedding", "vae"}
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForMultimodalLM])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+)
+def test_weights_that_are_cut_off_are_named(tmp_path, name, auto_class):
+    tiny.model().save_pretrained(tmp_path, max_shard_size="1GB" if name == "model.safetensors" else "60KB")
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match=f"A weight file of {tmp_path} is cut off or damaged; get it again"):
+        auto_class.from_pretrained(tmp_path)
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

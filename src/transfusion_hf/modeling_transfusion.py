@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from json import JSONDecodeError
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -162,6 +164,17 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         check_attn_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As for any model; `ValueError` for a weight file that is cut off."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except (SafetensorError, JSONDecodeError, EOFError) as error:  # the latter two: index and pickled weights
+            adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")
+            names = " or of its adapter ".join(str(name) for name in (pretrained_model_name_or_path, adapter) if name)
+            cause = f"{type(error).__name__}: {error}"
+            raise ValueError(f"A weight file of {names} is cut off or damaged; get it again. {cause}") from error
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
