@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file
 from test_trainer import collate, samples
 from test_vae import model_with_vae
@@ -22,9 +24,12 @@ from transfusion_hf import (
     TransfusionConfig,
     TransfusionEMACallback,
     TransfusionForCausalLMAndDiffusion,
+    TransfusionPipeline,
+    TransfusionProcessor,
     TransfusionSamplesCallback,
     TransfusionTrainer,
 )
+from transfusion_hf.cli.main import main
 from transfusion_hf.data.shapes import ShapesDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -251,6 +256,40 @@ def test_an_adapter_loads_by_its_folder_alone(tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"A weight file of .* or of its adapter {tmp_path / 'adapter'} is cut off"):
         AutoModelForMultimodalLM.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted(TransfusionForCausalLMAndDiffusion.from_pretrained(FIXTURE), "all", std=0.5).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_has_the_processor_of_its_base_model(adapter_folder, tmp_path):
+    assert not (adapter_folder / "processor_config.json").exists()
+    own = AutoProcessor.from_pretrained(FIXTURE)
+    assert TransfusionProcessor.from_pretrained(adapter_folder).to_dict() == own.to_dict()
+    own.chat_template = "its own"
+    shutil.copytree(adapter_folder, tmp_path, dirs_exist_ok=True)
+    own.save_pretrained(tmp_path)
+    assert TransfusionProcessor.from_pretrained(tmp_path).chat_template == "its own"
+
+
+def test_an_adapters_folder_draws_in_the_pipeline_and_on_the_command_line(adapter_folder, tmp_path):
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    drawn = {}
+    for name in (adapter_folder, FIXTURE):
+        pipe = TransfusionPipeline.from_pretrained(str(name))
+        drawn[name] = pipe("a seven", generator=torch.Generator("cpu").manual_seed(0), **options).images[0]
+    flags = [
+        "--seed",
+        "0",
+        "--device",
+        "cpu",
+        *(word for name, x in options.items() for word in (f"--{name}", str(x))),
+    ]
+    assert main(["draw", str(adapter_folder), "a seven", "-o", str(tmp_path / "seven.png"), *flags]) == 0
+    assert Image.open(tmp_path / "seven.png").tobytes() == drawn[adapter_folder].tobytes() != drawn[FIXTURE].tobytes()
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("linear", "projections"), ("unet", "all")])
