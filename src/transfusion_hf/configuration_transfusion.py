@@ -300,13 +300,15 @@ class TransfusionConfig(PreTrainedConfig):
             f"`vae_config` must be that of a diffusers `AutoencoderKL`; got one of `{name}`.":
                 name not in (None, "AutoencoderKL", "TransfusionVAE"),
             f"`vae_config` lacks {', '.join(missing)}. A model cannot learn without the scale of its latents; measure "
-            "it with `transfusion_hf.measure_latent_scale`.": missing,
+            "it with `transfusion_hf.measure_latent_scale`, or in the conversion script with `--measure_vae_scale`.":
+                missing,
             f"`latent_channels` is {self.latent_channels}, but the latents of `vae_config` have {channels}.":
                 channels != self.latent_channels,
             f"`scaling_factor` of `vae_config` must be a positive number; got {scale!r}.":
                 not isinstance(scale, (int, float)) or not scale > 0,
             "`scaling_factor` of `vae_config` is 0.18215, which diffusers writes where none was set. It fits "
-            f"Stable Diffusion's 4 channels, not {channels}; measure it with `transfusion_hf.measure_latent_scale`.":
+            f"Stable Diffusion's 4 channels, not {channels}; measure it with `transfusion_hf.measure_latent_scale`, "
+            "or in the conversion script with `--measure_vae_scale`.":
                 scale == 0.18215 and channels != 4,
             f"`vae_config` normalises each channel by its own {' and '.join(normalised)}, which is not supported; use "
             "`scaling_factor` and `shift_factor`.": normalised,
