@@ -4,6 +4,9 @@ Turns a language model into a Transfusion that can learn to draw, and writes it 
     python conversion/convert_causal_lm.py HuggingFaceTB/SmolLM2-135M outputs/model --sample_size 256 \
         --vae stabilityai/sd-vae-ft-mse
 
+If the autoencoder comes without the scale of its latents, `--measure_vae_scale photos` measures it on a folder of
+pictures.
+
 MODEL is a folder or a repository of the Hub. The script reads and writes tensor by tensor, so the model may be larger
 than the memory. `--set prediction_type=v_prediction patch_encoder=unet` sets further fields of `TransfusionConfig`.
 """
@@ -13,11 +16,14 @@ import json
 from pathlib import Path
 
 import torch
+from datasets import load_dataset
 from diffusers import AutoencoderKL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from transfusion_hf import TransfusionForCausalLMAndDiffusion
+from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionImageProcessor, measure_latent_scale
 from transfusion_hf.conversion.causal_lm import convert_causal_lm
+
+NUM_MEASURED = 1000
 
 
 def parse_fields(pairs: list[str]) -> dict:
@@ -49,6 +55,19 @@ def check(model: str, output_dir: Path, revision: str | None) -> None:
         raise SystemExit("The converted model does not have the logits of the original.")
 
 
+def measure_vae_scale(vae: AutoencoderKL, pictures: str, image_column: str, side: int) -> None:
+    """Sets scale and shift of the autoencoder, measured on up to `NUM_MEASURED` pictures of `side` × `side`."""
+    half = [0.5] * vae.config.in_channels
+    image_processor = TransfusionImageProcessor(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=half, image_std=half
+    )
+    rows = load_dataset(pictures, split="train", streaming=True).select_columns([image_column])
+    batches = rows.shuffle(seed=0).take(NUM_MEASURED).iter(8)
+    scale, shift = measure_latent_scale(vae, (image_processor(rows[image_column])["pixel_values"] for rows in batches))
+    vae.register_to_config(scaling_factor=scale, shift_factor=shift)
+    print(f"the latents of {pictures} have a scale of {scale:.5g} and a shift of {shift:.5g}")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder or a repository of the Hub with a language model, in safetensors")
@@ -56,6 +75,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", help="default: the model's own")
     parser.add_argument("--vae", help="an AutoencoderKL of diffusers; by default the model draws pixels")
     parser.add_argument("--vae_subfolder", default="")
+    parser.add_argument(
+        "--measure_vae_scale",
+        metavar="PICTURES",
+        help="measures scale and shift of the latents on pictures: a folder, or a repository of the Hub",
+    )
+    parser.add_argument("--image_column", default="image", help="of those pictures")
     parser.add_argument("--sample_size", type=int, default=256, help="pixels of a side (default 256)")
     parser.add_argument("--patch_size", type=int, default=2, help="latent pixels of a side of a patch (default 2)")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="fields of TransfusionConfig")
@@ -67,12 +92,16 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", help="the text of this token")
     parser.add_argument("--check", action="store_true", help="compares the logits of both models, in memory")
     args = parser.parse_args(argv)
+    if args.measure_vae_scale and not args.vae:
+        parser.error("--measure_vae_scale needs --vae")
 
     vae, latents = None, {"latent_channels": 3, "sample_size": args.sample_size}
     if args.vae is not None:
         vae = AutoencoderKL.from_pretrained(args.vae, subfolder=args.vae_subfolder, torch_dtype=torch.float32)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         latents = {"latent_channels": vae.config.latent_channels, "sample_size": args.sample_size // factor}
+        if args.measure_vae_scale is not None:
+            measure_vae_scale(vae, args.measure_vae_scale, args.image_column, args.sample_size)
     tokens = {name: getattr(args, name) for name in ("image_token", "image_start_token", "image_end_token")}
     convert_causal_lm(
         args.model,

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_modeling import FAMILIES
@@ -173,6 +174,33 @@ def test_the_command_converts_attaches_a_vae_and_checks(tmp_path, folder, capsys
 
     script.main([str(folder), str(tmp_path / "checked"), "--sample_size", "8", "--check"])
     assert "largest difference of the text logits: 0\n" in capsys.readouterr().out
+
+
+def test_the_command_measures_the_scale_of_an_autoencoder_that_has_none(tmp_path, folder, capsys):
+    vae = AutoencoderKL(
+        block_out_channels=[8, 8], down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=2, latent_channels=8,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    (tmp_path / "pictures").mkdir()
+    noise = torch.randint(256, (3, 20, 24, 3), dtype=torch.uint8)
+    for i, pixels in enumerate(noise.numpy()):
+        Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
+    output = tmp_path / "converted"
+    command = [str(folder), str(output), "--vae", str(tmp_path / "vae"), "--sample_size", "16"]
+    with pytest.raises(ValueError, match=r"0\.18215.*not 8; measure it with .* `--measure_vae_scale`"):
+        script.main(command)
+    assert not output.exists()
+    with pytest.raises(ValueError, match=r"\['photo'\] not in the dataset. Columns in the dataset: \['image'\]"):
+        script.main([*command, "--measure_vae_scale", str(tmp_path / "pictures"), "--image_column", "photo"])
+    script.main([*command, "--measure_vae_scale", str(tmp_path / "pictures")])
+    model, processor = (kind.from_pretrained(output) for kind in (TransfusionForCausalLMAndDiffusion, AutoProcessor))
+    latents = model.encode_images(processor.image_processor(list(map(Image.fromarray, noise.numpy())))["pixel_values"])
+    assert latents[0].mean().item() == pytest.approx(0, abs=1e-4)
+    assert latents[0].std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert f"a scale of {model.vae.config.scaling_factor:.5g}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        script.main([*command[:2], "--measure_vae_scale", "pictures"])
 
 
 def test_a_head_of_its_own_where_the_configuration_says_tied_is_an_error(tmp_path, tokenizer):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import tiny
 import torch
@@ -61,9 +63,22 @@ def test_config_survives_saving(text, tmp_path):
 
 
 def test_tie_word_embeddings_is_that_of_the_decoder():
-    assert tiny.config(tiny.text_config(tie_word_embeddings=True)).tie_word_embeddings is True
-    with pytest.raises(ValueError, match="`tie_word_embeddings` is True but that of `text_config` is False"):
-        tiny.config(tie_word_embeddings=True)
+    config = tiny.config(tiny.text_config(tie_word_embeddings=True))
+    assert config.tie_word_embeddings is config.to_dict()["tie_word_embeddings"] is True
+    config.text_config.tie_word_embeddings = False
+    assert config.tie_word_embeddings is config.to_dict()["tie_word_embeddings"] is False
+
+
+def test_tie_word_embeddings_set_from_outside_is_set_in_the_decoder_and_saved(tmp_path):
+    config = tiny.config(tie_word_embeddings=True)
+    assert config.text_config.tie_word_embeddings is True
+    config.tie_word_embeddings = False
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["tie_word_embeddings"] is saved["text_config"].get("tie_word_embeddings", False) is False
+    for kwargs, expected in (({}, False), ({"tie_word_embeddings": True}, True)):
+        reloaded = TransfusionConfig.from_pretrained(tmp_path, **kwargs)
+        assert reloaded.tie_word_embeddings is reloaded.text_config.tie_word_embeddings is expected
 
 
 def test_no_field_carries_the_name_of_a_generation_parameter():

@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file
 from test_trainer import collate, samples
 from test_vae import model_with_vae
@@ -22,9 +24,12 @@ from transfusion_hf import (
     TransfusionConfig,
     TransfusionEMACallback,
     TransfusionForCausalLMAndDiffusion,
+    TransfusionPipeline,
+    TransfusionProcessor,
     TransfusionSamplesCallback,
     TransfusionTrainer,
 )
+from transfusion_hf.cli.main import main
 from transfusion_hf.data.shapes import ShapesDataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -225,6 +230,20 @@ def test_an_adapter_goes_off_comes_back_and_is_merged(tmp_path, kind, parts):
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == (kind == "tied")
 
 
+def test_a_tied_model_whose_head_was_trained_alone_is_merged_untied_and_reloads(tmp_path):
+    base = tiny.model(std=0.1, **TIED)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])).eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1.5)
+    expected = outputs(model)
+    with pytest.warns(UserWarning, match="no longer tied after merging"):
+        merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    loaded = AutoModelForMultimodalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.text_config.tie_word_embeddings is False
+    assert_equal(outputs(loaded), expected, 1e-5)
+
+
 def test_an_adapter_loads_by_its_folder_alone(tmp_path):
     tiny.model(std=0.1).save_pretrained(tmp_path / "base")
     base = AutoModelForMultimodalLM.from_pretrained(tmp_path / "base")
@@ -233,6 +252,44 @@ def test_an_adapter_loads_by_its_folder_alone(tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     for auto_class in (AutoModelForMultimodalLM, AutoPeftModelForCausalLM):
         assert_equal(outputs(auto_class.from_pretrained(tmp_path / "adapter").eval()), expected, tiny.ROUNDING)
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=f"A weight file of .* or of its adapter {tmp_path / 'adapter'} is cut off"):
+        AutoModelForMultimodalLM.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.fixture(scope="module")
+def adapter_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted(TransfusionForCausalLMAndDiffusion.from_pretrained(FIXTURE), "all", std=0.5).save_pretrained(folder)
+    return folder
+
+
+def test_an_adapter_has_the_processor_of_its_base_model(adapter_folder, tmp_path):
+    assert not (adapter_folder / "processor_config.json").exists()
+    own = AutoProcessor.from_pretrained(FIXTURE)
+    assert TransfusionProcessor.from_pretrained(adapter_folder).to_dict() == own.to_dict()
+    own.chat_template = "its own"
+    shutil.copytree(adapter_folder, tmp_path, dirs_exist_ok=True)
+    own.save_pretrained(tmp_path)
+    assert TransfusionProcessor.from_pretrained(tmp_path).chat_template == "its own"
+
+
+def test_an_adapters_folder_draws_in_the_pipeline_and_on_the_command_line(adapter_folder, tmp_path):
+    options = {"num_inference_steps": 2, "guidance_scale": 1.0}
+    drawn = {}
+    for name in (adapter_folder, FIXTURE):
+        pipe = TransfusionPipeline.from_pretrained(str(name))
+        drawn[name] = pipe("a seven", generator=torch.Generator("cpu").manual_seed(0), **options).images[0]
+    flags = [
+        "--seed",
+        "0",
+        "--device",
+        "cpu",
+        *(word for name, x in options.items() for word in (f"--{name}", str(x))),
+    ]
+    assert main(["draw", str(adapter_folder), "a seven", "-o", str(tmp_path / "seven.png"), *flags]) == 0
+    assert Image.open(tmp_path / "seven.png").tobytes() == drawn[adapter_folder].tobytes() != drawn[FIXTURE].tobytes()
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("linear", "projections"), ("unet", "all")])

@@ -410,6 +410,19 @@ def test_a_language_model_is_converted_with_image_weights_that_are_copies_and_dr
         assert all(torch.equal(value, weights[key]) for key, value in back.items())
 
 
+@pytest.mark.parametrize("text", [tiny.text_config(), tiny.gemma3()], ids=["llama", "gemma3"])
+def test_weights_on_disk_give_the_same_to_the_bit(tmp_path, text):
+    model = tiny.model(text, **UNTIED)
+    model.save_pretrained(tmp_path / "model")
+    load = TransfusionForCausalLMAndDiffusion.from_pretrained
+    on_disk = load(tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "disk")
+    assert {parameter.device.type for parameter in on_disk.parameters()} == {"meta"}
+    features = interleaved()
+    with torch.no_grad():
+        assert torch.equal(on_disk(**features).logits, model(**features).logits)
+    assert {parameter.device.type for parameter in on_disk.parameters()} == {"meta"}  # nothing stays in memory
+
+
 def test_a_language_model_already_in_a_model_with_image_weights_is_refused():
     original = AutoModelForCausalLM.from_config(tiny.text_config())
     TransfusionForCausalLMAndDiffusion.from_causal_lm(original, **IMAGES, **UNTIED)

@@ -1,10 +1,18 @@
+import copy
 import random
 
 import pytest
 import tiny
 import torch
 from tiny import BOI, EOI, IMG
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, MistralConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    DynamicCache,
+    MistralConfig,
+)
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.generic import find_labels
 
@@ -412,6 +420,43 @@ def test_resizing_the_vocabulary_keeps_head_and_embeddings_together():
         assert model.config.text_config.vocab_size == 70
         assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
         assert model(torch.tensor([[5, 69]])).logits.shape[-1] == 70
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_vocabulary_without_the_image_tokens_is_refused_before_anything_changes(tied):
+    model = tiny.model(tiny.text_config(tie_word_embeddings=tied))
+    before = copy.deepcopy(model.state_dict())
+    for part in (model, model.model):
+        for kwargs in ({"new_num_tokens": 63}, {"new_num_tokens": 50, "pad_to_multiple_of": 10}):
+            message = rf"above the ids.*image_end_token_id=63; got {kwargs['new_num_tokens']}\. Pass 64 or more"
+            with pytest.raises(ValueError, match=message):
+                part.resize_token_embeddings(**kwargs)
+    assert model.config.text_config.vocab_size == 64
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.resize_token_embeddings(60, pad_to_multiple_of=16)  # which makes 64
+    assert model.lm_head.weight.shape == (64, 32)
+
+
+def test_only_parts_that_are_there_are_named_as_kept_in_float32():
+    vae = {**tiny.VAE, "in_channels": 3}
+    with_vae = tiny.model(vae_config=vae)
+    for model in (tiny.model(), with_vae, with_vae.model, tiny.model(**tiny.UNET)):
+        names = [name for name, _ in model.named_modules()]
+        for kept in model._keep_in_fp32_modules_strict:
+            assert any(kept in name.split(".") for name in names), kept
+    assert with_vae._keep_in_fp32_modules_strict == {"timestep_embedding", "vae"}
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForMultimodalLM])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+)
+def test_weights_that_are_cut_off_are_named(tmp_path, name, auto_class):
+    tiny.model().save_pretrained(tmp_path, max_shard_size="1GB" if name == "model.safetensors" else "60KB")
+    file = tmp_path / name
+    file.write_bytes(file.read_bytes()[:500])
+    with pytest.raises(ValueError, match=f"A weight file of {tmp_path} is cut off or damaged; get it again"):
+        auto_class.from_pretrained(tmp_path)
 
 
 # --- Bad input -------------------------------------------------------------------------------------------------------

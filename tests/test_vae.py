@@ -242,6 +242,14 @@ def test_public_autoencoders_are_attached_with_their_scale_and_shift(tmp_path, n
     assert model(IDS, pixel_values=images).logits.shape == (1, 8, tiny.VOCAB_SIZE)
 
 
+def test_a_scale_that_was_registered_later_is_kept():
+    model, vae = tiny.model(latent_channels=4), autoencoder(latent_channels=4)
+    assert "scaling_factor" in vae.config["_use_default_values"]
+    vae.register_to_config(scaling_factor=0.7, shift_factor=0.2)
+    attach_vae(model, vae)
+    assert (model.vae.config.scaling_factor, model.vae.config.shift_factor) == (0.7, 0.2)
+
+
 def test_what_does_not_fit_is_refused_and_the_model_left_as_it_was(tmp_path):
     model = tiny.model()
     with pytest.raises(ValueError, match="`latent_channels` is 2, but the latents of `vae_config` have 8"):

@@ -127,7 +127,8 @@ class TransfusionConfig(PreTrainedConfig):
             text's; attention is shared. `<BOI>` and `<EOI>` count as text. `None` or `[]`: all share all weights.
         image_start_token_id, image_token_id, image_end_token_id (`int`, defaults to 32000, 32001 and 32002):
             Ids of `<BOI>`, of the placeholder for one patch, and of `<EOI>`.
-        tie_word_embeddings (`bool`, *optional*): Always that of `text_config`.
+        tie_word_embeddings (`bool`, *optional*):
+            That of `text_config`, which is where it is kept: setting it here, then or later, sets it there.
 
     Raises:
         ValueError: a field is out of range, or special tokens coincide or lie outside the vocabulary.
@@ -160,7 +161,6 @@ class TransfusionConfig(PreTrainedConfig):
     image_start_token_id: int = 32000
     image_token_id: int = 32001
     image_end_token_id: int = 32002
-    tie_word_embeddings: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None:
@@ -170,13 +170,6 @@ class TransfusionConfig(PreTrainedConfig):
             kwargs.pop("auto_map", None)
             kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
-        # Mirrored because transformers reads the outer flag: a tied family would lose its head on reload.
-        given, tied = self.tie_word_embeddings, self.text_config.tie_word_embeddings
-        if given not in (None, tied):
-            raise ValueError(
-                f"`tie_word_embeddings` is {given} but that of `text_config` is {tied}; set it in `text_config` only."
-            )
-        self.tie_word_embeddings = tied
         self.validate_transfusion()
 
     @classmethod
@@ -185,6 +178,18 @@ class TransfusionConfig(PreTrainedConfig):
         if name not in _PRESETS:
             raise ValueError(f"`name` must be one of the presets {', '.join(_PRESETS)}; got {name!r}.")
         return cls(text_config=_preset_text_config(name), **kwargs)
+
+    # transformers and PEFT read and set the outer flag: a copy of it would contradict the decoder's.
+    @property
+    def tie_word_embeddings(self) -> bool:
+        return self.text_config.tie_word_embeddings
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool) -> None:
+        self.text_config.tie_word_embeddings = value
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Writes `config.json`, and the code that loads the folder with `trust_remote_code=True`; models call it."""
@@ -295,13 +300,15 @@ class TransfusionConfig(PreTrainedConfig):
             f"`vae_config` must be that of a diffusers `AutoencoderKL`; got one of `{name}`.":
                 name not in (None, "AutoencoderKL", "TransfusionVAE"),
             f"`vae_config` lacks {', '.join(missing)}. A model cannot learn without the scale of its latents; measure "
-            "it with `transfusion_hf.measure_latent_scale`.": missing,
+            "it with `transfusion_hf.measure_latent_scale`, or in the conversion script with `--measure_vae_scale`.":
+                missing,
             f"`latent_channels` is {self.latent_channels}, but the latents of `vae_config` have {channels}.":
                 channels != self.latent_channels,
             f"`scaling_factor` of `vae_config` must be a positive number; got {scale!r}.":
                 not isinstance(scale, (int, float)) or not scale > 0,
             "`scaling_factor` of `vae_config` is 0.18215, which diffusers writes where none was set. It fits "
-            f"Stable Diffusion's 4 channels, not {channels}; measure it with `transfusion_hf.measure_latent_scale`.":
+            f"Stable Diffusion's 4 channels, not {channels}; measure it with `transfusion_hf.measure_latent_scale`, "
+            "or in the conversion script with `--measure_vae_scale`.":
                 scale == 0.18215 and channels != 4,
             f"`vae_config` normalises each channel by its own {' and '.join(normalised)}, which is not supported; use "
             "`scaling_factor` and `shift_factor`.": normalised,

@@ -93,10 +93,12 @@ class _Routed:
         if modality_router is None:
             return self.plain_class.forward(self, *args, **kwargs)
         children: dict[str, Any] = {}
-        for name, image in (getattr(self, IMAGE) if image_modules is None else image_modules).items():
+        for name, image in (getattr(self, IMAGE).items if image_modules is None else image_modules)():
             own: Any = getattr(self, name)
             if isinstance(image, nn.ModuleDict):  # the attention: its own modules are routed, it is called itself
-                children[name] = partial(own, modality_router=modality_router, image_modules=image)
+                # A method and not the modules, which accelerate would move to the device with the other arguments,
+                # though their weights may be on disk.
+                children[name] = partial(own, modality_router=modality_router, image_modules=image.items)
             else:
                 children[name] = partial(modality_router, own, image)
         return self.plain_class.forward(_View(self, children), *args, **kwargs)

@@ -1,12 +1,15 @@
 """Transfusion (Zhou et al., arXiv 2408.11039): a transformers decoder, light image parts around it, two losses."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from json import JSONDecodeError
 from typing import Any
 
 import torch
 from diffusers import SchedulerMixin
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -15,7 +18,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_transfusion import VarlenPlan
-from .configuration_transfusion import TransfusionConfig
+from .configuration_transfusion import IMAGE_TOKEN_IDS, TransfusionConfig
 from .denoising_transfusion import DRAWING_DEFAULTS
 from .diffusion_transfusion import (
     at_least_float32,
@@ -148,7 +151,7 @@ class TransfusionPreTrainedModel(PreTrainedModel):
         "TransfusionLinearPatchEncoder", "TransfusionLinearPatchDecoder", "TransfusionUNetPatchEncoder",
         "TransfusionUNetPatchDecoder", "TransfusionVAE",
     ]  # fmt: skip
-    _keep_in_fp32_modules_strict = ["timestep_embedding", "vae"]
+    _keep_in_fp32_modules_strict: set[str] | list[str] = ["timestep_embedding"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -161,6 +164,32 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
         check_attn_implementation(attn_implementation)
         super().set_attn_implementation(attn_implementation, allow_all_kernels)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As for any model; `ValueError` for a weight file that is cut off."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except (SafetensorError, JSONDecodeError, EOFError) as error:  # the latter two: index and pickled weights
+            adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")
+            names = " or of its adapter ".join(str(name) for name in (pretrained_model_name_or_path, adapter) if name)
+            cause = f"{type(error).__name__}: {error}"
+            raise ValueError(f"A weight file of {names} is cut off or damaged; get it again. {cause}") from error
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As for any model; `ValueError`, before anything changes, for a vocabulary without the image tokens."""
+        if new_num_tokens is not None:
+            padded = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
+            ids = {name: getattr(self.config, name) for name in IMAGE_TOKEN_IDS}
+            if padded <= max(ids.values()):
+                raise ValueError(
+                    f"`new_num_tokens` must be above the ids of the image tokens, "
+                    f"{', '.join(f'{name}={value}' for name, value in ids.items())}; got {new_num_tokens}. Pass "
+                    f"{max(ids.values()) + 1} or more, or give the tokens lower ids in the config first."
+                )
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -319,6 +348,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             self.tp_plan = None
         # Last: `post_init` would initialise it again, and `dtype` and `device` are those of the first parameters.
         self.vae = None if config.vae_config is None else TransfusionVAE(**config.vae_config)
+        if self.vae is not None:
+            self._keep_in_fp32_modules_strict = {*self._keep_in_fp32_modules_strict, "vae"}
         # FSDP takes its classes from here by default, and expects to find each.
         self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
 

@@ -11,7 +11,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
-from transformers import AutoModelForMultimodalLM, AutoProcessor, Pipeline, PreTrainedModel
+from transformers import AutoModelForMultimodalLM, Pipeline, PreTrainedModel
 from transformers.image_utils import make_flat_list_of_images
 from transformers.pipelines import AnyToAnyPipeline, TextGenerationPipeline
 
@@ -109,7 +109,7 @@ class TransfusionPipeline:
         model = AutoModelForMultimodalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
         names = ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only")
         shared = {name: kwargs[name] for name in names if name in kwargs}
-        return cls(model, AutoProcessor.from_pretrained(pretrained_model_name_or_path, **shared))
+        return cls(model, TransfusionProcessor.from_pretrained(pretrained_model_name_or_path, **shared))
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Writes model and processor into one folder; `kwargs` are those of the model's `save_pretrained`."""

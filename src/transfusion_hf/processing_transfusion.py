@@ -1,7 +1,10 @@
 """Interleaved text and images to model inputs, and model outputs back to text and images."""
 
+import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby, takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +12,7 @@ from PIL import Image
 from tokenizers import AddedToken
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
+from transformers.utils import PROCESSOR_NAME, cached_file, find_adapter_config_file
 
 from .image_processing_transfusion import TransfusionImageProcessor
 
@@ -119,6 +123,19 @@ class TransfusionProcessor(ProcessorMixin):
             is_named = isinstance(own, dict)
             chat_template = {name: flatten + one for name, one in own.items()} if is_named else flatten + own
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """As for any processor. Of an adapter without a processor, that of its base model."""
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
+        where: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
+        adapter = find_adapter_config_file(str(pretrained_model_name_or_path), **where)
+        missing_is_none = {"_raise_exceptions_for_missing_entries": False}
+        if adapter and not cached_file(pretrained_model_name_or_path, PROCESSOR_NAME, **missing_is_none, **where):
+            pretrained_model_name_or_path = json.loads(Path(adapter).read_text())["base_model_name_or_path"]
+            # These are about the adapter's repository.
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def for_model(

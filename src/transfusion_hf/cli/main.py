@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForMultimodalLM
 
 from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..image_processing_transfusion import read_picture
+from ..processing_transfusion import TransfusionProcessor
 from .streamers import TransfusionStreamer
 
 _CHAT_HELP = "End a line with Return to send it. `/image FILE` shows a picture, `/quit` ends."
@@ -35,7 +36,7 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
     def command(name: str, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("model", help="a folder or a repository of the Hub")
+        sub.add_argument("model", help="a folder (an adapter's, too) or a repository of the Hub")
         sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         sub.add_argument("--dtype", default="auto", help="for example 'bfloat16'; default: the checkpoint's")
         return sub
@@ -130,7 +131,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
         raise ValueError(f"`--dtype` must be 'auto' or a type of torch such as 'bfloat16'; got {args.dtype!r}.")
     model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
-    processor = AutoProcessor.from_pretrained(args.model)
+    processor = TransfusionProcessor.from_pretrained(args.model)
     if args.command == "app":
         launch_app(model, processor, server_name=args.host, server_port=args.port, share=args.share)
         return

@@ -43,8 +43,10 @@ def attach_vae(
         got = type(vae).__name__
         raise ValueError(f"`vae` must be an `AutoencoderKL` of diffusers, or where one lies; got {got}.")
     # Without the defaults of diffusers: its scale is that of one model, and no autoencoder would seem to lack a scale.
-    defaults = set(vae.config.get("_use_default_values", [])) - {"block_out_channels", "latent_channels"}
-    names = set(inspect.signature(AutoencoderKL).parameters) - defaults
+    # What was set later, by `register_to_config`, is still listed among the defaults.
+    unset = set(vae.config.get("_use_default_values", [])) - {"block_out_channels", "latent_channels"}
+    parameters = inspect.signature(AutoencoderKL).parameters
+    names = [name for name in parameters if name not in unset or vae.config[name] != parameters[name].default]
     vae_config = {name: value for name, value in vae.config.items() if name in names}
     factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
     vae_config |= {name: value for name, value in factors.items() if value is not None}
