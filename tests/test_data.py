@@ -325,6 +325,19 @@ def test_an_image_of_unknown_range_is_broken():
 def test_a_column_of_another_type_is_an_error_and_not_a_broken_row():
     with pytest.raises(ValueError, match="`text` must hold strings; got int"):
         list(TransfusionDataset.from_text(Dataset.from_dict({"text": [1, 2]})))
+    rows = Dataset.from_dict({"captions": [["a", "b"]], "id": [1]})
+    with pytest.raises(ValueError, match=r"got list, and the columns are \['captions', 'id'\].*\['captions'\]\[0\]"):
+        list(TransfusionDataset.from_text(rows, text_column="captions"))
+
+
+def test_a_row_of_a_stream_that_lacks_its_columns_is_broken():
+    image = {"bytes": encoded(digit(0)), "path": None}
+    stream = IterableDataset.from_generator(
+        lambda: iter([{"text": "a", "image": image}, {"text": "b"}, {"image": image}])
+    )
+    with pytest.warns(UserWarning, match="`image` is empty"):
+        samples = list(dataset := TransfusionDataset.from_captions(stream))
+    assert [sample["text"] for sample in samples] == ["a"] and dataset.num_skipped == 2
 
 
 # Order and sharing

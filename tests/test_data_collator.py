@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
-from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion
+from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion, TransfusionTrainer
 from transfusion_hf.data.collator import first_fit
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
@@ -250,6 +250,10 @@ def test_streamed_data_sets_and_several_workers_pack_alike(processor):
         ([{"text": "a<image><image>", "images": [RED]}], "`text` has 2 markers <image> but `images` holds 1 images"),
         ([{"text": "<image>", "image": RED, "images": [RED]}], "holds its images in `image` or in `images`; got both"),
         ([{"text": "<image>", "image": RED, "max_timesteps": [1, 2]}], "`max_timesteps` must hold one value for each"),
+        ([{"text": None, "image": RED}], r"a string; got NoneType, and .* keys are \['text', 'image'\]"),
+        ([{"text": ["a", "b"]}], r"got list, .* Choose one of a list, .* row\['text'\]\[0\]"),
+        ([{"caption": "a", "image": RED}], r"no `text`: the sample's keys are \['caption', 'image'\].* rename it"),
+        ([{}], r"the sample's keys are \[\]. If the stock `Trainer` .* pass `remove_unused_columns=False`"),
     ],
 )  # fmt: skip
 def test_bad_samples_name_what_was_expected_and_what_came(processor, features, message):
@@ -278,3 +282,13 @@ def test_one_image_may_give_its_values_bare_and_samples_may_hold_none(processor)
 def test_probabilities_outside_of_0_to_1_are_refused(processor):
     with pytest.raises(ValueError, match=r"`caption_dropout` must lie in 0 to 1; got 1\.5"):
         TransfusionDataCollator(processor, caption_dropout=1.5)
+
+
+def test_columns_stay_in_our_trainer_and_the_stock_one_says_how_they_do(processor, tmp_path):
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
+    options = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    args = TrainingArguments(str(tmp_path), **options)
+    parts = {"train_dataset": [{"text": "red", "image": RED}] * 8, "data_collator": TransfusionDataCollator(processor)}
+    with pytest.raises(ValueError, match="pass `remove_unused_columns=False` to `TrainingArguments`"):
+        Trainer(model, args, **parts).train()
+    assert TransfusionTrainer(model, args, **parts).train().training_loss > 0

@@ -43,12 +43,32 @@ def latents_of(sample: dict[str, Any]) -> list[torch.Tensor]:
     return [torch.stack(tensors)] if tensors and tensors[0].ndim == 2 else tensors
 
 
+def text_of(sample: dict[str, Any]) -> str:
+    """The text of a sample, from `text`."""
+    text, keys = sample.get("text"), f"the sample's keys are {list(sample)}"
+    if isinstance(text, str):
+        return text
+    if "text" in sample:
+        raise ValueError(
+            f"A sample's `text` must be a string; got {type(text).__name__}, and {keys}. Choose one of a list, for "
+            "example by `dataset.map(lambda row: {'text': row['text'][0]})`; leave out samples without text by "
+            "`dataset.filter`, or let `TransfusionDataset.from_captions` skip them."
+        )
+    raise ValueError(
+        f"A sample has no `text`: {keys}. If the stock `Trainer` removed its columns, pass "
+        "`remove_unused_columns=False` to `TrainingArguments`. If the text has another name, rename it "
+        "(`dataset.rename_column('caption', 'text')`), or use `TransfusionDataset.from_captions(dataset, "
+        "caption_column='caption')`."
+    )
+
+
 @dataclass
 class TransfusionDataCollator:
     """
-    Batches samples for the `Trainer` (with `remove_unused_columns=False`). Each sample gets its own row, padded at the
-    right. With `max_length`, samples are packed into rows of that length instead, by first-fit. Documents in a row do
-    not see each other: their positions restart at 0, which transformers and `"transfusion_varlen"` understand.
+    Batches samples for [`TransfusionTrainer`], or the stock `Trainer` with `remove_unused_columns=False`. Each sample
+    gets its own row, padded at the right. With `max_length`, samples are packed into rows of that length instead, by
+    first-fit. Documents in a row do not see each other: their positions restart at 0, which transformers and
+    `"transfusion_varlen"` understand.
 
     A sample is a dict with `text` and, in `image` or the list `images`, its images; or, in `latents`, one latent of
     shape `(latent_channels, height, width)` or a list of them. Optional keys with one value per image:
@@ -75,7 +95,7 @@ class TransfusionDataCollator:
 
     Raises:
         ValueError: images and latents in one batch, a probability outside of 0 to 1, several unmarked images, a
-            sample or an image longer than `max_length`.
+            sample without a string in `text`, a sample or an image longer than `max_length`.
     """
 
     processor: TransfusionProcessor
@@ -121,7 +141,7 @@ class TransfusionDataCollator:
 
     def _read(self, feature: dict[str, Any]) -> tuple[str, list[Any], list[torch.Tensor], list[int], list[bool]]:
         """Text with its markers, images, latents, noise limits and loss mask of a sample."""
-        images, latents, text = images_of(feature), latents_of(feature), feature["text"]
+        images, latents, text = images_of(feature), latents_of(feature), text_of(feature)
         num_images, limit, marker = len(images) + len(latents), self.num_train_timesteps, self.processor.image_token
         if num_images and marker not in text:
             if num_images > 1:

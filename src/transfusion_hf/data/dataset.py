@@ -30,9 +30,11 @@ class _BrokenRowError(ValueError):
 
 
 def _read_text(row: _Row, column: str, image_token: str) -> str:
-    text = "" if row[column] is None else row[column]
+    text = "" if row.get(column) is None else row[column]  # shards may lack a column
     if not isinstance(text, str):
-        raise ValueError(f"`{column}` must hold strings; got {type(text).__name__}. Choose or make such a column.")
+        what = f"`{column}` must hold strings; got {type(text).__name__}, and the columns are {list(row)}"
+        remedy = f"choose one of a list by `dataset.map(lambda row: {{{column!r}: row[{column!r}][0]}})`"
+        raise ValueError(f"{what}. Name a column of strings, or {remedy}.")
     if not text.strip():
         raise _BrokenRowError(f"`{column}` is empty")
     if image_token in text:
@@ -61,7 +63,7 @@ def _text_sample(row: _Row, text_column: str, image_token: str) -> _Row:
 
 def _caption_sample(row: _Row, image_column: str, caption_column: str, image_token: str) -> _Row:
     text = _read_text(row, caption_column, image_token)
-    return {"text": text, "image": _read_image(row[image_column], image_column)}
+    return {"text": text, "image": _read_image(row.get(image_column), image_column)}
 
 
 def _interleaved_sample(row: _Row, texts_column: str, images_column: str, image_token: str) -> _Row:
@@ -80,7 +82,7 @@ def _interleaved_sample(row: _Row, texts_column: str, images_column: str, image_
 
 def _edit_sample(row: _Row, source_column: str, instruction_column: str, target_column: str, image_token: str) -> _Row:
     text = f"{image_token}{_read_text(row, instruction_column, image_token)}{image_token}"
-    images = [_read_image(row[column], column) for column in (source_column, target_column)]
+    images = [_read_image(row.get(column), column) for column in (source_column, target_column)]
     return {"text": text, "images": images, "image_loss_mask": [False, True]}
 
 
