@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
 from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion, TransfusionTrainer
+from transfusion_hf.cli.main import main
 from transfusion_hf.data.collator import first_fit
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
@@ -284,11 +285,15 @@ def test_probabilities_outside_of_0_to_1_are_refused(processor):
         TransfusionDataCollator(processor, caption_dropout=1.5)
 
 
-def test_columns_stay_in_our_trainer_and_the_stock_one_says_how_they_do(processor, tmp_path):
+def test_our_trainer_keeps_the_columns_and_saves_what_draws_and_the_stock_one_says_what_to_pass(processor, tmp_path):
     model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
     options = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     args = TrainingArguments(str(tmp_path), **options)
     parts = {"train_dataset": [{"text": "red", "image": RED}] * 8, "data_collator": TransfusionDataCollator(processor)}
     with pytest.raises(ValueError, match="pass `remove_unused_columns=False` to `TrainingArguments`"):
         Trainer(model, args, **parts).train()
-    assert TransfusionTrainer(model, args, **parts).train().training_loss > 0
+    trainer = TransfusionTrainer(model, args, **parts)
+    assert trainer.train().training_loss > 0
+    trainer.save_model(tmp_path / "model")
+    command = ["draw", str(tmp_path / "model"), "red", "-o", str(tmp_path / "red.png"), "--num_inference_steps", "1"]
+    assert main([*command, "--device", "cpu"]) == 0 and Image.open(tmp_path / "red.png").size == (8, 8)
