@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ema_callbacks, load_rows, resume_from
+from common import ema_callbacks, resume_from
 from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
@@ -36,7 +36,7 @@ from transfusion_hf import (
     attach_vae,
     set_trainable,
 )
-from transfusion_hf.data.dataset import TransfusionDataset
+from transfusion_hf.data.dataset import TransfusionDataset, load_rows
 from transfusion_hf.data.mixing import mix_by_tokens
 
 
@@ -61,7 +61,9 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    caption_dataset: str = field(metadata={"help": "Parquet files (a pattern) or a repository of the Hub."})
+    caption_dataset: str = field(
+        metadata={"help": "A folder of pictures, files (a pattern) or a repository of the Hub."}
+    )
     text_dataset: str | None = field(default=None, metadata={"help": "The same for text."})
     image_column: str = "image"
     caption_column: str = "text"
