@@ -22,7 +22,6 @@ from sklearn.svm import SVC
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import (
     TransfusionConfig,
@@ -35,14 +34,6 @@ from transfusion_hf import (
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUM_TRAIN = 1500
-
-
-def resume_from(args: TrainingArguments) -> Any:
-    """`--resume_from_checkpoint`: a folder, or `true` to continue from the last checkpoint if there is one."""
-    resume = args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        return resume.lower() == "true" and get_last_checkpoint(args.output_dir) is not None
-    return resume
 
 
 def ema_callbacks(decay: float | None) -> list[TransfusionEMACallback]:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ema_callbacks, plot_losses, plt, resume_from, small_config, with_special_tokens
+from common import ema_callbacks, plot_losses, plt, small_config, with_special_tokens
 from datasets import Dataset, Features, Image, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
@@ -50,6 +50,7 @@ from transfusion_hf import (
 )
 from transfusion_hf.data.dataset import TransfusionDataset, load_rows
 from transfusion_hf.data.shapes import COLORS, KINDS, Edit, check_scene, draw_scene, sample_edit
+from transfusion_hf.training.checkpoints import resume_from
 
 # Kinds of edit by the first word of their instructions.
 EDITS = {"make": "recolor", "remove": "remove"}
