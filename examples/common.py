@@ -1,6 +1,5 @@
 """What the examples and benchmarks share: real digits with a small model for them, and the handling of flags."""
 
-import glob
 import os
 import time
 from pathlib import Path
@@ -16,7 +15,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from datasets import load_dataset
 from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -24,7 +22,6 @@ from sklearn.svm import SVC
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import (
     TransfusionConfig,
@@ -37,21 +34,6 @@ from transfusion_hf import (
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 NUM_TRAIN = 1500
-
-
-def load_rows(name: str, streaming: bool) -> Any:
-    """The training split of Parquet files (a pattern), or of a repository of the Hub."""
-    if files := sorted(glob.glob(name)):
-        return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
-    return load_dataset(name, split="train", streaming=streaming)
-
-
-def resume_from(args: TrainingArguments) -> Any:
-    """`--resume_from_checkpoint`: a folder, or `true` to continue from the last checkpoint if there is one."""
-    resume = args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):
-        return resume.lower() == "true" and get_last_checkpoint(args.output_dir) is not None
-    return resume
 
 
 def ema_callbacks(decay: float | None) -> list[TransfusionEMACallback]:

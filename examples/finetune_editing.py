@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ema_callbacks, load_rows, plot_losses, plt, resume_from, small_config, with_special_tokens
+from common import ema_callbacks, plot_losses, plt, small_config, with_special_tokens
 from datasets import Dataset, Features, Image, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
@@ -48,8 +48,9 @@ from transfusion_hf import (
     TransfusionProcessor,
     TransfusionTrainer,
 )
-from transfusion_hf.data.dataset import TransfusionDataset
+from transfusion_hf.data.dataset import TransfusionDataset, load_rows
 from transfusion_hf.data.shapes import COLORS, KINDS, Edit, check_scene, draw_scene, sample_edit
+from transfusion_hf.training.checkpoints import resume_from
 
 # Kinds of edit by the first word of their instructions.
 EDITS = {"make": "recolor", "remove": "remove"}
@@ -66,7 +67,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     dataset: str | None = field(
-        default=None, metadata={"help": "Parquet files (a pattern) or a repository of the Hub; default: shapes."}
+        default=None,
+        metadata={"help": "A folder of pictures, files (a pattern) or a repository of the Hub; default: shapes."},
     )
     source_column: str = field(default=COLUMNS[0], metadata={"help": "The input image."})
     instruction_column: str = COLUMNS[1]

@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import WORDS, Judge, draw, ema_callbacks, load_rows, load_split, read, resume_from, share_read
+from common import WORDS, Judge, draw, ema_callbacks, load_split, read, share_read
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
 from transfusion_hf import TransfusionDataCollator, TransfusionTrainer
-from transfusion_hf.data.dataset import TransfusionDataset
+from transfusion_hf.data.dataset import TransfusionDataset, load_rows
+from transfusion_hf.training.checkpoints import resume_from
 
 # Trained in full, without LoRA, and saved with the adapter.
 PATCH_PARTS = {
@@ -60,7 +61,8 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     dataset: str | None = field(
-        default=None, metadata={"help": "Parquet files (a pattern) or a repository of the Hub; default: digits."}
+        default=None,
+        metadata={"help": "A folder of pictures, files (a pattern) or a repository of the Hub; default: digits."},
     )
     image_column: str = "image"
     caption_column: str = "text"

@@ -56,9 +56,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--digits", action="store_true", help="scikit-learn's digits; trains small feature networks first")
-    add("--dataset_name", help="a data set for `datasets.load_dataset`")
+    add("--dataset_name", help="a repository of the Hub, or files (a pattern)")
     add("--dataset_split", default="train")
-    add("--train_dir", help="a folder of images")
+    add("--train_dir", help="a folder of images, or a pattern")
     add("--image_column", default="image")
     add("--num_eval_images", type=int, default=256, help="held out from the training")
     add("--image_size", type=int, default=256)
@@ -148,10 +148,9 @@ def load_images(args: argparse.Namespace) -> tuple[Subset, Subset]:
         source, column = [sample for part in load_split() for sample in part], "image"
         order = range(len(source))  # already shuffled
     else:
-        from datasets import load_dataset
+        from transfusion_hf.data.dataset import load_rows
 
-        name, options = (args.dataset_name, {}) if args.dataset_name else ("imagefolder", {"data_dir": args.train_dir})
-        source, column = load_dataset(name, split=args.dataset_split, **options), args.image_column
+        source, column = load_rows(args.dataset_name or args.train_dir, split=args.dataset_split), args.image_column
         if column not in source.column_names:
             raise ValueError(f"no column {column!r} in {source.column_names}; pass --image_column")
         source = source.select_columns([column])

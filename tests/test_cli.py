@@ -118,6 +118,7 @@ def test_latents_is_a_command(tmp_path, capsys):
         ([], ["draw", "app", "doctor", "latents", "Finds out why a model does not learn"]),
         (["doctor"], ["usage: transfusion doctor", "--no_overfit"]),
         (["latents"], ["usage: transfusion latents", "--shard_size"]),
+        (["train"], ["usage: transfusion train", "--caption_dataset", "--learning_rate"]),
         (["app"], ["usage: transfusion app", "--share"]),
     ],
 )

@@ -25,7 +25,7 @@ from transformers import AutoProcessor, Trainer, TrainingArguments
 import transfusion_hf
 from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion, TransfusionTrainer
 from transfusion_hf.data import collator
-from transfusion_hf.data.dataset import TransfusionDataset
+from transfusion_hf.data.dataset import TransfusionDataset, load_rows
 from transfusion_hf.data.mixing import count_tokens, mix_by_tokens
 from transfusion_hf.data.shapes import ShapesDataset
 
@@ -325,6 +325,60 @@ def test_an_image_of_unknown_range_is_broken():
 def test_a_column_of_another_type_is_an_error_and_not_a_broken_row():
     with pytest.raises(ValueError, match="`text` must hold strings; got int"):
         list(TransfusionDataset.from_text(Dataset.from_dict({"text": [1, 2]})))
+    rows = Dataset.from_dict({"captions": [["a", "b"]], "id": [1]})
+    with pytest.raises(ValueError, match=r"got list, and the columns are \['captions', 'id'\].*\['captions'\]\[0\]"):
+        list(TransfusionDataset.from_text(rows, text_column="captions"))
+
+
+def test_a_row_of_a_stream_that_lacks_its_columns_is_broken():
+    image = {"bytes": encoded(digit(0)), "path": None}
+    stream = IterableDataset.from_generator(
+        lambda: iter([{"text": "a", "image": image}, {"text": "b"}, {"image": image}])
+    )
+    with pytest.warns(UserWarning, match="`image` is empty"):
+        samples = list(dataset := TransfusionDataset.from_captions(stream))
+    assert [sample["text"] for sample in samples] == ["a"] and dataset.num_skipped == 2
+
+
+# Files and folders
+
+
+def photos(folder: Path, captions: str) -> Path:
+    """Three pictures in a folder and one below it; all but `b.png` with a caption."""
+    (folder / "more").mkdir()
+    metadata = []
+    for i, name in enumerate(["a.png", "b.png", "c.jpg", "more/d.png"]):
+        PILImage.new("RGB", (8, 8), (50 * i, 0, 0)).save(folder / name)
+        if name != "b.png" and captions == "txt":
+            (folder / name).with_suffix(".txt").write_text(f"picture {name}\n")
+        elif name != "b.png":
+            metadata.append({"file_name": name, "text": f"picture {name}"})
+    if captions == "metadata":
+        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, metadata)))
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore:Skipped")  # `b.png`, in part
+@pytest.mark.parametrize("captions", ["txt", "metadata"])
+def test_a_folder_of_pictures_or_a_pattern_gives_them_with_their_captions(tmp_path, captions):
+    folder = photos(tmp_path, captions)
+    for name, names in ((folder, ["a.png", "c.jpg", "more/d.png"]), (folder / "*.png", ["a.png"])):
+        samples = list(TransfusionDataset.from_captions(load_rows(str(name), streaming=True)))
+        assert texts(samples) == [f"picture {name}" for name in names]
+        reds = [sample["image"].convert("RGB").getpixel((4, 4))[0] for sample in samples]
+        assert reds == pytest.approx([{"a": 0, "c": 100, "d": 150}[Path(name).stem] for name in names], abs=2)
+
+
+def test_data_are_read_by_their_suffix_and_what_is_not_there_is_named(tmp_path):
+    text_set(3).to_parquet(tmp_path / "a.parquet")
+    text_set(3).to_json(tmp_path / "a.jsonl")
+    for name in ("a.parquet", "*.parquet", "*.jsonl"):
+        assert list(load_rows(str(tmp_path / name))["text"]) == list(text_set(3)["text"])
+    with pytest.raises(ValueError, match=r"No file matches .*pass a folder of pictures, or a pattern"):
+        load_rows(str(tmp_path / "*.png"))
+    PILImage.new("L", (8, 8)).save(tmp_path / "alone.png")
+    with pytest.raises(ValueError, match=r"\['image'\]; name one. Or put captions into `metadata.jsonl`"):
+        TransfusionDataset.from_captions(load_rows(str(tmp_path / "*.png")))
 
 
 # Order and sharing

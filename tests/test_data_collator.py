@@ -10,7 +10,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import AutoProcessor, Trainer, TrainingArguments
 
-from transfusion_hf import TransfusionDataCollator, TransfusionForCausalLMAndDiffusion, TransfusionProcessor
+from transfusion_hf import (
+    TransfusionDataCollator,
+    TransfusionForCausalLMAndDiffusion,
+    TransfusionProcessor,
+    TransfusionTrainer,
+)
+from transfusion_hf.cli.main import main
 from transfusion_hf.data.collator import first_fit
 from transfusion_hf.data.mixing import count_tokens
 
@@ -291,6 +297,10 @@ def test_streamed_data_sets_and_several_workers_pack_alike(processor):
         ([{"text": "a<image><image>", "images": [RED]}], "`text` has 2 markers <image> but `images` holds 1 images"),
         ([{"text": "<image>", "image": RED, "images": [RED]}], "holds its images in `image` or in `images`; got both"),
         ([{"text": "<image>", "image": RED, "max_timesteps": [1, 2]}], "`max_timesteps` must hold one value for each"),
+        ([{"text": None, "image": RED}], r"a string; got NoneType, and .* keys are \['text', 'image'\]"),
+        ([{"text": ["a", "b"]}], r"got list, .* Choose one of a list, .* row\['text'\]\[0\]"),
+        ([{"caption": "a", "image": RED}], r"no `text`: the sample's keys are \['caption', 'image'\].* rename it"),
+        ([{}], r"the sample's keys are \[\]. If the stock `Trainer` .* pass `remove_unused_columns=False`"),
     ],
 )  # fmt: skip
 def test_bad_samples_name_what_was_expected_and_what_came(processor, features, message):
@@ -319,3 +329,17 @@ def test_one_image_may_give_its_values_bare_and_samples_may_hold_none(processor)
 def test_probabilities_outside_of_0_to_1_are_refused(processor):
     with pytest.raises(ValueError, match=r"`caption_dropout` must lie in 0 to 1; got 1\.5"):
         TransfusionDataCollator(processor, caption_dropout=1.5)
+
+
+def test_our_trainer_keeps_the_columns_and_saves_what_draws_and_the_stock_one_says_what_to_pass(processor, tmp_path):
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
+    options = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    args = TrainingArguments(str(tmp_path), **options)
+    parts = {"train_dataset": [{"text": "red", "image": RED}] * 8, "data_collator": TransfusionDataCollator(processor)}
+    with pytest.raises(ValueError, match="pass `remove_unused_columns=False` to `TrainingArguments`"):
+        Trainer(model, args, **parts).train()
+    trainer = TransfusionTrainer(model, args, **parts)
+    assert trainer.train().training_loss > 0
+    trainer.save_model(tmp_path / "model")
+    command = ["draw", str(tmp_path / "model"), "red", "-o", str(tmp_path / "red.png"), "--num_inference_steps", "1"]
+    assert main([*command, "--device", "cpu"]) == 0 and Image.open(tmp_path / "red.png").size == (8, 8)

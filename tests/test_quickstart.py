@@ -14,6 +14,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import common
 
+from transfusion_hf.training.checkpoints import resume_from
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -49,7 +51,7 @@ def test_the_judge_knows_digits_from_other_digits_and_from_no_picture():
 
 def test_a_run_is_resumed_where_there_is_a_checkpoint(tmp_path):
     def resumed(value):
-        return common.resume_from(SimpleNamespace(resume_from_checkpoint=value, output_dir=str(tmp_path)))
+        return resume_from(SimpleNamespace(resume_from_checkpoint=value, output_dir=str(tmp_path)))
 
     assert [resumed(value) for value in ("true", "false", None, "some/folder")] == [False, False, None, "some/folder"]
     (tmp_path / "checkpoint-3").mkdir()

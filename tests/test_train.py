@@ -1,7 +1,9 @@
-"""`examples/train.py`: the paper's recipe, on small things."""
+"""`transfusion train`: the paper's recipe, on small things."""
 
 import io
-import sys
+import json
+import runpy
+import shlex
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -9,15 +11,16 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from datasets import Dataset
+from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, LlamaForCausalLM
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor, modeling_transfusion
+from transfusion_hf.cli import train
+from transfusion_hf.cli.main import main
 from transfusion_hf.data.shapes import ShapesDataset
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import train
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
 SMALL = "hidden_size=32,intermediate_size=48,num_hidden_layers=2,num_attention_heads=4,num_key_value_heads=4"
@@ -58,6 +61,38 @@ def test_a_model_trains_from_scratch_and_loads_again(tmp_path, data, streaming):
     processor = AutoProcessor.from_pretrained(tmp_path)
     output = model.generate(**processor(text=["a circle"]), generation_mode="image", num_inference_steps=2)
     assert output.images[0][0].shape == (3, 16, 16)
+
+
+def test_the_command_trains_on_a_folder_by_a_yaml_file_and_names_the_next_command(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    for i in range(8):
+        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
+        (tmp_path / "photos" / f"{i}.txt").write_text(f"red {i}")
+    recipe = {
+        "tokenizer_name": TINY, "config_overrides": SMALL, "sample_size": 16, "max_length": 192, "max_steps": 9,
+        "caption_dataset": str(tmp_path / "photos"), "output_dir": str(tmp_path / "my run"), "use_cpu": True,
+        "learning_rate": "1e-3", "lr_scheduler_kwargs": {"min_lr": 1e-5}, "report_to": ["none"], "save_steps": 100,
+        "per_device_train_batch_size": 4, "dataloader_num_workers": 0, "text_dataset": None,
+    }  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = [str(tmp_path / "recipe.yaml"), "--max_steps", "1", "--sample_prompts", "red 3|red 4"]
+    assert main(["train", *arguments, "--disable_tqdm", "true"]) == 0
+    saved = json.loads((tmp_path / "my run" / "training_args.json").read_text())
+    assert (saved["max_steps"], saved["learning_rate"], saved["lr_scheduler_kwargs"]) == (1, 1e-3, {"min_lr": 1e-5})
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert command == ["transfusion", "draw", str(tmp_path / "my run"), "red 3"]
+    options = ["-o", str(tmp_path / "a.png"), "--num_inference_steps", "1", "--device", "cpu"]
+    assert main([*command[1:], *options]) == 0 and Image.open(tmp_path / "a.png").size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("- max_steps", "must hold lines such as `max_steps: 1000`; got list"), ("steps: 1", "--steps=1")],
+)
+def test_a_yaml_file_that_says_nothing_known_is_an_error(tmp_path, data, text, message, capsys):
+    (tmp_path / "recipe.yml").write_text(text)
+    assert main(["train", str(tmp_path / "recipe.yml"), *arguments(tmp_path, data)]) == 1
+    assert message in capsys.readouterr().err
 
 
 def losses_with(folder: Path, data: Path, *flags: str) -> torch.Tensor:
@@ -190,7 +225,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused_or_said(tmp_path):
 
 
 def test_accelerate_takes_its_configurations():
-    folder = Path(train.__file__).parent / "accelerate"
+    folder = Path(__file__).parents[1] / "examples" / "accelerate"
     kinds = {}
     for file in sorted(folder.iterdir()):
         parsed = launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
@@ -207,3 +242,8 @@ def test_accelerate_takes_its_configurations():
         "deepspeed_zero3": (False, False, True),
         "tensor_parallel": (True, False, False),
     }
+
+
+def test_the_script_for_launchers_is_the_command():
+    script = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "train.py"))
+    assert script["main"] is train.main

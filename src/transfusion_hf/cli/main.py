@@ -8,6 +8,7 @@ The command line:
     transfusion app MODEL
     transfusion doctor MODEL [DATA]
     transfusion latents MODEL DATASET OUTPUT
+    transfusion train --tokenizer_name TOKENIZER --caption_dataset DATA --output_dir FOLDER
 """
 
 import argparse
@@ -65,9 +66,10 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
     app.add_argument("--host", default="127.0.0.1", help="'0.0.0.0' for other machines")
     app.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     app.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
-    # `main` hands these two over before; here they only get their line of help.
+    # `main` hands these three over before; here they only get their line of help.
     commands.add_parser("doctor", help="Finds out why a model does not learn, or draws noise.")
     commands.add_parser("latents", help="Computes the latents of a dataset once, for training without the VAE.")
+    commands.add_parser("train", help="Trains a model by the paper's recipe, from arguments or a YAML file.")
     return parser.parse_args(argv)
 
 
@@ -152,6 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ..data import latents  # needs datasets, which the others do not
 
             latents.main(argv[1:])
+        elif argv[:1] == ["train"]:
+            from . import train
+
+            train.main(argv[1:])
         else:
             _run(_parse_args(argv))
         return 0

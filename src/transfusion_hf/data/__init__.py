@@ -7,7 +7,12 @@ from .collator import TransfusionDataCollator
 from .shapes import ShapesDataset
 
 # Loaded when asked for: they need `datasets`, which the others do not.
-_LAZY = {"TransfusionDataset": "dataset", "mix_by_tokens": "mixing", "write_latents": "latents"}
+_LAZY = {
+    "TransfusionDataset": "dataset",
+    "load_rows": "dataset",
+    "mix_by_tokens": "mixing",
+    "write_latents": "latents",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -16,4 +21,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-__all__ = ["ShapesDataset", "TransfusionDataCollator", "TransfusionDataset", "mix_by_tokens", "write_latents"]
+__all__ = [
+    "ShapesDataset",
+    "TransfusionDataCollator",
+    "TransfusionDataset",
+    "load_rows",
+    "mix_by_tokens",
+    "write_latents",
+]

@@ -52,12 +52,31 @@ def latents_of(sample: dict[str, Any]) -> list[torch.Tensor]:
     return [torch.stack(tensors)] if tensors and tensors[0].ndim == 2 else tensors
 
 
-def text_of(sample: dict[str, Any], processor: TransfusionProcessor) -> str:
+def text_of(sample: dict[str, Any]) -> str:
+    """The text of a sample, from `text`."""
+    text, keys = sample.get("text"), f"the sample's keys are {list(sample)}"
+    if isinstance(text, str):
+        return text
+    if "text" in sample:
+        raise ValueError(
+            f"A sample's `text` must be a string; got {type(text).__name__}, and {keys}. Choose one of a list, for "
+            "example by `dataset.map(lambda row: {'text': row['text'][0]})`; leave out samples without text by "
+            "`dataset.filter`, or let `TransfusionDataset.from_captions` skip them."
+        )
+    raise ValueError(
+        f"A sample has no `text`: {keys}. If the stock `Trainer` removed its columns, pass "
+        "`remove_unused_columns=False` to `TrainingArguments`. If the text has another name, rename it "
+        "(`dataset.rename_column('caption', 'text')`), or use `TransfusionDataset.from_captions(dataset, "
+        "caption_column='caption')`."
+    )
+
+
+def tokenized_text(sample: dict[str, Any], processor: TransfusionProcessor) -> str:
     """The text of a sample as it is tokenized: with an end of sequence, or its `messages` as the template has them."""
     if sample.get("messages") is not None:
         return processor.apply_chat_template(sample["messages"], tools=sample.get("tools"))
-    end = processor.tokenizer.eos_token or ""
-    return sample["text"] if sample["text"].rstrip().endswith(end) else sample["text"] + end
+    text, end = text_of(sample), processor.tokenizer.eos_token or ""
+    return text if text.rstrip().endswith(end) else text + end
 
 
 @dataclass
@@ -74,9 +93,10 @@ class _Sample:
 @dataclass
 class TransfusionDataCollator:
     """
-    Batches samples for the `Trainer` (with `remove_unused_columns=False`). Each sample gets its own row, padded at the
-    right. With `max_length`, samples are packed into rows of that length instead, by first-fit. Documents in a row do
-    not see each other: their positions restart at 0, which transformers and `"transfusion_varlen"` understand.
+    Batches samples for [`TransfusionTrainer`], or the stock `Trainer` with `remove_unused_columns=False`. Each sample
+    gets its own row, padded at the right. With `max_length`, samples are packed into rows of that length instead, by
+    first-fit. Documents in a row do not see each other: their positions restart at 0, which transformers and
+    `"transfusion_varlen"` understand.
 
     A sample is a dict with `text` and, in `image` or the list `images`, its images; or, in `latents`, one latent of
     shape `(latent_channels, height, width)` or a list of them. Optional keys with one value per image:
@@ -108,7 +128,7 @@ class TransfusionDataCollator:
 
     Raises:
         ValueError: images and latents in one batch, a probability outside of 0 to 1, several unmarked images, a
-            sample or an image longer than `max_length`.
+            sample without a string in `text`, a sample or an image longer than `max_length`.
     """
 
     processor: TransfusionProcessor
@@ -158,7 +178,7 @@ class TransfusionDataCollator:
         """A sample whose images have their markers, or parts of a chat, which has its ids then."""
         if feature.get("messages") is not None:
             return self._read_chat(feature)
-        images, latents, text = images_of(feature), latents_of(feature), feature["text"]
+        images, latents, text = images_of(feature), latents_of(feature), text_of(feature)
         num_images, limit, marker = len(images) + len(latents), self.num_train_timesteps, self.processor.image_token
         if num_images and marker not in text:
             if num_images > 1:
@@ -171,7 +191,7 @@ class TransfusionDataCollator:
                 text = marker if dropout < self.caption_dropout else text + marker
         limits = _per_image(feature, "max_timesteps", [limit] * num_images)
         masks = _per_image(feature, "image_loss_mask", [True] * num_images)
-        return _Sample(text_of({"text": text}, self.processor), images, latents, limits, masks)
+        return _Sample(tokenized_text({"text": text}, self.processor), images, latents, limits, masks)
 
     def _read_chat(self, feature: dict[str, Any]) -> _Sample:
         images, latents, is_masked = images_of(feature), latents_of(feature), self.assistant_only_loss

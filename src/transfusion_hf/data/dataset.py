@@ -1,11 +1,14 @@
 """Samples from `datasets`: read lazily, shared among workers, resumable, with broken rows skipped and counted."""
 
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from glob import glob
 from itertools import islice
+from pathlib import Path
 from traceback import walk_tb
 from typing import Any, Self
 
@@ -17,6 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 try:
     import datasets as hf_datasets
     from datasets.distributed import split_dataset_by_node
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 except ImportError as error:
     raise ImportError("`transfusion_hf.data.dataset` needs datasets; run `pip install datasets`.") from error
 
@@ -25,14 +29,71 @@ NUM_SLOTS = 256
 _Row = dict[str, Any]  # or a sample
 
 
+def load_rows(name: str, streaming: bool = False, split: str = "train") -> Any:
+    """
+    Reads a dataset by `datasets`, map-style or, with `streaming` and if not of pictures, as a stream.
+
+    Args:
+        name (`str`):
+            - a folder of pictures, or a pattern such as `'photos/*.png'`: column `image`, and the columns of its
+              `metadata.jsonl` or `.csv` (with `file_name`), or else `text` from the `.txt` beside each picture
+            - files of data (a pattern): Parquet, JSON, CSV …
+            - another folder, or a repository of the Hub
+        streaming (`bool`, defaults to `False`), split (`str`, defaults to `"train"`)
+
+    Raises:
+        ValueError, FileNotFoundError: nothing matches `name`.
+    """
+    is_folder = Path(name).is_dir()
+    files = sorted(map(str, Path(name).rglob("*")) if is_folder else glob(name, recursive=True))
+    data = [file for file in files if Path(file).name not in ImageFolder.METADATA_FILENAMES]
+    suffixes = {Path(file).suffix.lower() for file in data or [name]}
+    if suffixes & {*ImageFolder.EXTENSIONS} and ".parquet" not in suffixes:
+        if not data:
+            raise ValueError(f"No file matches {name!r}; pass a folder of pictures, or a pattern in quotes.")
+        return _load_pictures(split, data_dir=name) if is_folder else _load_pictures(split, data_files=data)
+    kwargs: dict[str, Any] = {"split": split, "streaming": streaming}
+    if not is_folder and suffixes == {".parquet"}:
+        return hf_datasets.load_dataset("parquet", data_files={split: files or [name]}, **kwargs)
+    if not is_folder and files:
+        kwargs["data_files"] = {split: [os.path.abspath(file) for file in files]}
+        return hf_datasets.load_dataset(os.path.dirname(os.path.abspath(files[0])), **kwargs)
+    return hf_datasets.load_dataset(name, **kwargs)
+
+
+def _load_pictures(split: str, data_dir: str | None = None, data_files: list[str] | None = None) -> Any:
+    where: dict[str, Any] = {"data_dir": data_dir}
+    if data_files is not None:
+        folders = {Path(file).parent for file in data_files}
+        metadata = [
+            file for folder in folders for name in ImageFolder.METADATA_FILENAMES for file in folder.glob(name)
+        ]
+        where = {"data_files": {split: [*data_files, *sorted(map(str, metadata))]}}
+    rows = hf_datasets.load_dataset("imagefolder", split=split, drop_labels=True, **where)
+    if "image" not in rows.column_names:  # metadata may name several pictures a row
+        return rows
+    paths = [Path(image["path"]) for image in rows.cast_column("image", hf_datasets.Image(decode=False))["image"]]
+    if data_files is not None:  # metadata name others too
+        wanted = {Path(file).absolute() for file in data_files}
+        kept = [i for i, path in enumerate(paths) if path.absolute() in wanted]
+        rows, paths = rows.select(kept), [paths[i] for i in kept]
+    captions = [path.with_suffix(".txt") for path in paths]
+    if rows.column_names == ["image"] and any(file.exists() for file in captions):
+        texts = [file.read_text(encoding="utf-8").strip() if file.exists() else None for file in captions]
+        rows = rows.add_column("text", texts)
+    return rows
+
+
 class _BrokenRowError(ValueError):
     """The row gives no sample."""
 
 
 def _read_text(row: _Row, column: str, image_token: str) -> str:
-    text = "" if row[column] is None else row[column]
+    text = "" if row.get(column) is None else row[column]  # shards may lack a column
     if not isinstance(text, str):
-        raise ValueError(f"`{column}` must hold strings; got {type(text).__name__}. Choose or make such a column.")
+        what = f"`{column}` must hold strings; got {type(text).__name__}, and the columns are {list(row)}"
+        remedy = f"choose one of a list by `dataset.map(lambda row: {{{column!r}: row[{column!r}][0]}})`"
+        raise ValueError(f"{what}. Name a column of strings, or {remedy}.")
     if not text.strip():
         raise _BrokenRowError(f"`{column}` is empty")
     if image_token in text:
@@ -61,7 +122,7 @@ def _text_sample(row: _Row, text_column: str, image_token: str) -> _Row:
 
 def _caption_sample(row: _Row, image_column: str, caption_column: str, image_token: str) -> _Row:
     text = _read_text(row, caption_column, image_token)
-    return {"text": text, "image": _read_image(row[image_column], image_column)}
+    return {"text": text, "image": _read_image(row.get(image_column), image_column)}
 
 
 def _interleaved_sample(row: _Row, texts_column: str, images_column: str, image_token: str) -> _Row:
@@ -80,7 +141,7 @@ def _interleaved_sample(row: _Row, texts_column: str, images_column: str, image_
 
 def _edit_sample(row: _Row, source_column: str, instruction_column: str, target_column: str, image_token: str) -> _Row:
     text = f"{image_token}{_read_text(row, instruction_column, image_token)}{image_token}"
-    images = [_read_image(row[column], column) for column in (source_column, target_column)]
+    images = [_read_image(row.get(column), column) for column in (source_column, target_column)]
     return {"text": text, "images": images, "image_loss_mask": [False, True]}
 
 
@@ -240,7 +301,9 @@ class TransfusionDataset(ResumableDataset):
         names = made.dataset.column_names or list(next(_read_rows(made.dataset), {}))
         for argument, column in columns.items():
             if column not in names:
-                raise ValueError(f"`{argument}` is {column!r}, but the columns of `dataset` are {names}; name one.")
+                hint = " Or put captions into `metadata.jsonl` (`file_name`, `text`), or a .txt beside each picture."
+                what = f"`{argument}` is {column!r}, but the columns of `dataset` are {names}; name one."
+                raise ValueError(what + hint * (names == ["image"]))
         return made
 
     @property

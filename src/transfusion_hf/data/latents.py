@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..processing_transfusion import TransfusionProcessor
 from .collator import images_of
-from .dataset import TransfusionDataset, hf_datasets
+from .dataset import TransfusionDataset, hf_datasets, load_rows
 
 MANIFEST = ".manifest.json"  # hidden, so that `datasets` does not take it for data
 _list = hf_datasets.List
@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`transfusion latents`: writes the latents of a dataset of images with captions."""
     parser = argparse.ArgumentParser("transfusion latents", description=__doc__)
     parser.add_argument("model", help="a folder or a repository of the Hub")
-    parser.add_argument("dataset", help="images with captions, as `datasets.load_dataset` takes them")
+    parser.add_argument("dataset", help="a folder of pictures, files (a pattern) or a repository of the Hub")
     parser.add_argument("output_dir", type=Path)
     for name, default in (("split", "train"), ("image_column", "image"), ("caption_column", "text")):
         parser.add_argument(f"--{name}", default=default)
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model = AutoModelForMultimodalLM.from_pretrained(args.model).to(args.device)
     processor = AutoProcessor.from_pretrained(args.model)
-    rows = hf_datasets.load_dataset(args.dataset, split=args.split, streaming=args.streaming)
+    rows = load_rows(args.dataset, args.streaming, args.split)
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     dataset = TransfusionDataset.from_captions(rows, **columns, image_token=processor.image_token)
     write_latents(model, processor, dataset, args.output_dir, args.batch_size, args.shard_size)

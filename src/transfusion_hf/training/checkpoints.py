@@ -17,7 +17,7 @@ from accelerate.data_loader import IterableDatasetShard
 from huggingface_hub import HfApi, ModelCard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset, get_worker_info
-from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback
+from transformers import AutoConfig, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.modelcard import extract_hyperparameters_from_trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, get_last_checkpoint, has_length, sort_checkpoints
@@ -29,6 +29,14 @@ from .callbacks import TransfusionEMACallback
 
 def _seed_of(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def resume_from(args: TrainingArguments) -> Any:
+    """`--resume_from_checkpoint`: a folder, or `true` to continue from the last checkpoint if there is one."""
+    resume = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):
+        return resume.lower() == "true" and get_last_checkpoint(args.output_dir) is not None
+    return resume
 
 
 class _RepeatableCollator:
@@ -74,6 +82,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     """
 
     push_in_progress: Any
+    processing_class: Any
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

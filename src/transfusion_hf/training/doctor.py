@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("transfusion doctor", description=__doc__, formatter_class=raw)
     parser.add_argument("model", help="a folder (an adapter's, too) or a repository of the Hub")
-    parser.add_argument("data", nargs="?", help="parquet files (a pattern), a folder or a repository of the Hub")
+    parser.add_argument("data", nargs="?", help="a folder of pictures, files (a pattern) or a repository of the Hub")
     for name, default in (("split", "train"), ("image_column", "image"), ("caption_column", "text")):
         parser.add_argument(f"--{name}", default=default)
     parser.add_argument("--attn_implementation", help="default: the checkpoint's")
@@ -359,10 +359,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     processor = AutoProcessor.from_pretrained(model.name_or_path)  # the base model's
     dataset = None
     if args.data is not None:
-        from ..data.dataset import TransfusionDataset, hf_datasets  # needs datasets, which the other checks do not
+        from ..data.dataset import TransfusionDataset, load_rows  # needs datasets, which the other checks do not
 
-        path, files = ("parquet", args.data) if args.data.endswith(".parquet") else (args.data, None)
-        rows = hf_datasets.load_dataset(path, data_files=files, split=args.split, streaming=True)
+        rows = load_rows(args.data, streaming=True, split=args.split)
         columns = args.image_column, args.caption_column
         dataset = TransfusionDataset.from_captions(rows, *columns, image_token=processor.image_token)
     options = {name: getattr(args, name) for name in ("overfit", "steps", "learning_rate", "batch_size")}

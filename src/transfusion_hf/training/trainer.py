@@ -111,7 +111,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
     evaluation draws the same.
 
     Args:
-        args, kwargs: As for `Trainer`, with `remove_unused_columns=False`.
+        args, kwargs: As for `Trainer`. `remove_unused_columns` is set to `False`, and `processing_class`, which is
+            saved with the model, defaults to the collator's processor.
         num_timestep_bands (`int`, defaults to 4): Number of bands of t.
         peak_flops_per_second (`float`, *optional*): Logs the model FLOP utilisation `mfu`. Peak of one device in the
             precision of the training, such as 989e12 for an H100 in bfloat16.
@@ -126,6 +127,9 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         self, *args: Any, num_timestep_bands: int = 4, peak_flops_per_second: float | None = None, **kwargs: Any
     ):
         super().__init__(*args, **kwargs)
+        self.args.remove_unused_columns = False  # the collator reads texts and images, which `forward` does not take
+        if self.processing_class is None:  # saved with the model
+            self.processing_class = getattr(self.data_collator, "processor", None)
         if self.args.world_size == 1 and (started := os.environ.get("WORLD_SIZE", "1")) != "1":
             raise ValueError(f"{started} processes were started, but each would train alone; pass `use_cpu=True`.")
         if not self.args.average_tokens_across_devices and self.args.world_size > 1:
