@@ -16,12 +16,12 @@ import json
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
 from diffusers import AutoencoderKL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionImageProcessor, measure_latent_scale
 from transfusion_hf.conversion.causal_lm import convert_causal_lm
+from transfusion_hf.data import load_rows
 
 NUM_MEASURED = 1000
 
@@ -61,7 +61,7 @@ def measure_vae_scale(vae: AutoencoderKL, pictures: str, image_column: str, side
     image_processor = TransfusionImageProcessor(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=half, image_std=half
     )
-    rows = load_dataset(pictures, split="train", streaming=True).select_columns([image_column])
+    rows = load_rows(pictures, streaming=True).select_columns([image_column])
     batches = rows.shuffle(seed=0).take(NUM_MEASURED).iter(8)
     scale, shift = measure_latent_scale(vae, (image_processor(rows[image_column])["pixel_values"] for rows in batches))
     vae.register_to_config(scaling_factor=scale, shift_factor=shift)

@@ -3,9 +3,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+from transfusion_hf import TransfusionPipeline
 from transfusion_hf.cli.main import main
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
@@ -26,6 +28,17 @@ def test_draw_writes_a_picture_that_the_seed_decides(tmp_path, capsys):
     assert capsys.readouterr().out.split() == [str(file) for file in files]
     first, second, third = (Image.open(file).tobytes() for file in files)
     assert first == second != third and Image.open(files[0]).size == (8, 8)
+
+
+def test_draw_takes_the_words_of_the_pipelines(tmp_path, capsys):
+    command = ["draw", TINY, "a seven", "-o", str(tmp_path / "a.png"), "--num_inference_steps", "3", "--seed", "0"]
+    words = ["--guidance_scale", "2", "--negative_prompt", "blue", "--num_images_per_prompt", "2"]
+    assert main([*command, "--device", "cpu", *words]) == 0
+    files = [tmp_path / f"a-{i}.png" for i in (1, 2)]
+    assert capsys.readouterr().out.split() == [str(file) for file in files]
+    pipe, kwargs = TransfusionPipeline.from_pretrained(TINY), {"guidance_scale": 2.0, "num_images_per_prompt": 2}
+    kwargs |= {"num_inference_steps": 3, "generator": torch.Generator().manual_seed(0), "negative_prompt": "blue"}
+    assert [Image.open(file).tobytes() for file in files] == [i.tobytes() for i in pipe("a seven", **kwargs).images]
 
 
 def test_caption_prints_text(picture, capsys):

@@ -5,8 +5,11 @@ import io
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UniPCMultistepScheduler
 from make_tiny_transfusion import byte_tokenizer
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from transformers import (
     AnyToAnyPipeline,
@@ -219,8 +222,159 @@ def test_the_diffusers_like_pipeline(model, processor, tmp_path):
     again = TransfusionPipeline.from_pretrained(tmp_path).to("cpu")
     pair = [p("draw", generator=seeded(), **QUICK).images[0].tobytes() for p in (pipe, again)]
     assert pair[0] == pair[1]
-    with pytest.raises(ValueError, match="`output_type` must be 'pil' or 'pt'; got 'np'"):
-        pipe("draw", output_type="np")
+
+
+@pytest.fixture
+def pipe(model, processor):
+    return TransfusionPipeline(model, processor)
+
+
+def test_a_pipeline_of_diffusers_has_its_parts(pipe, model, processor):
+    assert isinstance(pipe, DiffusionPipeline) and pipe.device == model.device and pipe.dtype == model.dtype
+    assert pipe.components == {"model": model, "processor": processor, "scheduler": pipe.scheduler}
+    assert TransfusionPipeline(**pipe.components).scheduler is pipe.scheduler
+    drawn = pipe("draw", output_type="pt", generator=seeded(), **QUICK).images
+    pipe.enable_model_cpu_offload(device="cpu")
+    assert torch.equal(pipe("draw", output_type="pt", generator=seeded(), **QUICK).images, drawn)
+    pipe.remove_all_hooks()
+    for refused in (pipe.enable_sequential_cpu_offload, pipe.enable_group_offload, pipe.enable_attention_slicing):
+        with pytest.raises(
+            ValueError, match=r"attention slicing and xFormers do not work .* `enable_model_cpu_offload"
+        ):
+            refused()
+    with pytest.raises(ValueError, match="`enable_vae_tiling` needs a VAE"):
+        pipe.enable_vae_tiling()
+    with pytest.raises(ValueError, match="clip_skip"):
+        pipe("draw", clip_skip=2)
+
+
+def test_the_vae_of_a_pipeline_works_in_tiles(processor):
+    model = tiny.model(vae_config=tiny.VAE, patch_size=1)
+    TransfusionPipeline(model, processor).enable_vae_tiling()
+    assert model.vae.use_tiling
+
+
+def test_the_scheduler_of_a_pipeline_is_what_draws(pipe, model, processor):
+    kwargs = {"prompt": "draw", "output_type": "latent", "num_inference_steps": 3}
+    own = pipe(**kwargs, generator=seeded()).images
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    assert torch.equal(pipe(**kwargs, generator=seeded()).images, own)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    drawn = pipe(**kwargs, generator=seeded()).images
+    by_ddim = {"scheduler": DDIMScheduler.from_config(model.noise_scheduler.config), "generation_mode": "image"}
+    expected = model.generate(**processor(text=["draw"]), generator=seeded(), **by_ddim, **QUICK)
+    assert torch.equal(drawn[0], expected.images[0][0]) and not torch.equal(drawn, own)
+    assert torch.equal(pipe(**kwargs, generator=seeded(), scheduler=None).images, own)
+
+
+def test_the_scheduler_of_a_pipeline_is_that_of_the_generation_config(processor):
+    model = AutoModelForMultimodalLM.from_pretrained(TINY)
+    model.generation_config.scheduler = "DDIMScheduler"
+    pipe = TransfusionPipeline(model, processor)
+    assert isinstance(pipe.scheduler, DDIMScheduler)
+    expected = model.generate(**processor(text=["draw"]), generator=seeded(), generation_mode="image", **QUICK)
+    assert torch.equal(
+        pipe("draw", output_type="latent", generator=seeded(), **QUICK).images[0], expected.images[0][0]
+    )
+
+
+def test_diffusers_loads_what_a_pipeline_saves(pipe, tmp_path):
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path)
+    expected = pipe("draw", output_type="pt", generator=seeded(), **QUICK).images
+    for loader in (DiffusionPipeline, TransfusionPipeline):
+        again = loader.from_pretrained(tmp_path)
+        assert type(again) is TransfusionPipeline and type(again.scheduler) is UniPCMultistepScheduler
+        assert torch.equal(again("draw", output_type="pt", generator=seeded(), **QUICK).images, expected)
+
+
+def test_a_pipeline_draws_from_the_latents_that_it_is_given(pipe, model):
+    noise = torch.randn(2, model.config.latent_channels, *model.config.latent_size, generator=seeded())
+    kwargs = {"num_images_per_prompt": 2, "output_type": "latent", **QUICK}
+    drawn = pipe("draw", generator=[seeded(), seeded()], latents=noise, scheduler="DDIMScheduler", **kwargs).images
+    for i in range(2):
+        alone = pipe(
+            "draw", latents=noise[i : i + 1], scheduler="DDIMScheduler", **{**kwargs, "num_images_per_prompt": 1}
+        )
+        torch.testing.assert_close(drawn[i], alone.images[0])
+    own = pipe("draw", generator=seeded(), scheduler="DDIMScheduler", **kwargs).images
+    torch.testing.assert_close(drawn, own)  # the first thing that a generator draws
+    with pytest.raises(ValueError, match=r"`init_noise` must have shape \(2, 3, 8, 8\), or one row for all"):
+        pipe("draw", latents=noise[:, :, :4], **kwargs)
+
+
+def test_a_callback_ends_the_drawing_of_a_pipeline(pipe):
+    seen = []
+
+    def stop_after_two(pipe, step, t, tensors):
+        seen.append(tensors["latents"])
+        pipe._interrupt = step == 1
+
+    drawn = pipe("draw", callback_on_step_end=stop_after_two, output_type="latent", num_inference_steps=5).images
+    assert len(seen) == 2 and pipe._interrupt and torch.equal(drawn, seen[-1])
+    pipe(
+        "draw",
+        callback_on_step_end=lambda *args: seen.append(args[-1]),
+        callback_on_step_end_tensor_inputs=[],
+        **QUICK,
+    )
+    assert seen[2:] == [{}] * 3 and not pipe._interrupt
+    zeros = pipe(
+        "draw", callback_on_step_end=lambda *args: {"latents": 0 * args[-1]["latents"]}, output_type="latent", **QUICK
+    )
+    assert not zeros.images.any()
+    with pytest.raises(ValueError, match="may hold 'latents' alone; got \\['prompt_embeds'\\]"):
+        pipe("draw", callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"])
+
+
+def test_a_pipeline_returns_each_type_of_output(pipe, model):
+    kwargs = {"prompt": ["draw", "red"], **QUICK}
+    as_pil, as_np, as_pt, latents = (
+        pipe(**kwargs, output_type=output_type, generator=seeded()).images
+        for output_type in ("pil", "np", "pt", "latent")
+    )
+    assert as_np.shape == (2, 8, 8, 3) and torch.equal(torch.from_numpy(as_np).permute(0, 3, 1, 2), as_pt)
+    assert torch.equal(model.decode_latents(latents).add(1).div(2).clamp(0, 1), as_pt)
+    assert as_pil[1].tobytes() == (255 * as_np[1]).round().astype("uint8").tobytes()
+    with pytest.raises(ValueError, match="`output_type` must be 'pil', 'np', 'pt' or 'latent'; got 'jpg'"):
+        pipe(**kwargs, output_type="jpg")
+    with pytest.raises(ValueError, match="`output_type='np'` is one tensor; pass one `height` and `width` for all"):
+        pipe(**kwargs, output_type="np", height=[4, 8])
+
+
+def test_the_progress_bar_of_a_pipeline_is_hidden_on_demand(pipe, capsys):
+    for shown in (True, False):
+        pipe.set_progress_bar_config(disable=not shown)
+        pipe("draw", **QUICK)
+        assert ("draw:" in capsys.readouterr().err) == shown
+
+
+def test_a_pipeline_loads_an_adapter(processor, tmp_path):
+    base = AutoModelForMultimodalLM.from_pretrained(TINY)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    kwargs = {"prompt": "draw", "output_type": "pt", **QUICK}
+    expected = TransfusionPipeline(adapted, processor)(**kwargs, generator=seeded()).images
+    adapted.save_pretrained(tmp_path)
+    pipe = TransfusionPipeline.from_pretrained(TINY)
+    plain = pipe(**kwargs, generator=seeded()).images
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(pipe(**kwargs, generator=seeded()).images, expected)
+    assert not torch.equal(expected, plain)
+
+
+def test_one_vocabulary_draws_the_same_in_every_pipeline(pipe, model, processor):
+    draw = pipeline("text-to-image", model=model, processor=processor)
+    mask = Image.new("L", (8, 8))
+    mask.paste(255, (4, 0, 8, 8))
+    kwargs = {"guidance_scale": 2.0, "negative_prompt": "blue", "num_images_per_prompt": 2, "init_image": RED}
+    kwargs |= {"mask_image": mask, **QUICK}
+    pair = [one(["draw", "red"], generator=seeded(), **kwargs) for one in (draw, pipe)]
+    assert [i.tobytes() for i in pair[0]] == [i.tobytes() for i in pair[1].images] and len(pair[0]) == 4
+    assert len(draw("draw", num_images_per_prompt=2, **QUICK)) == 2
+    noise = torch.zeros(1, 3, 8, 8)
+    assert draw("draw", latents=noise, generator=seeded(), **QUICK).size == (8, 8)
+    with pytest.raises(ValueError, match="`num_images_per_prompt` must be at least 1; got 0"):
+        draw("draw", num_images_per_prompt=0)
 
 
 def test_a_chat_template_of_the_tokenizer_gets_images_in_both_directions():

@@ -31,6 +31,7 @@ def _check_transformers() -> None:
 
 _check_transformers()
 
+import diffusers
 import transformers
 from transformers.pipelines import PIPELINE_REGISTRY
 
@@ -76,6 +77,8 @@ _tasks = PIPELINE_REGISTRY.supported_tasks
 # From these two, other models get the library's own pipelines.
 _tasks["any-to-any"] = {**_tasks["any-to-any"], "impl": TransfusionAnyToAnyPipeline}
 _tasks["text-generation"] = {**_tasks["text-generation"], "impl": TransfusionTextGenerationPipeline}
+# Where `DiffusionPipeline.from_pretrained` looks up the class that a `model_index.json` names.
+diffusers.TransfusionPipeline = TransfusionPipeline
 
 __version__ = version("transfusion-hf")
 __all__ = [

@@ -58,6 +58,7 @@ class DrawingArguments:
     callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None
     init_image: torch.Tensor | None = None
     mask_image: torch.Tensor | None = None
+    init_noise: torch.Tensor | None = None
     negative_prompt_ids: torch.LongTensor | None = None
     negative_prompt_attention_mask: torch.Tensor | None = None
 
@@ -72,8 +73,9 @@ class DrawingArguments:
         start, end = self.guidance_start, self.guidance_end
         if not 0 <= start <= end <= 1:
             raise ValueError(f"`guidance_start`, `guidance_end`: expected 0 ≤ start ≤ end ≤ 1; got {start} and {end}.")
-        if self.init_image is not None and self.generation_mode != "image":
-            raise ValueError("`init_image` belongs to one drawing of each row; pass `generation_mode='image'`.")
+        for name in ("init_image", "init_noise"):
+            if getattr(self, name) is not None and self.generation_mode != "image":
+                raise ValueError(f"`{name}` belongs to one drawing of each row; pass `generation_mode='image'`.")
         if self.init_image is None and (self.mask_image is not None or self.strength != 1):
             raise ValueError("`mask_image` and `strength` need an `init_image` to begin with.")
         if self.init_image is not None and self.mask_image is None and self.strength == 1:
@@ -390,6 +392,14 @@ class Drawing:
         # A latent pixel is redrawn if one of its pixels is.
         return known, max_pool2d((mask != 0).float().to(known.device), config.vae_scale_factor) > 0
 
+    def _noise(self, generators: Any) -> torch.Tensor:
+        shape, given = (len(self.rows), self.model.config.latent_channels, *self.size), self.arguments.init_noise
+        if given is None:
+            return randn_tensor(shape, generator=generators, device=self.ids.device, dtype=torch.float32)
+        if tuple(given.shape) not in (shape, (1, *shape[1:])):
+            raise ValueError(f"`init_noise` must have shape {shape}, or one row for all; got {tuple(given.shape)}.")
+        return given.to(self.ids.device, torch.float32).expand(shape)
+
     def run(self, streamer: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
         From pure noise to x_0, float32 throughout. A `streamer` gets the first row's image and, at its
@@ -406,8 +416,7 @@ class Drawing:
             self.model.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.ids.device
         )
         step_kwargs = sampling_step_kwargs(scheduler, generators)
-        shape = (len(self.rows), self.model.config.latent_channels, *self.size)
-        noise = randn_tensor(shape, generator=generators, device=self.ids.device, dtype=torch.float32)
+        noise = self._noise(generators)
         x_t, timesteps = noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
         if known is not None and (start := len(timesteps) - max(1, round(arguments.strength * len(timesteps)))):
             if hasattr(scheduler, "set_begin_index"):  # those that count their steps
@@ -428,8 +437,10 @@ class Drawing:
                 kept = known if is_last else at_timestep(scheduler, known, noise, timesteps[i + 1])
                 x_t = torch.where(mask, x_t, kept)
             if arguments.callback_on_step_end is not None:
-                changed = arguments.callback_on_step_end(self.model, i, t, {"latents": x_t})
-                x_t = (changed or {}).get("latents", x_t)
+                changed = arguments.callback_on_step_end(self.model, i, t, {"latents": x_t}) or {}
+                x_t = changed.get("latents", x_t)
+                if changed.get("interrupt"):
+                    break
         images = self.model.decode_latents(x_t)
         if hasattr(streamer, "put_image"):
             streamer.put_image(images[0], num_steps, num_steps)

@@ -121,11 +121,14 @@ class TransfusionGenerationMixin(GenerationMixin):
             mask_image (`torch.Tensor` of shape `(batch, 1, height, width)` or `(1, …)`, *optional*):
                 Not 0 where to draw; elsewhere `init_image` stays as it is, latent pixel by latent pixel.
             strength (`float`, defaults to 1.0): Share of the steps to take, from `init_image` under noise; above 0.
+            init_noise (`torch.FloatTensor` of shape `(batch, channels, height, width)` or `(1, …)`, *optional*):
+                In `"image"` mode: the noise to begin with, N(0, 1), in the size of the latents.
             max_images (`int`, *optional*): Images that a row may draw; after that `<BOI>` is suppressed in it.
             progress_bar (`bool`, defaults to `False`): Whether to show one for the denoising steps.
             callback_on_step_end (`Callable`, *optional*):
                 Called after each denoising step as in diffusers: with the model, the number of the step, t, and
-                `{"latents": x_t}` of the rows that draw. Latents that it returns replace x_t.
+                `{"latents": x_t}` of the rows that draw. Latents that it returns replace x_t; `{"interrupt": True}`
+                ends the drawing with this step.
             height (`int` or `list[int]`, *optional*), width (`int` or `list[int]`, *optional*):
                 Pixels, multiples of `config.pixels_per_patch`; default `config.sample_size`. A list has one per row.
             scheduler (`SchedulerMixin` or `str`, *optional*): Of diffusers, or its class name; default DDPM.

@@ -1,19 +1,23 @@
 """
-Pipelines: the tasks `"text-to-image"` and `"interleaved-generation"`, the diffusers-like [`TransfusionPipeline`], and
-what a Transfusion needs of the library's `"any-to-any"` and `"text-generation"`.
+Pipelines: the tasks `"text-to-image"` and `"interleaved-generation"`, diffusers' [`TransfusionPipeline`], and what a
+Transfusion needs of the library's `"any-to-any"` and `"text-generation"`. [`drawing_kwargs`] is their one vocabulary.
 """
 
+import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import diffusers
 import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, Pipeline, PreTrainedModel
 from transformers.image_utils import make_flat_list_of_images
 from transformers.pipelines import AnyToAnyPipeline, TextGenerationPipeline
+from transformers.utils import has_file
 
 from .processing_transfusion import TransfusionProcessor
 
@@ -55,8 +59,45 @@ class TransfusionAnyToAnyPipeline(_OursOrTheLibrarys, AnyToAnyPipeline):
         return outputs
 
 
+def drawing_kwargs(
+    model: PreTrainedModel, processor: TransfusionProcessor, guidance_scale=None, negative_prompt=None,
+    num_images_per_prompt=None, height=None, width=None, init_image=None, mask_image=None, latents=None,
+) -> dict[str, Any]:  # fmt: skip
+    """Arguments in the words of diffusers, which [`TransfusionPipeline`] explains, as those of `generate()`."""
+    given = {"image_guidance_scale": guidance_scale, "init_noise": latents, "height": height, "width": width}
+    if num_images_per_prompt is not None:
+        if num_images_per_prompt < 1:
+            raise ValueError(f"`num_images_per_prompt` must be at least 1; got {num_images_per_prompt}.")
+        # The library returns several sequences only where it samples.
+        given |= {"num_return_sequences": num_images_per_prompt, "do_sample": True}
+    per_row, image_processor = {"init_image": init_image, "mask_image": mask_image}, processor.image_processor
+    sides = zip(("height", "width"), model.config.latent_size, strict=True)
+    height, width = (
+        given[name] or getattr(model.generation_config, name, None) or side * model.config.vae_scale_factor
+        for name, side in sides
+    )
+    if negative_prompt is not None:
+        inputs = processor(text=negative_prompt)
+        per_row["negative_prompt_ids"] = inputs["input_ids"]
+        per_row["negative_prompt_attention_mask"] = inputs["attention_mask"]
+    if not isinstance(init_image, torch.Tensor | None):
+        pictures = make_flat_list_of_images(image_processor.fetch_images(init_image))
+        pictures = [picture.resize((width, height), Image.Resampling.BICUBIC) for picture in pictures]
+        inputs = image_processor(pictures, do_resize=False, do_center_crop=False)
+        per_row["init_image"] = inputs["pixel_values"]
+    if not isinstance(mask_image, torch.Tensor | None):
+        black_or_white = {"do_normalize": False, "do_convert_grayscale": True, "do_binarize": True}
+        mask_processor = VaeImageProcessor(vae_scale_factor=1, resample="nearest", **black_or_white)
+        per_row["mask_image"] = mask_processor.preprocess(image_processor.fetch_images(mask_image), height, width)
+    for name, rows in per_row.items():  # one for all, or one for each image
+        if rows is not None:
+            rows = rows if len(rows) == 1 else rows.repeat_interleave(num_images_per_prompt or 1, dim=0)
+            given[name] = rows.to(model.device)
+    return {name: value for name, value in given.items() if value is not None}
+
+
 class _GeneratingPipeline(Pipeline):
-    """Passes prompts through the processor and `generate()` together; keyword arguments go to `generate()`."""
+    """Passes prompts through the processor and `generate()` together, which take the keyword arguments."""
 
     _load_processor = True
     _load_image_processor = _load_feature_extractor = _load_tokenizer = False
@@ -69,10 +110,11 @@ class _GeneratingPipeline(Pipeline):
         return results[0] if isinstance(text, str) and len(results) == 1 else results
 
     def _sanitize_parameters(self, **kwargs: Any) -> tuple[dict, dict, dict]:
-        return {}, kwargs, {}
+        names = list(inspect.signature(drawing_kwargs).parameters)[2:]
+        return {name: kwargs.pop(name) for name in names if name in kwargs}, kwargs, {}
 
     def preprocess(self, inputs: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        return dict(self.processor(**inputs))
+        return {**self.processor(**inputs), **drawing_kwargs(self.model, self.processor, **kwargs)}
 
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
         generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
@@ -85,7 +127,7 @@ class _GeneratingPipeline(Pipeline):
 
 
 class TextToImagePipeline(_GeneratingPipeline):
-    """The task `"text-to-image"`: one `PIL.Image.Image` per prompt."""
+    """The task `"text-to-image"`: `PIL.Image.Image`s, with `num_images_per_prompt` those of one prompt in a row."""
 
     generation_mode = "image"
 
@@ -96,29 +138,77 @@ class InterleavedGenerationPipeline(_GeneratingPipeline):
     generation_mode = "interleaved"
 
 
-class TransfusionPipeline:
-    """Draws images with a diffusers-style API, from a `TransfusionForCausalLMAndDiffusion` and its processor."""
+class TransfusionPipeline(DiffusionPipeline):
+    """
+    Draws images as a pipeline of diffusers, from a `TransfusionForCausalLMAndDiffusion` and its processor; all drawing
+    is that of `generate()`.
 
-    def __init__(self, model: PreTrainedModel, processor: TransfusionProcessor):
-        self.model = model
-        self.processor = processor
+    Args:
+        model (`TransfusionForCausalLMAndDiffusion`), processor (`TransfusionProcessor`)
+        scheduler (`SchedulerMixin`, *optional*): By default that of `generate()`; may be assigned later.
+    """
+
+    model_cpu_offload_seq = "model"
+    _optional_components = ["scheduler"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self, model: PreTrainedModel, processor: TransfusionProcessor, scheduler: SchedulerMixin | None = None
+    ):
+        super().__init__()
+        scheduler = scheduler or model.sampling_scheduler()
+        self.register_modules(model=model, processor=processor, scheduler=scheduler)
+        self._interrupt = False
+
+    def _assigned_scheduler(self) -> SchedulerMixin | None:
+        """`None` for the model's own, which `generate()` fits to the number of steps."""
+        pair = (self.scheduler, self.model.sampling_scheduler())
+        first, second = ((type(s), {name: x for name, x in s.config.items() if name[0] != "_"}) for s in pair)
+        return None if first == second else self.scheduler
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "TransfusionPipeline":
         """Loads a checkpoint of transformers; `kwargs` are those of the model's `from_pretrained`."""
-        model = AutoModelForMultimodalLM.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        path, scheduler = pretrained_model_name_or_path, None
+        model = AutoModelForMultimodalLM.from_pretrained(path, **kwargs)
         names = ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only")
         shared = {name: kwargs[name] for name in names if name in kwargs}
-        return cls(model, TransfusionProcessor.from_pretrained(pretrained_model_name_or_path, **shared))
+        if has_file(path, "scheduler/scheduler_config.json", **shared):
+            config = type(model.noise_scheduler).load_config(path, subfolder="scheduler", **shared)
+            scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
+        return cls(model, TransfusionProcessor.from_pretrained(path, **shared), scheduler)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Writes model and processor into one folder; `kwargs` are those of the model's `save_pretrained`."""
+        """
+        Writes model and processor into one folder, as transformers do, and beside them what
+        `DiffusionPipeline.from_pretrained` wants; `kwargs` are those of the model's `save_pretrained`.
+        """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
+        self.scheduler.save_pretrained(os.path.join(save_directory, "scheduler"))
+        self.save_config(save_directory)
 
-    def to(self, *args: Any, **kwargs: Any) -> "TransfusionPipeline":
-        self.model.to(*args, **kwargs)
-        return self
+    def set_progress_bar_config(self, *, disable: bool = False) -> None:
+        super().set_progress_bar_config(disable=disable)
+
+    def enable_vae_tiling(self) -> None:
+        """Encodes and decodes large images in tiles, in less memory."""
+        if self.model.vae is None:
+            raise ValueError("`enable_vae_tiling` needs a VAE, and this model draws pixels; drop the call.")
+        self.model.vae.enable_tiling()
+
+    def load_lora_weights(self, folder: str, adapter_name: str = "default", **kwargs: Any) -> None:
+        """Loads an adapter of PEFT, from a folder or the Hub; `kwargs` are those of the model's `load_adapter`."""
+        self.model.load_adapter(folder, adapter_name=adapter_name, **kwargs)
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "`enable_sequential_cpu_offload`, `enable_group_offload`, attention slicing and xFormers do not work for "
+            "a Transfusion; use `enable_model_cpu_offload()`, or load with a `device_map` or `attn_implementation`."
+        )
+
+    enable_sequential_cpu_offload = enable_group_offload = set_attention_slice = _refuse
+    set_use_memory_efficient_attention_xformers = _refuse
 
     def __call__(
         self,
@@ -136,7 +226,9 @@ class TransfusionPipeline:
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
-        progress_bar: bool = True,
+        progress_bar: bool | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        latents: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ImagePipelineOutput | tuple[Any]:
         """
@@ -150,50 +242,56 @@ class TransfusionPipeline:
             image (*optional*): The images that the prompts mark, for editing.
             init_image (PIL image or list of them, *optional*):
                 What to begin with, one per prompt, resized to the output: a variation with `strength` below 1,
-                inpainting with `mask_image`.
+                inpainting with `mask_image`. A tensor goes to `generate()` as it is.
             mask_image (PIL image or list of them, *optional*): White where to draw, black where `init_image` stays.
-            output_type (`str`, defaults to `"pil"`): `"pt"`: `(num_images, channels, height, width)` in [0, 1].
+            output_type (`str`, defaults to `"pil"`):
+                `"pt"`: `(num_images, channels, height, width)` in [0, 1]; `"np"`: `(num_images, height, width,
+                channels)`; `"latent"`: what `model.decode_latents` takes.
             return_dict (`bool`, defaults to `True`): `False`: returns a tuple.
-            callback_on_step_end (`Callable`, *optional*): Called with this pipeline, the step, t and the latents.
-            progress_bar (`bool`, defaults to `True`)
+            callback_on_step_end (`Callable`, *optional*):
+                Called with this pipeline, the step, t and a dict of tensors, of which it may return others. After
+                `pipe._interrupt = True` the drawing ends with this step.
+            progress_bar (`bool`, *optional*): By default as in `set_progress_bar_config`: shown.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`): The tensors for the callback.
+            latents (`torch.FloatTensor` of shape `(num_images, channels, height, width)` or `(1, …)`, *optional*):
+                The noise to begin with, in the size of the latents; by default drawn with `generator`.
             kwargs: Arguments of `generate()`.
         """
-        if output_type not in ("pil", "pt"):
-            raise ValueError(f"`output_type` must be 'pil' or 'pt'; got {output_type!r}.")
-        if num_images_per_prompt < 1:
-            raise ValueError(f"`num_images_per_prompt` must be at least 1; got {num_images_per_prompt}.")
-        config, per_row = self.model.config, {}
-        default_height, default_width = (side * config.vae_scale_factor for side in config.latent_size)
-        height, width = height or default_height, width or default_width
-        if negative_prompt is not None:
-            inputs = self.processor(text=negative_prompt)
-            per_row["negative_prompt_ids"] = inputs["input_ids"]
-            per_row["negative_prompt_attention_mask"] = inputs["attention_mask"]
-        if init_image is not None:
-            pictures = make_flat_list_of_images(self.processor.image_processor.fetch_images(init_image))
-            pictures = [picture.resize((width, height), Image.Resampling.BICUBIC) for picture in pictures]
-            inputs = self.processor.image_processor(pictures, do_resize=False, do_center_crop=False)
-            per_row["init_image"] = inputs["pixel_values"]
-        if mask_image is not None:
-            black_or_white = {"do_normalize": False, "do_convert_grayscale": True, "do_binarize": True}
-            mask_processor = VaeImageProcessor(vae_scale_factor=1, resample="nearest", **black_or_white)
-            masks = self.processor.image_processor.fetch_images(mask_image)
-            per_row["mask_image"] = mask_processor.preprocess(masks, height, width)
-        for name, rows in per_row.items():  # one for all, or one for each image
-            rows = rows if len(rows) == 1 else rows.repeat_interleave(num_images_per_prompt, dim=0)
-            kwargs[name] = rows.to(self.model.device)
-        if callback_on_step_end is not None:
-            kwargs["callback_on_step_end"] = lambda _, *args: callback_on_step_end(self, *args)
-        # The library returns several sequences only where it samples; in this mode there is no text to sample.
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent'; got {output_type!r}.")
+        if output_type != "pil" and not all(isinstance(side, int | None) for side in (height, width)):
+            raise ValueError(f"`output_type={output_type!r}` is one tensor; pass one `height` and `width` for all.")
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"`callback_on_step_end_tensor_inputs` may hold 'latents' alone; got {sorted(unknown)}.")
+        if getattr(self, "_all_hooks", None):  # of `enable_model_cpu_offload`
+            self.model.to(self._execution_device)
+        if progress_bar is None:
+            progress_bar = not getattr(self, "_progress_bar_config", {}).get("disable", False)
+        self._interrupt, last = False, {}
+
+        def on_step_end(model: Any, step: int, t: torch.Tensor, tensors: dict[str, Any]) -> dict[str, Any]:
+            if callback_on_step_end is not None:
+                shown = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                tensors = {**tensors, **(callback_on_step_end(self, step, t, shown) or {})}
+            last.update(tensors)
+            return {**tensors, "interrupt": self._interrupt}
+
         output = self.model.generate(
             **self.processor(text=prompt, images=image).to(self.model.device),
-            generation_mode="image", do_sample=True, num_return_sequences=num_images_per_prompt, height=height,
-            width=width, num_inference_steps=num_inference_steps, image_guidance_scale=guidance_scale,
-            generator=generator, progress_bar=progress_bar, **kwargs,
+            **drawing_kwargs(
+                self.model, self.processor, guidance_scale, negative_prompt, num_images_per_prompt, height, width,
+                init_image, mask_image, latents,
+            ),
+            generation_mode="image", num_inference_steps=num_inference_steps, generator=generator,
+            progress_bar=progress_bar, callback_on_step_end=on_step_end,
+            **{"scheduler": self._assigned_scheduler(), **kwargs},
         )  # fmt: skip
         images: Any = [row[0] for row in output.images]
-        if output_type == "pil":
+        if output_type == "latent":
+            images = last["latents"]
+        elif output_type == "pil":
             images = self.processor.image_processor.postprocess(images)
         else:
-            images = torch.stack(images).add(1).div(2).clamp(0, 1)
+            images = VaeImageProcessor().postprocess(torch.stack(images), output_type=output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)

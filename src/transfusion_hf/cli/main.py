@@ -13,7 +13,7 @@ The command line:
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from transformers import AutoModelForMultimodalLM
 
 from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..image_processing_transfusion import read_picture
+from ..pipelines_transfusion import drawing_kwargs
 from ..processing_transfusion import TransfusionProcessor
 from .streamers import TransfusionStreamer
 
@@ -56,10 +57,13 @@ def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--max_new_tokens", type=int, default=num_tokens)
     for sub, output in ((draw, "drawing.png"), (edit, "edited.png"), (chat, "chat.png")):
         sub.add_argument("-o", "--output", type=Path, default=Path(output))
-        sub.add_argument("--guidance_scale", type=float, dest="image_guidance_scale")
+        sub.add_argument("--guidance_scale", type=float)
+        sub.add_argument("--negative_prompt", help="what not to draw")
         sub.add_argument("--scheduler", help="a class of diffusers, for example 'DDIMScheduler'")
         for name in ("num_inference_steps", "height", "width"):
             sub.add_argument(f"--{name}", type=int)
+    for sub in (draw, edit):
+        sub.add_argument("--num_images_per_prompt", type=int, help="several are numbered: drawing-1.png …")
     for sub in (draw, caption, edit, chat):
         sub.add_argument("--seed", type=int)
     app = command("app", "Opens a page to draw, caption and chat in a browser.")
@@ -78,6 +82,10 @@ def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
 
 
+def _numbered(output: Path) -> Iterator[Path]:
+    return (output.with_stem(f"{output.stem}-{i}") for i in count(1))
+
+
 def _run_once(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str, Any]) -> None:
     """Draws, edits or captions."""
     pictures = [read_picture(args.picture)] if "picture" in args else []
@@ -87,10 +95,11 @@ def _run_once(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict
         print("".join(map(str, pieces)).strip())
         return
     output = model.generate(**inputs, generation_mode="image", progress_bar=True, **kwargs)
-    (image,) = processor.post_process_multimodal_output(output, generation_mode="image")
+    images = processor.post_process_multimodal_output(output, generation_mode="image")
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    image.save(args.output)
-    print(args.output)
+    for file, image in zip(_numbered(args.output) if len(images) > 1 else [args.output], images, strict=False):
+        image.save(file)
+        print(file)
 
 
 def _chat(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str, Any]) -> None:
@@ -98,7 +107,7 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str
     args.output.parent.mkdir(parents=True, exist_ok=True)
     messages: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
-    files = (args.output.with_stem(f"{args.output.stem}-{i}") for i in count(1))
+    files = _numbered(args.output)
     for line in filter(None, map(str.strip, sys.stdin)):
         if line == "/quit":
             break
@@ -138,6 +147,8 @@ def _run(args: argparse.Namespace) -> None:
         launch_app(model, processor, server_name=args.host, server_port=args.port, share=args.share)
         return
     kwargs = {name: value for name, value in vars(args).items() if name in {*DRAWING_DEFAULTS, "max_new_tokens"}}
+    words = ("guidance_scale", "negative_prompt", "num_images_per_prompt")
+    kwargs |= drawing_kwargs(model, processor, **{name: getattr(args, name) for name in words if name in args})
     kwargs["generator"] = None if args.seed is None else torch.Generator(args.device).manual_seed(args.seed)
     (_chat if args.command == "chat" else _run_once)(args, model, processor, kwargs)
 
