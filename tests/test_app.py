@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from transfusion_hf.cli.main import main
+from transfusion_command import main
 from transfusion_hf.diffusion_transfusion import make_sampling_scheduler
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
