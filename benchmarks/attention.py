@@ -9,7 +9,7 @@ Prints a Markdown table of ratios (dense SDPA / backend: how many times faster) 
 
 import statistics
 from collections.abc import Callable
-from pathlib import Path
+from itertools import chain, zip_longest
 
 import matplotlib
 
@@ -136,14 +136,28 @@ def table(rows: list[tuple[str, dict[str, list[float]]]]) -> tuple[str, list[tup
     return "\n".join(lines), ratios
 
 
-def plot(ratios: list[tuple[str, str, float]], file: Path) -> None:
-    figure, axis = plt.subplots(figsize=(8, 0.3 * len(ratios) + 1))
-    axis.barh([f"{label}: {name}" for label, name, _ in ratios], [value for *_, value in ratios])
-    axis.axvline(1, color="k", linewidth=0.8)
-    axis.invert_yaxis()
-    axis.set_xlabel("times as fast as the first of its layout")
-    figure.savefig(file, dpi=100, bbox_inches="tight")
-    plt.close(figure)
+def make_figure(ratios: list[tuple[str, str, float]]) -> plt.Figure:
+    """A panel for each layout, forward above forward + backward; `transfusion_varlen` stands out."""
+    layouts: dict[str, dict[str, float]] = {}
+    for label, name, value in ratios:
+        layouts.setdefault(label, {})[name] = value
+    rows = [[label for label in layouts if label.endswith("backward") == backward] for backward in (False, True)]
+    size = {"figsize": (16, 5.5), "layout": "constrained"}
+    figure, axes = plt.subplots(2, max(map(len, rows)), sharex=True, squeeze=False, **size)
+    for axis, label in chain(*map(zip_longest, axes, rows)):
+        if label is None:
+            axis.remove()
+            continue
+        names, values = zip(*layouts[label].items(), strict=True)
+        bars = axis.barh(names, values, color=["tab:purple" if "transfusion" in name else "silver" for name in names])
+        axis.axvline(1, color="k", linewidth=0.8, zorder=0)
+        axis.bar_label(bars, fmt="%.2f", padding=3, bbox={"facecolor": "w", "edgecolor": "none", "pad": 0.5})
+        axis.invert_yaxis()
+        axis.set_title(label.replace(", forward", "\nforward"), fontsize=10)
+        axis.margins(x=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("times as fast as the first bar of the panel; longer is faster", fontsize=10)
+    return figure
 
 
 def main() -> None:
@@ -179,7 +193,7 @@ def main() -> None:
     )
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / f"attention_{device.type}.md").write_text(text)
-    plot(ratios, args.output_dir / f"attention_{device.type}.png")
+    make_figure(ratios).savefig(args.output_dir / f"attention_{device.type}.png", dpi=100)
     print(text)
 
 

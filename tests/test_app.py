@@ -11,12 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
-from transfusion_hf.cli.main import main
+from transfusion_command import main
 from transfusion_hf.diffusion_transfusion import make_sampling_scheduler
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
@@ -199,13 +198,41 @@ def test_who_closes_the_answer_stops_the_model(model, processor):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
 def test_the_schedulers_offered_fit_the_model(processor, prediction_type):
-    page = app.make_app(tiny.model(prediction_type=prediction_type), processor)
+    model = AutoModelForMultimodalLM.from_pretrained(TINY, prediction_type=prediction_type)
+    page = app.make_app(model, processor)
     (dropdown,) = [block for block in page.blocks.values() if isinstance(block, gr.Dropdown)]
-    noise_scheduler = tiny.model(prediction_type=prediction_type).noise_scheduler
     names = [value for _, value in dropdown.choices]
     assert dropdown.value in names and len(names) == (3 if prediction_type == "flow_prediction" else 5)
     for name in names:
-        make_sampling_scheduler(noise_scheduler, name, 2, torch.device("cpu"))
+        make_sampling_scheduler(model.noise_scheduler, name, 2, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def drawing_model(processor):
+    """Writes one token, then draws."""
+    model = AutoModelForMultimodalLM.from_pretrained(TINY)
+    start = model.config.image_start_token_id
+    model.generation_config.sequence_bias = [[[i, start], 1e4] for i in range(ord("a"), ord("z"))]
+    model.generation_config.sequence_bias += [[[i], 1e3] for i in range(ord("a"), ord("z"))]
+    return model
+
+
+def test_a_model_that_draws_on_its_own_draws_by_default_and_its_captions_are_the_examples(drawing_model, processor):
+    captions = app.sample_captions(drawing_model, processor)
+    page = app.make_app(drawing_model, processor)
+    (mode,) = [block for block in page.blocks.values() if isinstance(block, gr.Radio)]
+    (chatbot,) = [block for block in page.blocks.values() if isinstance(block, gr.Chatbot)]
+    assert captions and mode.value == "draw"
+    assert [example["text"] for example in chatbot.examples] == captions[:4]
+    inputs = processor(text=captions[:1])
+    assert drawing_model.generate(**inputs, max_new_tokens=24, num_inference_steps=1).images[0]
+
+
+def test_a_model_that_writes_chats_by_default(model, processor):
+    page = app.make_app(model, processor)
+    (mode,) = [block for block in page.blocks.values() if isinstance(block, gr.Radio)]
+    assert app.sample_captions(model, processor) is None and mode.value == "chat"
+    assert page.title == "fixtures/tiny-transfusion · Transfusion"
 
 
 def test_the_model_runs_for_one_at_a_time(model, processor):
@@ -308,6 +335,36 @@ class Visit:
         self.send(text)
         self.wait()
         return self.pictures()[-1]
+
+
+@pytest.mark.parametrize(("width", "is_open"), [(1200, True), (390, False)])
+def test_the_settings_are_open_where_there_is_room(browser, address, width, is_open):
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    visit = Visit(page, address)
+    page.locator(f".sidebar{'.open' if is_open else ':not(.open)'}").wait_for(state="attached")
+    page.wait_for_timeout(500)  # it slides
+    prompt = visit.prompt.bounding_box()
+    assert page.get_by_role("heading", name="tiny-transfusion").is_visible()
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    left = page.get_by_label("seed").bounding_box()["x"]
+    assert (0 <= left < prompt["x"]) if is_open else (left < 0 and prompt["width"] > 150)
+    assert page.get_by_label("seed").input_value() == "", "random by default"
+    page.close()
+
+
+def test_an_example_is_drawn_with_a_click(browser, drawing_model, processor):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = app.launch_app(drawing_model, processor, server_port=port, prevent_thread_lock=True, quiet=True)
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    visit = Visit(page, f"http://127.0.0.1:{port}")
+    page.locator(".example").first.click()
+    page.get_by_test_id("bot").locator("img").wait_for()
+    visit.wait()
+    assert [picture.size for picture in visit.pictures()] == [(8, 8)]
+    page.close()
+    server.close()
 
 
 @pytest.fixture

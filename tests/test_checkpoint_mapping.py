@@ -191,7 +191,9 @@ def test_the_command_measures_the_scale_of_an_autoencoder_that_has_none(tmp_path
     with pytest.raises(ValueError, match=r"0\.18215.*not 8; measure it with .* `--measure_vae_scale`"):
         script.main(command)
     assert not output.exists()
-    with pytest.raises(ValueError, match=r"\['photo'\] not in the dataset. Columns in the dataset: \['image'\]"):
+    with pytest.raises(
+        ValueError, match=r"\['photo'\] not in the dataset. (Current c|C)olumns in the dataset: \['image'\]"
+    ):
         script.main([*command, "--measure_vae_scale", str(tmp_path / "pictures"), "--image_column", "photo"])
     script.main([*command, "--measure_vae_scale", str(tmp_path / "pictures")])
     model, processor = (kind.from_pretrained(output) for kind in (TransfusionForCausalLMAndDiffusion, AutoProcessor))

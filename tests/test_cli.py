@@ -1,5 +1,8 @@
 import io
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,8 +10,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
+import transfusion_command
+import transfusion_hf
+from transfusion_command import main
 from transfusion_hf import TransfusionPipeline
-from transfusion_hf.cli.main import main
 
 TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
 
@@ -75,6 +80,85 @@ def test_chat_answers_and_shows_pictures(tmp_path, picture, capsys, monkeypatch)
     printed = capsys.readouterr().out
     assert "/quit" in printed and "none.png is no picture that can be read" in printed
     assert "markers <image>" not in printed  # what somebody types is text
+
+
+class Terminal(io.StringIO):
+    """A standard input that someone types at, who ends with Ctrl-D, or with Ctrl-C."""
+
+    def __init__(self, lines, last_key):
+        super().__init__(lines)
+        self.last_key = last_key
+
+    def isatty(self):
+        return True
+
+    def readline(self, size=-1):
+        line = super().readline(size)
+        if not line and self.last_key == "Ctrl-C":
+            raise KeyboardInterrupt
+        return line
+
+
+@pytest.mark.parametrize("last_key", ["Ctrl-D", "Ctrl-C"])
+def test_a_chat_in_a_terminal_has_a_prompt_sign_and_ends_without_a_traceback(last_key, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", Terminal("/image nowhere.png\n", last_key))
+    assert main(["chat", TINY, "--device", "cpu"]) == 0
+    printed = capsys.readouterr()
+    assert [line[:2] for line in printed.out.splitlines()[1:]] == ["> ", "> "]
+    assert "Traceback" not in printed.err
+
+
+def test_a_chat_that_is_piped_in_has_no_prompt_sign(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/image nowhere.png\n"))
+    assert main(["chat", TINY, "--device", "cpu"]) == 0
+    assert ">" not in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_any_command_with_the_status_of_the_shell(capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(AutoModelForMultimodalLM, "from_pretrained", interrupted)
+    assert main(["draw", TINY, "a seven"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def in_a_process(code):
+    path = str(Path(transfusion_command.__file__).parent)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("TORCH_", "DIFFUSERS_"))}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment | {"PYTHONPATH": path}
+    )
+
+
+def test_help_and_wrong_arguments_import_no_torch():
+    code = """
+import sys
+from transfusion_command import main
+for arguments in (["--help"], ["draw", "--help"], ["--version"], ["drow"], ["draw", "MODEL"]):
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        print("status", ended.code)
+assert not {"torch", "transformers", "transfusion_hf"} & sys.modules.keys()
+"""
+    run = in_a_process(code)
+    assert run.returncode == 0, run.stderr
+    assert [line for line in run.stdout.splitlines() if "status" in line] == [f"status {n}" for n in (0, 0, 0, 2, 2)]
+
+
+@pytest.mark.slow
+def test_a_command_prints_no_notes_of_the_libraries(tmp_path):
+    code = f"from transfusion_command import main; main(['caption', {TINY!r}, {str(tmp_path / 'none.png')!r}])"
+    run = in_a_process(code)
+    lines = [line for line in run.stderr.splitlines() if line and "Loading weights" not in line]
+    assert not run.stdout and len(lines) == 1 and lines[0].startswith("transfusion: "), run.stderr
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0 and capsys.readouterr().out == f"transfusion-hf {transfusion_hf.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from transformers import TrainingArguments
 
 import transfusion_hf
-from transfusion_hf.cli.main import main
+from transfusion_command import main
 from transfusion_hf.denoising_transfusion import DrawingArguments
 
 ROOT = Path(__file__).parents[1]

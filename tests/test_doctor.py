@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from transfusion_command import main as run
 from transfusion_hf import (
     TransfusionDataCollator,
     TransfusionForCausalLMAndDiffusion,
@@ -30,7 +31,6 @@ from transfusion_hf import (
     diffusion_transfusion,
     measure_latent_scale,
 )
-from transfusion_hf.cli.main import main as run
 from transfusion_hf.data.shapes import ShapesDataset
 from transfusion_hf.training.doctor import diagnose, main
 

@@ -8,6 +8,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -111,6 +112,16 @@ def test_every_file_has_its_place():
         "doctor",  # `python -m transfusion_hf.doctor`
         "latents",
     }
+    assert {file.name for file in SOURCE.parent.glob("*.py")} == {"transfusion_command.py"}
+
+
+def test_the_console_script_and_the_typing_marker_are_packaged():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert {ROOT / name for name in packages} == {SOURCE, SOURCE.parent / "transfusion_command.py"}
+    module, function = project["project"]["scripts"]["transfusion"].split(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    assert (SOURCE / "py.typed").is_file()
 
 
 def test_every_travelling_file_is_reached_from_the_model_or_the_pipelines():

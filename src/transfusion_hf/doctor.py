@@ -2,7 +2,8 @@
 
 import sys
 
-from .cli.main import main as run
+from transfusion_command import main as run
+
 from .training.doctor import diagnose, main
 
 __all__ = ["diagnose", "main"]

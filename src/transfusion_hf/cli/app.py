@@ -122,21 +122,44 @@ def respond(
         gr.Warning(html.escape(str(error), quote=False), title="Error")
 
 
+def sample_captions(model: Any, processor: TransfusionProcessor) -> list[str] | None:
+    """Texts that the model writes before it draws; `None` unless it draws in each of 8 answers to an empty prompt."""
+    if processor.tokenizer.bos_token_id is None:
+        return None
+    inputs, config = processor(text=[""] * 8).to(model.device), model.config
+    output = model.generate(
+        **inputs,
+        do_sample=True,
+        generator=torch.Generator(model.device).manual_seed(0),
+        num_inference_steps=1,  # only the texts are of use
+        image_guidance_scale=1.0,
+        max_images=1,
+        max_new_tokens=32 + 2 + config.num_patches(*config.latent_size),
+    )
+    rows = processor.decode_interleaved(output.sequences[:, inputs["input_ids"].shape[1] :], output.images)
+    if not all(any(not isinstance(part, str) for part in row) for row in rows):
+        return None
+    texts = [row[0].strip() for row in rows if isinstance(row[0], str)]
+    return [text for text in dict.fromkeys(texts) if text]
+
+
 def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
     """The page for a `TransfusionForCausalLMAndDiffusion` and its processor. `launch_app` starts it."""
     config, stored = model.config, model.generation_config
     defaults = DRAWING_DEFAULTS | {name: value for name, value in stored.to_dict().items() if value is not None}
     schedulers = _FLOW_SCHEDULERS if is_flow(model.noise_scheduler) else _SCHEDULERS
     scheduler = defaults["scheduler"] or type(model.noise_scheduler).__name__
+    captions = sample_captions(model, processor)
+    name = "/".join(Path(config.name_or_path).parts[-2:])
     full, whole = {"fill_height": True, "fill_width": True}, {"step": 1, "precision": 0}
     # Files are deleted after a day.
-    with gr.Blocks(title="Transfusion", analytics_enabled=False, delete_cache=(3600, 86400), **full) as app:
-        with gr.Sidebar(width=340):
+    with gr.Blocks(title=f"{name} · Transfusion", analytics_enabled=False, delete_cache=(3600, 86400), **full) as app:
+        with gr.Sidebar(width=340, open=False) as sidebar:
             settings = [
-                gr.Radio(list(MODES), value="chat", label="mode"),
+                gr.Radio(list(MODES), value="chat" if captions is None else "draw", label="mode"),
                 gr.Slider(1, config.num_train_timesteps, defaults["num_inference_steps"], label="steps", **whole),
                 gr.Slider(1, 20, defaults["image_guidance_scale"], step=0.1, label="guidance scale"),
-                gr.Number(label="seed", placeholder="random", precision=0),
+                seed := gr.Number(label="seed", placeholder="random", precision=0),
                 gr.Dropdown(schedulers, value=scheduler, label="scheduler"),
                 gr.Slider(1, 8192, stored.max_new_tokens or 1024, label="max new tokens", **whole),
                 gr.Slider(1, 100, 5, label="preview interval", **whole),
@@ -145,6 +168,8 @@ def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
         files = {"file_types": ["image"], "file_count": "multiple"}
         gr.ChatInterface(
             partial(respond, model, processor),
+            title=f"Transfusion: {html.escape(name)}",
+            examples=[[{"text": caption, "files": []}] for caption in (captions or [])[:4]] or None,
             multimodal=True,
             chatbot=gr.Chatbot(show_label=False, scale=1, render_markdown=False, buttons=["copy"]),
             textbox=gr.MultimodalTextbox(placeholder="text, pictures", stop_btn=True, **files),
@@ -152,6 +177,15 @@ def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
             # A public API would have its own queue, but the model runs for one user at a time.
             api_visibility="private",
             concurrency_limit=1,
+        )
+        # Closed on a phone. A number that is empty from the start would be sent as 0.
+        is_wide = gr.Checkbox(visible=False)
+        app.load(
+            lambda is_wide: (gr.Sidebar(width=340, open=is_wide), None),
+            is_wide,
+            [sidebar, seed],
+            js="() => innerWidth >= 768",
+            api_visibility="private",
         )
     return app
 

@@ -1,19 +1,9 @@
-"""
-The command line:
-
-    transfusion draw MODEL "a handwritten seven" -o seven.png
-    transfusion caption MODEL picture.png
-    transfusion edit MODEL picture.png "make it red" -o out.png
-    transfusion chat MODEL
-    transfusion app MODEL
-    transfusion doctor MODEL [DATA]
-    transfusion latents MODEL DATASET OUTPUT
-    transfusion train --tokenizer_name TOKENIZER --caption_dataset DATA --output_dir FOLDER
-"""
+"""What the commands of `transfusion` do; `transfusion_command` reads their arguments."""
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,59 +12,13 @@ import torch
 from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
+from transfusion_command import CHAT_HELP, parse_args
+
 from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..image_processing_transfusion import read_picture
 from ..pipelines_transfusion import drawing_kwargs
 from ..processing_transfusion import TransfusionProcessor
 from .streamers import TransfusionStreamer
-
-_CHAT_HELP = "End a line with Return to send it. `/image FILE` shows a picture, `/quit` ends."
-
-
-def _parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("transfusion", description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("model", help="a folder (an adapter's, too) or a repository of the Hub")
-        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-        sub.add_argument("--dtype", default="auto", help="for example 'bfloat16'; default: the checkpoint's")
-        return sub
-
-    draw = command("draw", "Draws a picture from a prompt.")
-    draw.add_argument("prompt")
-    caption = command("caption", "Describes a picture, or answers a question about it.")
-    caption.add_argument("picture", type=Path)
-    caption.add_argument("--prompt", default="", help="text behind the picture, for example a question")
-    edit = command("edit", "Changes a picture as instructed.")
-    edit.add_argument("picture", type=Path)
-    edit.add_argument("prompt", metavar="instruction")
-    edit.add_argument("--input_image_guidance_scale", type=float, help="how closely to follow the picture")
-    chat = command("chat", f"Chats in text and pictures. {_CHAT_HELP}")
-    for sub, num_tokens in ((caption, 64), (chat, 1024)):
-        sub.add_argument("--max_new_tokens", type=int, default=num_tokens)
-    for sub, output in ((draw, "drawing.png"), (edit, "edited.png"), (chat, "chat.png")):
-        sub.add_argument("-o", "--output", type=Path, default=Path(output))
-        sub.add_argument("--guidance_scale", type=float)
-        sub.add_argument("--negative_prompt", help="what not to draw")
-        sub.add_argument("--scheduler", help="a class of diffusers, for example 'DDIMScheduler'")
-        for name in ("num_inference_steps", "height", "width"):
-            sub.add_argument(f"--{name}", type=int)
-    for sub in (draw, edit):
-        sub.add_argument("--num_images_per_prompt", type=int, help="several are numbered: drawing-1.png …")
-    for sub in (draw, caption, edit, chat):
-        sub.add_argument("--seed", type=int)
-    app = command("app", "Opens a page to draw, caption and chat in a browser.")
-    app.add_argument("--host", default="127.0.0.1", help="'0.0.0.0' for other machines")
-    app.add_argument("--port", type=int, help="default: the first free one from 7860 on")
-    app.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
-    # `main` hands these three over before; here they only get their line of help.
-    commands.add_parser("doctor", help="Finds out why a model does not learn, or draws noise.")
-    commands.add_parser("latents", help="Computes the latents of a dataset once, for training without the VAE.")
-    commands.add_parser("train", help="Trains a model by the paper's recipe, from arguments or a YAML file.")
-    return parser.parse_args(argv)
 
 
 def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:
@@ -102,13 +46,26 @@ def _run_once(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict
         print(file)
 
 
+def _typed() -> Iterator[str]:
+    """The lines of the standard input; in a terminal behind a prompt sign, with a history, until Ctrl-D or Ctrl-C."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401 - `input` uses it
+    with suppress(EOFError):
+        while True:
+            yield input("> ")
+    print()
+
+
 def _chat(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str, Any]) -> None:
-    print(_CHAT_HELP)
+    print(CHAT_HELP)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     messages: list[dict[str, Any]] = []
     shown: list[dict[str, Any]] = []
     files = _numbered(args.output)
-    for line in filter(None, map(str.strip, sys.stdin)):
+    for line in filter(None, map(str.strip, _typed())):
         if line == "/quit":
             break
         try:
@@ -135,6 +92,7 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str
 
 
 def _run(args: argparse.Namespace) -> None:
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.command == "app":
         from .app import launch_app  # needs Gradio, which the others do not
     if "output" in args and args.output.suffix.lower() not in Image.registered_extensions():
@@ -150,7 +108,13 @@ def _run(args: argparse.Namespace) -> None:
     words = ("guidance_scale", "negative_prompt", "num_images_per_prompt")
     kwargs |= drawing_kwargs(model, processor, **{name: getattr(args, name) for name in words if name in args})
     kwargs["generator"] = None if args.seed is None else torch.Generator(args.device).manual_seed(args.seed)
-    (_chat if args.command == "chat" else _run_once)(args, model, processor, kwargs)
+    if args.command != "chat":
+        _run_once(args, model, processor, kwargs)
+        return
+    try:
+        _chat(args, model, processor, kwargs)
+    except KeyboardInterrupt:
+        print()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -170,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             train.main(argv[1:])
         else:
-            _run(_parse_args(argv))
+            _run(parse_args(argv))
         return 0
     except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: an unknown device
         print(f"transfusion: {error}", file=sys.stderr)
