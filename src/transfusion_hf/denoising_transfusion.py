@@ -56,6 +56,8 @@ class DrawingArguments:
     # These belong to one call; a generation config does not hold them.
     generator: torch.Generator | list[torch.Generator] | None = None
     callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None
+    timesteps: Sequence[float] | torch.Tensor | None = None
+    sigmas: Sequence[float] | torch.Tensor | None = None
     init_image: torch.Tensor | None = None
     mask_image: torch.Tensor | None = None
     negative_prompt_ids: torch.LongTensor | None = None
@@ -86,6 +88,11 @@ class DrawingArguments:
             raise ValueError(f"`guidance_rescale` must lie in 0 to 1; got {self.guidance_rescale}.")
         if self.negative_prompt_ids is not None and self.unconditional_scale == 1:
             raise ValueError("`negative_prompt_ids` does nothing at a guidance scale of 1; raise it or drop them.")
+
+    def sampling_scheduler(self, noise_scheduler: SchedulerMixin, device: torch.device) -> SchedulerMixin:
+        """The scheduler, ready for the steps to take. Raises `ValueError` as [`make_sampling_scheduler`] does."""
+        steps = (self.num_inference_steps, device, self.timesteps, self.sigmas)
+        return make_sampling_scheduler(noise_scheduler, self.scheduler, *steps)
 
     def sizes(self, config: TransfusionConfig, num_rows: int) -> list[tuple[int, int]]:
         """Height and width of the latents that each row draws. Raises `ValueError` if patches do not fill them."""
@@ -402,9 +409,7 @@ class Drawing:
         if isinstance(generators, list):
             generators = [generators[row] for row in self.rows]
         known, mask = self._known()
-        scheduler = make_sampling_scheduler(
-            self.model.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.ids.device
-        )
+        scheduler = arguments.sampling_scheduler(self.model.noise_scheduler, self.ids.device)
         step_kwargs = sampling_step_kwargs(scheduler, generators)
         shape = (len(self.rows), self.model.config.latent_channels, *self.size)
         noise = randn_tensor(shape, generator=generators, device=self.ids.device, dtype=torch.float32)

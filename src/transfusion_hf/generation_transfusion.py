@@ -27,7 +27,6 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .denoising_transfusion import Drawing, DrawingArguments, Prefixes, guidance_prefixes, move_columns, undo_on_error
-from .diffusion_transfusion import make_sampling_scheduler
 from .masking_transfusion import check_num_images, image_block_ids
 from .patching_transfusion import stack_images
 
@@ -50,7 +49,7 @@ _TEXT_ONLY = {
 }
 _HARMLESS = {"guidance_scale": 1, "cache_implementation": "dynamic"}
 _OF_FORWARD = (
-    "labels", "shift_labels", "timesteps", "max_timesteps", "image_loss_mask", "prediction_mask", "noise_seeds",
+    "labels", "shift_labels", "max_timesteps", "image_loss_mask", "prediction_mask", "noise_seeds",
     "num_items_in_batch", "num_images_in_batch", "skip_logits", "varlen_plan",
 )  # fmt: skip
 _COLUMN_COUNTING = (
@@ -104,6 +103,9 @@ class TransfusionGenerationMixin(GenerationMixin):
                 `"image"`: one image for each prompt, at once. A prompt that ends at `<BOI>` draws at once, too. With
                 `return_dict_in_generate=False`, which asks for ids alone, the default is `"text"`.
             num_inference_steps (`int`, defaults to 250): Denoising steps per image, 1 to T.
+            timesteps (`list[float]`, *optional*), sigmas (`list[float]`, *optional*):
+                The denoising steps to take, in descending order, in place of `num_inference_steps`; as in diffusers,
+                if the scheduler's `set_timesteps` has that argument.
             image_guidance_scale (`float`, defaults to 3.0):
                 Classifier-free guidance of images; 1 is off and costs nothing. The unconditional context is `<BOI>`,
                 after the beginning-of-sequence token if the prompt begins with it. (`guidance_scale` guides *text*.)
@@ -206,7 +208,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             if value is not None and value is not False and value != _HARMLESS.get(name):
                 raise ValueError(f"`{name}={value!r}` {why}; use `generation_mode='text'`.")
         # Before anything is read, and though perhaps nothing will be drawn.
-        make_sampling_scheduler(self.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.device)
+        arguments.sampling_scheduler(self.noise_scheduler, self.device)
         if self._is_synced(kwargs):
             raise ValueError("`synced_gpus` keeps step with text only; use `generation_mode='text'`.")
         image_length = max((self.config.num_patches(*size) + 2 for size in sizes), default=0)
