@@ -556,6 +556,24 @@ def test_schedulers_of_diffusers_draw_finite_images_and_equal_rows(name):
     torch.testing.assert_close(batch.images[0][0], alone.images[0][0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sigmas", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_steps_that_a_scheduler_repeats_are_taken_one_after_the_other(sigmas):
+    model, x_t = tiny.model(), []
+    scheduler = DPMSolverMultistepScheduler.from_config(model.noise_scheduler.config, **{sigmas: True})
+    scheduler.set_timesteps(30)
+    assert len(scheduler.timesteps.unique()) < 30
+    output = generate(
+        model,
+        prompts([BOS, 5, BOI]),
+        generation_mode="image",
+        scheduler=scheduler,
+        num_inference_steps=30,
+        callback_on_step_end=lambda model, step, t, inputs: x_t.append(inputs["latents"]),
+    )
+    assert len(x_t) == 30 and torch.equal(output.images[0][0], x_t[-1][0])
+    assert all(torch.isfinite(x).all() and not torch.equal(x, other) for x, other in pairwise(x_t))
+
+
 @pytest.mark.parametrize(
     ("scheduler", "steps"),
     [

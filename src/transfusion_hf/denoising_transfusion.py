@@ -414,9 +414,10 @@ class Drawing:
         shape = (len(self.rows), self.model.config.latent_channels, *self.size)
         noise = randn_tensor(shape, generator=generators, device=self.ids.device, dtype=torch.float32)
         x_t, timesteps = noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
-        if known is not None and (start := len(timesteps) - max(1, round(arguments.strength * len(timesteps)))):
-            if hasattr(scheduler, "set_begin_index"):  # those that count their steps
-                scheduler.set_begin_index(start)
+        start = 0 if known is None else len(timesteps) - max(1, round(arguments.strength * len(timesteps)))
+        if hasattr(scheduler, "set_begin_index"):  # else they look for t, and where steps repeat, find another one
+            scheduler.set_begin_index(start)
+        if start:
             timesteps = timesteps[start:]
             x_t = at_timestep(scheduler, known, noise, timesteps[0])
         num_steps = len(timesteps)
