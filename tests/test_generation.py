@@ -574,6 +574,13 @@ def test_steps_that_a_scheduler_repeats_are_taken_one_after_the_other(sigmas):
     assert all(torch.isfinite(x).all() and not torch.equal(x, other) for x, other in pairwise(x_t))
 
 
+def test_euler_keeps_pixels_in_range():
+    output = generate(
+        tiny.model(), prompts([BOS, 5, BOI]), generation_mode="image", scheduler="EulerDiscreteScheduler"
+    )
+    assert output.images[0][0].abs().max() <= 1.001
+
+
 @pytest.mark.parametrize(
     ("scheduler", "steps"),
     [

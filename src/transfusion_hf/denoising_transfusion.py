@@ -26,8 +26,10 @@ from .configuration_transfusion import TransfusionConfig
 from .diffusion_transfusion import (
     at_least_float32,
     at_timestep,
+    clip_x_0,
     guide,
     make_sampling_scheduler,
+    must_clip_x_0,
     predicted_x_0,
     sampling_step_kwargs,
 )
@@ -411,6 +413,7 @@ class Drawing:
         known, mask = self._known()
         scheduler = arguments.sampling_scheduler(self.model.noise_scheduler, self.ids.device)
         step_kwargs = sampling_step_kwargs(scheduler, generators)
+        clips = must_clip_x_0(scheduler, self.model.noise_scheduler)
         shape = (len(self.rows), self.model.config.latent_channels, *self.size)
         noise = randn_tensor(shape, generator=generators, device=self.ids.device, dtype=torch.float32)
         x_t, timesteps = noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
@@ -428,6 +431,8 @@ class Drawing:
             predictions = list(self._predict(x_in, t, num_contexts if is_guided else 1).split(len(x_t)))
             prediction = predictions[0] if len(predictions) == 1 else combine(predictions, arguments)
             self._preview(streamer, i + 1, num_steps, x_in, prediction, t)
+            if clips:
+                prediction = clip_x_0(self.model.noise_scheduler, x_in, prediction, t)
             x_t = scheduler.step(prediction, t, x_t, **step_kwargs).prev_sample
             if mask is not None:
                 is_last = i + 1 == num_steps

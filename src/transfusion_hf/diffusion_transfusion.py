@@ -66,7 +66,7 @@ def make_sampling_scheduler(
     Args:
         scheduler (`SchedulerMixin` or `str`, *optional*):
             A diffusers scheduler, or the name of its class. By name it is made from the training's schedule, to go
-            from 0.98·T or above to 0 in any number of steps, and to clip x_0 if the training's does (Euler's cannot).
+            from 0.98·T or above to 0 in any number of steps, and to clip x_0 if the training's does and it can.
             Default: the DDPM sampler of the paper; for flow matching Euler's.
         timesteps (`Sequence[float]`, *optional*), sigmas (`Sequence[float]`, *optional*):
             The steps to take, in place of `num_inference_steps`, if the scheduler's `set_timesteps` has that argument.
@@ -277,6 +277,36 @@ def predicted_x_0(
         return x_t - t / noise_scheduler.config.num_train_timesteps * prediction
     # The step also draws noise, which must not come from the generators of the drawing.
     return noise_scheduler.step(prediction, int(t), x_t, generator=torch.Generator()).pred_original_sample
+
+
+def must_clip_x_0(scheduler: SchedulerMixin, noise_scheduler: SchedulerMixin) -> bool:
+    """Whether the training's schedule clips x_0 and the class of a sampling scheduler, such as Euler's, cannot."""
+    accepted = inspect.signature(type(scheduler)).parameters
+    return noise_scheduler.config.get("clip_sample", False) and not {"clip_sample", "thresholding"} & accepted.keys()
+
+
+def clip_x_0(
+    noise_scheduler: SchedulerMixin, x_t: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """
+    The prediction whose x_0 is clipped to [−1, 1]. `t` of shape `()` may lie between two of the training, where log σ,
+    σ = √((1−ᾱ)/ᾱ), is linear as in diffusers.
+    """
+    prediction_type, alpha_bars = noise_scheduler.config.prediction_type, noise_scheduler.alphas_cumprod.to(x_t.device)
+    low, high = int(t), min(int(t) + 1, len(alpha_bars) - 1)
+    log_sigmas = ((1 - alpha_bars) / alpha_bars).log() / 2
+    sigma = torch.lerp(log_sigmas[low], log_sigmas[high], float(t) - low).exp()
+    a = (1 + sigma**2).rsqrt()  # √ᾱ
+    b = sigma * a  # √(1−ᾱ)
+    x_0 = {
+        "epsilon": lambda: (x_t - b * prediction) / a,
+        "v_prediction": lambda: a * x_t - b * prediction,
+        "sample": lambda: prediction,
+    }[prediction_type]()
+    clipped = x_0.clamp(-1, 1)
+    eps = (x_t - a * clipped) / b
+    wanted = {"epsilon": eps, "v_prediction": a * eps - b * clipped, "sample": clipped}[prediction_type]
+    return torch.where(clipped == x_0, prediction, wanted)
 
 
 def image_losses(predictions: Stacks, targets: Stacks) -> torch.Tensor:
