@@ -95,7 +95,7 @@ def make_sampling_scheduler(
     return sampler
 
 
-def _given_steps(noise_scheduler: SchedulerMixin, timesteps: Any, sigmas: Any) -> dict[str, list[float]]:
+def _given_steps(noise_scheduler: SchedulerMixin, timesteps: Any, sigmas: Any) -> dict[str, Any]:
     """`timesteps` or `sigmas`, whichever was given, as diffusers takes it."""
     if timesteps is not None and sigmas is not None:
         raise ValueError("`timesteps` and `sigmas` both say which steps to take; pass one of them.")
