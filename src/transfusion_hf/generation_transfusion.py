@@ -185,6 +185,7 @@ class TransfusionGenerationMixin(GenerationMixin):
                 if settings.output_scores:
                     raise ValueError("`output_scores` would show the token that `generator` drew; pass only one.")
                 kwargs["custom_generate"] = self._with_generator(generator, kwargs)
+                _take_stop_strings(settings, kwargs)
             return super().generate(inputs, settings, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any):
@@ -221,12 +222,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         if kwargs.get("cache") is None and settings.use_cache is not False:
             # Without the config every layer keeps its full length: a sliding layer could not give up a step's keys.
             kwargs["cache"], settings.cache_implementation = DynamicCache(), None
-        if settings.stop_strings is not None and kwargs.get("tokenizer") is not None:
-            # The library has no tokenizer for them where it hands over to `custom_generate`.
-            criterion = generation.StopStringCriteria(kwargs["tokenizer"], settings.stop_strings)
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs["stopping_criteria"] or []), criterion])
-            settings.stop_strings = None
-
+        _take_stop_strings(settings, kwargs)
         decoder = _Decoder(arguments, sizes, keeps_cache, kwargs.get("streamer"))
         return super().generate(inputs, settings, custom_generate=decoder, **kwargs)
 
@@ -277,6 +273,23 @@ class TransfusionGenerationMixin(GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
+
+
+class _WithoutStopStrings(GenerationConfig):
+    """Does not take stop strings back from the model's own generation config, which the library fills it up from."""
+
+    def update(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kwargs.pop("stop_strings", None)
+        return super().update(*args, **kwargs)
+
+
+def _take_stop_strings(settings: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Makes stop strings a criterion: the library passes no tokenizer for them on to `custom_generate`."""
+    if settings.stop_strings is not None and kwargs.get("tokenizer") is not None:
+        criterion = generation.StopStringCriteria(kwargs["tokenizer"], settings.stop_strings)
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs["stopping_criteria"] or []), criterion])
+        settings.stop_strings = None
+        settings.__class__ = _WithoutStopStrings
 
 
 def _resolved_mode(arguments: DrawingArguments, settings: GenerationConfig, assistant_model: Any) -> str:
