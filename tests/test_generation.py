@@ -309,6 +309,13 @@ def test_modes():
     assert new_ids(interleaved, inputs, 0) == [*IMAGE, *IMAGE, BOI] and len(interleaved.images[0]) == 2
 
 
+def test_slicing_the_output_like_a_tensor_names_its_sequences():
+    output = generate(tiny.model(), prompts([BOS, 5, 30]))
+    with pytest.raises(TypeError, match=r"index its ids, `output\.sequences\[\.\.\.\]`"):
+        output[:, 3:]
+    assert output[0] is output["sequences"] is output.sequences and output[:1] == (output.sequences,)
+
+
 def test_what_the_decoder_appends_is_never_sampled():
     """Not even where the model would be certain: placeholders and <EOI> in any mode, <BOI> in text mode."""
     model, inputs = tiny.model(), prompts([4, 30])

@@ -79,6 +79,13 @@ class TransfusionGenerateOutput(ModelOutput):
     images: list[list[torch.Tensor]] | None = None
     cache: Cache | None = None
 
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, tuple):
+            raise TypeError(
+                "The output of `generate()` holds text and images; index its ids, `output.sequences[...]`."
+            )
+        return super().__getitem__(key)
+
 
 class TransfusionGenerationMixin(GenerationMixin):
     """`generate()` that switches between text and diffusion."""
