@@ -15,7 +15,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.svm import SVC
@@ -24,12 +23,11 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from transfusion_hf import (
-    TransfusionConfig,
     TransfusionDataCollator,
     TransfusionEMACallback,
     TransfusionForCausalLMAndDiffusion,
     TransfusionProcessor,
-    attach_vae,
+    new_transfusion,
 )
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -77,13 +75,8 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     return with_special_tokens(tokenizer)
 
 
-def small_config(
-    tokenizer: PreTrainedTokenizerFast, num_layers: int = 4, dropout: float = 0.0, **kwargs: Any
-) -> TransfusionConfig:
-    """A Llama 128 wide for this tokenizer and three image tokens; `kwargs` are fields of `TransfusionConfig`."""
-    vocab_size = len(tokenizer) + 3
-    text_config = LlamaConfig(
-        vocab_size=vocab_size,
+def small_decoder(num_layers: int = 4, dropout: float = 0.0) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=num_layers,
@@ -93,13 +86,6 @@ def small_config(
         attention_dropout=dropout,
         tie_word_embeddings=True,
     )
-    return TransfusionConfig(
-        text_config=text_config,
-        image_start_token_id=vocab_size - 3,
-        image_token_id=vocab_size - 2,
-        image_end_token_id=vocab_size - 1,
-        **kwargs,
-    )
 
 
 def build_model(
@@ -107,20 +93,14 @@ def build_model(
 ) -> tuple[TransfusionForCausalLMAndDiffusion, TransfusionProcessor]:
     """A model of about 1M parameters for the digits, and its processor."""
     # Without a VAE the image is its own latent. Either way there are 8×8 of them.
-    latent_channels = 1
-    if vae is not None:
-        latent_channels = AutoencoderKL.load_config(vae)["latent_channels"]
+    kwargs = {"sample_size": 8, "patch_size": 2, **kwargs}
+    if vae is None:
+        kwargs["latent_channels"] = 1
+    else:
         # At high noise an error in ε grows in x_0. Pixels are clipped to [−1, 1] but latents are not, and the errors
         # of so small a model are too large. Predicting v avoids this.
         kwargs.setdefault("prediction_type", "v_prediction")
-    dropout = 0.05  # 1,500 pictures are few
-    config = small_config(
-        tokenizer, dropout=dropout, latent_channels=latent_channels, sample_size=8, patch_size=2, **kwargs
-    )
-    model = TransfusionForCausalLMAndDiffusion(config)
-    if vae is not None:
-        attach_vae(model, vae)
-    return model, TransfusionProcessor.for_model(model, tokenizer)
+    return new_transfusion(tokenizer, small_decoder(dropout=0.05), vae, **kwargs)  # 1,500 pictures are few
 
 
 def train(

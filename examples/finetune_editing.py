@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ema_callbacks, plot_losses, plt, small_config, with_special_tokens
+from common import ema_callbacks, plot_losses, plt, small_decoder, with_special_tokens
 from datasets import Dataset, Features, Image, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
@@ -47,6 +47,7 @@ from transfusion_hf import (
     TransfusionForCausalLMAndDiffusion,
     TransfusionProcessor,
     TransfusionTrainer,
+    new_transfusion,
 )
 from transfusion_hf.data.dataset import TransfusionDataset, load_rows
 from transfusion_hf.data.shapes import COLORS, KINDS, Edit, check_scene, draw_scene, sample_edit
@@ -162,9 +163,9 @@ def build_model(instructions: list[str]) -> tuple[TransfusionForCausalLMAndDiffu
         instructions, trainers.WordLevelTrainer(special_tokens=special_tokens, show_progress=False)
     )
     tokenizer: PreTrainedTokenizerFast = with_special_tokens(words, unk_token="<unk>")
-    config = small_config(
+    return new_transfusion(
         tokenizer,
-        num_layers=6,  # to find a shape, recognise its kind, and compare it with the instruction
+        small_decoder(num_layers=6),  # to find a shape, recognise its kind, and compare it with the instruction
         latent_channels=3,
         sample_size=32,
         patch_size=4,
@@ -178,8 +179,6 @@ def build_model(instructions: list[str]) -> tuple[TransfusionForCausalLMAndDiffu
         pos_embed_type="sincos",
         diffusion_loss_weight=20.0,
     )
-    model = TransfusionForCausalLMAndDiffusion(config)
-    return model, TransfusionProcessor.for_model(model, tokenizer)
 
 
 def load_model(args: ModelArguments, instructions: list[str]) -> tuple[Any, Any]:

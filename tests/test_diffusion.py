@@ -4,9 +4,11 @@ import torch
 
 from transfusion_hf.diffusion_transfusion import (
     add_noise,
+    clip_x_0,
     content_seeds,
     make_noise_scheduler,
     make_sampling_scheduler,
+    must_clip_x_0,
     predicted_x_0,
     prediction_targets,
     sample_noise,
@@ -74,6 +76,47 @@ def test_schedulers_by_name_clip_pixels_and_not_latents(name):
         assert (x_t.abs().max() <= 1.001) == is_clipped
 
 
+@pytest.mark.parametrize(
+    ("name", "prediction_type"),
+    [
+        *(("EulerDiscreteScheduler", kind) for kind in ("epsilon", "v_prediction", "sample")),
+        *(("EulerAncestralDiscreteScheduler", kind) for kind in ("epsilon", "v_prediction")),
+    ],
+)
+def test_pixels_are_clipped_for_schedulers_that_cannot(name, prediction_type):
+    noise_scheduler = make_noise_scheduler(tiny.config(prediction_type=prediction_type))
+    scheduler = make_sampling_scheduler(noise_scheduler, name, 20, torch.device("cpu"))
+    assert must_clip_x_0(scheduler, noise_scheduler)
+    x_t = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
+    kwargs = sampling_step_kwargs(scheduler, torch.Generator().manual_seed(0))
+    for t in scheduler.timesteps:
+        x_in = scheduler.scale_model_input(x_t, t)
+        wanted = best_prediction(noise_scheduler, prediction_type, x_in, float(t), error=0.0, mean=3.0)
+        x_t = scheduler.step(clip_x_0(noise_scheduler, x_in, wanted, t), t, x_t, **kwargs).prev_sample
+    assert 0.8 < x_t.mean() < x_t.max() <= 1.001  # unclipped: 3
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_clipping_x_0_changes_only_what_is_out_of_range(prediction_type):
+    noise_scheduler = make_noise_scheduler(tiny.config(prediction_type=prediction_type))
+    x_0, eps, t = torch.tensor([-3.0, -0.9, 0.5, 2.0]).view(1, 1, 2, 2), torch.randn(1, 1, 2, 2), torch.tensor(600)
+    (x_t,), (target,) = (f(noise_scheduler, [x_0], [eps], t[None]) for f in (add_noise, prediction_targets))
+    clipped = clip_x_0(noise_scheduler, x_t, target, t)
+    assert torch.equal(clipped == target, x_0.abs() < 1)
+    noise_scheduler.register_to_config(clip_sample=False)
+    torch.testing.assert_close(predicted_x_0(noise_scheduler, x_t, clipped, t), x_0.clamp(-1, 1), atol=1e-5, rtol=0)
+
+
+def test_schedulers_that_can_clip_and_latents_are_left_alone():
+    vae_config = {"block_out_channels": [32, 64], "latent_channels": 2, "scaling_factor": 1.0}
+    pixels, latents = make_noise_scheduler(tiny.config()), make_noise_scheduler(tiny.config(vae_config=vae_config))
+    for name in ("DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"):
+        assert not must_clip_x_0(make_sampling_scheduler(pixels, name, 20, torch.device("cpu")), pixels)
+    assert not must_clip_x_0(make_sampling_scheduler(latents, "EulerDiscreteScheduler", 20, "cpu"), latents)
+    flow = make_noise_scheduler(tiny.config(prediction_type="flow_prediction"))
+    assert not must_clip_x_0(make_sampling_scheduler(flow, None, 20, "cpu"), flow)
+
+
 def test_sampling_leaves_out_the_last_steps_of_the_schedule():
     """At t = 999 an error of ε is magnified 20,000 times in x_0, at 980 30 times."""
     noise_scheduler = make_noise_scheduler(tiny.config())
@@ -113,11 +156,13 @@ def coefficients(noise_scheduler, t: float) -> tuple[float, float]:
     return float(alpha_bar.sqrt()), float((1 - alpha_bar).sqrt())
 
 
-def best_prediction(noise_scheduler, prediction_type: str, x_t: torch.Tensor, t: float, error: float) -> torch.Tensor:
+def best_prediction(
+    noise_scheduler, prediction_type: str, x_t: torch.Tensor, t: float, error: float, mean: float = MEAN
+) -> torch.Tensor:
     """The expectation of the target given x_t, in closed form, off by an ε that is too large or small by `error`."""
     a, b = coefficients(noise_scheduler, t)
-    eps = b * (x_t - a * MEAN) / (a**2 * STD**2 + b**2)
-    x_0 = (x_t - b * eps) / a if a > 1e-3 else torch.full_like(x_t, MEAN)
+    eps = b * (x_t - a * mean) / (a**2 * STD**2 + b**2)
+    x_0 = (x_t - b * eps) / a if a > 1e-3 else torch.full_like(x_t, mean)
     eps = eps + error
     return {"epsilon": eps, "v_prediction": a * eps - b * x_0, "sample": x_0, "flow_prediction": eps - x_0}[
         prediction_type

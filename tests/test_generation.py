@@ -5,7 +5,13 @@ import pytest
 import tiny
 import torch
 import transformers
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from tiny import BOI, BOS, EOI, EOS, IMG, PAD
 from transformers import (
     DynamicCache,
@@ -303,6 +309,13 @@ def test_modes():
     assert new_ids(interleaved, inputs, 0) == [*IMAGE, *IMAGE, BOI] and len(interleaved.images[0]) == 2
 
 
+def test_slicing_the_output_like_a_tensor_names_its_sequences():
+    output = generate(tiny.model(), prompts([BOS, 5, 30]))
+    with pytest.raises(TypeError, match=r"index its ids, `output\.sequences\[\.\.\.\]`"):
+        output[:, 3:]
+    assert output[0] is output["sequences"] is output.sequences and output[:1] == (output.sequences,)
+
+
 def test_what_the_decoder_appends_is_never_sampled():
     """Not even where the model would be certain: placeholders and <EOI> in any mode, <BOI> in text mode."""
     model, inputs = tiny.model(), prompts([4, 30])
@@ -550,6 +563,76 @@ def test_schedulers_of_diffusers_draw_finite_images_and_equal_rows(name):
     torch.testing.assert_close(batch.images[0][0], alone.images[0][0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("sigmas", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_steps_that_a_scheduler_repeats_are_taken_one_after_the_other(sigmas):
+    model, x_t = tiny.model(), []
+    scheduler = DPMSolverMultistepScheduler.from_config(model.noise_scheduler.config, **{sigmas: True})
+    scheduler.set_timesteps(30)
+    assert len(scheduler.timesteps.unique()) < 30
+    output = generate(
+        model,
+        prompts([BOS, 5, BOI]),
+        generation_mode="image",
+        scheduler=scheduler,
+        num_inference_steps=30,
+        callback_on_step_end=lambda model, step, t, inputs: x_t.append(inputs["latents"]),
+    )
+    assert len(x_t) == 30 and torch.equal(output.images[0][0], x_t[-1][0])
+    assert all(torch.isfinite(x).all() and not torch.equal(x, other) for x, other in pairwise(x_t))
+
+
+def test_euler_keeps_pixels_in_range():
+    output = generate(
+        tiny.model(), prompts([BOS, 5, BOI]), generation_mode="image", scheduler="EulerDiscreteScheduler"
+    )
+    assert output.images[0][0].abs().max() <= 1.001
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "steps"),
+    [
+        (DDPMScheduler, {"timesteps": [981, 700, 30]}),
+        (EulerDiscreteScheduler, {"timesteps": torch.tensor([981, 700, 30])}),
+        (EulerDiscreteScheduler, {"sigmas": [30.0, 2.5, 0.3, 0.0]}),
+    ],
+)
+def test_timesteps_and_sigmas_are_the_steps_that_the_scheduler_takes(scheduler, steps):
+    model, seen = tiny.model(), []
+    expected = scheduler.from_config(model.noise_scheduler.config)
+    (name, values), *_ = steps.items()
+    expected.set_timesteps(**{name: list(values)})
+    for given in (scheduler.__name__, scheduler.from_config(model.noise_scheduler.config)):
+        generate(
+            model,
+            prompts([BOS, 5, BOI]),
+            generation_mode="image",
+            scheduler=given,
+            callback_on_step_end=lambda model, step, t, inputs: seen.append(float(t)),
+            **steps,
+        )
+    assert seen == 2 * expected.timesteps.tolist() and len(seen) == 6
+
+
+def test_flow_matching_takes_sigmas():
+    model, seen = tiny.model(prediction_type="flow_prediction"), []
+    generate(
+        model,
+        prompts([BOS, 5, BOI]),
+        generation_mode="image",
+        scheduler=None,
+        sigmas=[1.0, 0.5],
+        callback_on_step_end=lambda model, step, t, inputs: seen.append(float(t)),
+    )
+    assert seen == [1000, 500]
+
+
+def test_steps_to_take_leave_text_as_it_is():
+    model, inputs = tiny.model(), {**prompts([BOS, *IMAGE, 5]), "latents": torch.randn(1, 2, 4, 4)}
+    expected = generate(model, inputs, generation_mode="text", max_new_tokens=5)
+    for steps in ({"timesteps": torch.tensor([500])}, {"sigmas": [3.0, 0.0]}):
+        assert torch.equal(generate(model, inputs, generation_mode="text", max_new_tokens=5, **steps), expected)
+
+
 def test_a_scheduler_object_is_used_and_left_as_it_was():
     model, inputs = tiny.model(), prompts([BOS, 4, BOI])
     scheduler = DDIMScheduler.from_config(model.noise_scheduler.config, steps_offset=230)
@@ -668,7 +751,15 @@ def test_bfloat16_stays_within_its_error_through_a_whole_drawing():
         ([4, 30], {"output_scores": True, "return_dict_in_generate": True}, "`output_scores=True` records columns"),
         ([4, 30], {"cache_implementation": "static"}, "`cache_implementation='static'` cannot give up the keys"),
         ([4, 30], {"cache_implementation": "quantized"}, "`cache_implementation='quantized'` cannot give up the keys"),
-        ([4, 30], {"timesteps": torch.tensor([500])}, "`timesteps` is an argument of `forward`"),
+        ([4, 30], {"max_timesteps": torch.tensor([500])}, "`max_timesteps` is an argument of `forward`"),
+        ([4, 30], {"timesteps": 500}, "`timesteps` must hold the steps to take, from 999 down to 0; got 500"),
+        ([4, 30], {"timesteps": []}, r"`timesteps` must hold the steps to take, from 999 down to 0; got \[\]"),
+        ([4, 30], {"timesteps": [300, 300]}, r"`timesteps` must hold the steps to take, .* got \[300, 300\]"),
+        ([4, 30], {"timesteps": [1000, 300]}, r"`timesteps` must hold the steps to take, .* got \[1000, 300\]"),
+        ([4, 30], {"sigmas": [2.0, -1.0]}, r"`sigmas` must hold the steps to take, from inf down to 0; got"),
+        ([4, 30], {"sigmas": [2.0], "timesteps": [9]}, "`timesteps` and `sigmas` both say which steps to take"),
+        ([4, 30], {"sigmas": [2.0]}, r"`sigmas` is not an argument of `DDIMScheduler.set_timesteps`; pass `num_inf"),
+        ([4, 30], {"timesteps": [9]}, "`timesteps` is not an argument of `DDIMScheduler.set_timesteps`"),
         ([4, 30], {"labels": torch.tensor([[4, 30]])}, "`labels` is an argument of `forward`"),
         ([4, 30], {"exponential_decay_length_penalty": (2, 1.1)}, "decay_length_penalty=.* counts columns"),
         ([4, 30], {"logits_processor": [ForcedEOSTokenLogitsProcessor(9, EOS)]}, "ForcedEOSToken.* counts columns"),

@@ -21,6 +21,7 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    StopStringCriteria,
     TextGenerationPipeline,
     pipeline,
 )
@@ -31,6 +32,10 @@ TINY = str(Path(__file__).parent / "fixtures" / "tiny-transfusion")
 RED = Image.new("RGB", (8, 8), "red")
 QUICK = {"num_inference_steps": 3}
 CHAT = [{"role": "user", "content": [{"type": "image", "image": RED}, {"type": "text", "text": "what"}]}]
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +53,23 @@ def processor():
     return AutoProcessor.from_pretrained(TINY)
 
 
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
+@pytest.mark.parametrize(
+    ("task", "kwargs"),
+    [
+        ("text-generation", {"text_inputs": "ab"}),
+        ("any-to-any", {"text": "ab"}),
+        ("text-to-image", {"text": "ab", **QUICK}),
+        ("interleaved-generation", {"text": "ab", "generator": seeded(), "do_sample": True, **QUICK}),
+    ],
+)
+def test_stop_strings_saved_with_the_model_stop_its_pipelines(task, kwargs, monkeypatch):
+    pipe, seen = pipeline(task, model=TINY), []
+    stop = StopStringCriteria.__call__
+    monkeypatch.setattr(StopStringCriteria, "__call__", lambda *args, **kw: seen.append(1) or stop(*args, **kw))
+    pipe.model.generation_config.stop_strings = ["zz"]
+    assert pipe(**kwargs)
+    assert bool(seen) == (task != "text-to-image")  # which writes no text
+    assert pipe.model.generation_config.stop_strings == ["zz"]
 
 
 def test_any_to_any_writes(any_to_any, model, processor):

@@ -4,7 +4,6 @@ import io
 import json
 import runpy
 import shlex
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,10 +13,17 @@ import torch
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from datasets import Dataset
+from diffusers import AutoencoderKL
+from make_tiny_transfusion import byte_tokenizer
 from PIL import Image
-from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor, modeling_transfusion
+from transfusion_hf import (
+    TransfusionForCausalLMAndDiffusion,
+    TransfusionProcessor,
+    modeling_transfusion,
+    new_transfusion,
+)
 from transfusion_hf.cli import train
 from transfusion_hf.cli.main import main
 from transfusion_hf.data.shapes import ShapesDataset
@@ -209,19 +215,40 @@ def test_overrides_that_mean_nothing_are_refused(tmp_path, data, overrides):
         train.main([*arguments(tmp_path, data), "--config_overrides", overrides])
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused_or_said(tmp_path):
+def test_one_call_makes_a_model_and_a_processor_from_a_tokenizer(tmp_path):
+    tokenizer = byte_tokenizer()  # 259 tokens; the default configuration wants 32,003
+    decoder = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    fields = {"sample_size": 8, "patch_size": 2, "pad_to_multiple_of": 8}
+    model, processor = new_transfusion(tokenizer, decoder, image_token="<picture>", **fields)
+    assert model.config.text_config.vocab_size == 264 and decoder.vocab_size == 32_000
+    assert model.config.image_token_id == processor.image_token_id == tokenizer.convert_tokens_to_ids("<picture>")
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    output = model.generate(**processor(text=["a"]), generation_mode="image", num_inference_steps=2)
+    assert output.images[0][0].shape == (3, 8, 8)
+    down, up = ["DownEncoderBlock2D"] * 2, ["UpDecoderBlock2D"] * 2
+    vae = AutoencoderKL(3, 3, down, up, [8, 16], latent_channels=2, norm_num_groups=4, scaling_factor=0.7)
+    fields = {"sample_size": 4, "image_token": "<picture>"}
+    again, processor = new_transfusion(str(tmp_path), decoder, vae, **fields)  # which has its tokens
+    assert again.config.text_config.vocab_size == 262 and again.config.latent_channels == 2
+    assert processor(text="<picture>", images=Image.new("RGB", (9, 9)))["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused_or_said():
     tokenizer = AutoTokenizer.from_pretrained(TINY)
-    arguments = train.ModelArguments(TINY, preset="0.16B", config_overrides="num_hidden_layers=1")
     with (
         torch.device("meta"),
         pytest.warns(UserWarning, match="vocabulary of 32,003; .* change its size by -0.0..B parameters"),
     ):
-        train.build_model(replace(arguments, config_overrides=""), tokenizer)
+        new_transfusion(TINY, "0.16B")
+    with pytest.raises(ValueError, match="'9B'"):
+        new_transfusion(tokenizer, "9B")
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="has no end-of-sequence token, so no text would end"):
-        train.build_model(arguments, tokenizer)
-    with pytest.raises(ValueError, match="'9B'"):
-        train.build_model(replace(arguments, preset="9B"), tokenizer)
+        new_transfusion(tokenizer)
 
 
 def test_accelerate_takes_its_configurations():

@@ -39,6 +39,7 @@ from .attention_transfusion import set_varlen_kernel, varlen_kernels
 from .cli.streamers import StreamedImage, TransfusionStreamer
 from .configuration_transfusion import TransfusionConfig, paper_vae_config
 from .conversion import language_model as _language_model  # noqa: F401 - attaches `from_causal_lm`
+from .conversion.new_model import new_transfusion
 from .data.collator import TransfusionDataCollator
 from .generation_transfusion import TransfusionGenerateOutput
 from .image_processing_transfusion import TransfusionImageProcessor
@@ -87,5 +88,6 @@ __all__ = [
     "TransfusionImageProcessor", "TransfusionModel", "TransfusionPreTrainedModel", "InterleavedGenerationPipeline",
     "TextToImagePipeline", "TransfusionPipeline", "TransfusionProcessor", "TransfusionSamplesCallback",
     "TransfusionStreamer", "TransfusionTrainer", "StreamedImage", "attach_vae", "make_labels",
-    "measure_latent_scale", "paper_vae_config", "set_trainable", "set_varlen_kernel", "varlen_kernels",
+    "measure_latent_scale", "new_transfusion", "paper_vae_config", "set_trainable", "set_varlen_kernel",
+    "varlen_kernels",
 ]  # fmt: skip

@@ -26,8 +26,10 @@ from .configuration_transfusion import TransfusionConfig
 from .diffusion_transfusion import (
     at_least_float32,
     at_timestep,
+    clip_x_0,
     guide,
     make_sampling_scheduler,
+    must_clip_x_0,
     predicted_x_0,
     sampling_step_kwargs,
 )
@@ -56,6 +58,8 @@ class DrawingArguments:
     # These belong to one call; a generation config does not hold them.
     generator: torch.Generator | list[torch.Generator] | None = None
     callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None
+    timesteps: Sequence[float] | torch.Tensor | None = None
+    sigmas: Sequence[float] | torch.Tensor | None = None
     init_image: torch.Tensor | None = None
     mask_image: torch.Tensor | None = None
     init_noise: torch.Tensor | None = None
@@ -88,6 +92,11 @@ class DrawingArguments:
             raise ValueError(f"`guidance_rescale` must lie in 0 to 1; got {self.guidance_rescale}.")
         if self.negative_prompt_ids is not None and self.unconditional_scale == 1:
             raise ValueError("`negative_prompt_ids` does nothing at a guidance scale of 1; raise it or drop them.")
+
+    def sampling_scheduler(self, noise_scheduler: SchedulerMixin, device: torch.device) -> SchedulerMixin:
+        """The scheduler, ready for the steps to take. Raises `ValueError` as [`make_sampling_scheduler`] does."""
+        steps = (self.num_inference_steps, device, self.timesteps, self.sigmas)
+        return make_sampling_scheduler(noise_scheduler, self.scheduler, *steps)
 
     def sizes(self, config: TransfusionConfig, num_rows: int) -> list[tuple[int, int]]:
         """Height and width of the latents that each row draws. Raises `ValueError` if patches do not fill them."""
@@ -412,15 +421,15 @@ class Drawing:
         if isinstance(generators, list):
             generators = [generators[row] for row in self.rows]
         known, mask = self._known()
-        scheduler = make_sampling_scheduler(
-            self.model.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.ids.device
-        )
+        scheduler = arguments.sampling_scheduler(self.model.noise_scheduler, self.ids.device)
         step_kwargs = sampling_step_kwargs(scheduler, generators)
+        clips = must_clip_x_0(scheduler, self.model.noise_scheduler)
         noise = self._noise(generators)
         x_t, timesteps = noise * getattr(scheduler, "init_noise_sigma", 1.0), scheduler.timesteps
-        if known is not None and (start := len(timesteps) - max(1, round(arguments.strength * len(timesteps)))):
-            if hasattr(scheduler, "set_begin_index"):  # those that count their steps
-                scheduler.set_begin_index(start)
+        start = 0 if known is None else len(timesteps) - max(1, round(arguments.strength * len(timesteps)))
+        if hasattr(scheduler, "set_begin_index"):  # else they look for t, and where steps repeat, find another one
+            scheduler.set_begin_index(start)
+        if start:
             timesteps = timesteps[start:]
             x_t = at_timestep(scheduler, known, noise, timesteps[0])
         num_steps = len(timesteps)
@@ -431,6 +440,8 @@ class Drawing:
             predictions = list(self._predict(x_in, t, num_contexts if is_guided else 1).split(len(x_t)))
             prediction = predictions[0] if len(predictions) == 1 else combine(predictions, arguments)
             self._preview(streamer, i + 1, num_steps, x_in, prediction, t)
+            if clips:
+                prediction = clip_x_0(self.model.noise_scheduler, x_in, prediction, t)
             x_t = scheduler.step(prediction, t, x_t, **step_kwargs).prev_sample
             if mask is not None:
                 is_last = i + 1 == num_steps

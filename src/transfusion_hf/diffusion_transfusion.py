@@ -57,31 +57,57 @@ def make_noise_scheduler(config: TransfusionConfig) -> SchedulerMixin:
     )
 
 
-def make_sampling_scheduler(noise_scheduler, scheduler, num_inference_steps: int, device) -> SchedulerMixin:
+def make_sampling_scheduler(
+    noise_scheduler, scheduler, num_inference_steps: int, device, timesteps=None, sigmas=None
+) -> SchedulerMixin:
     """
     A scheduler ready to sample in 1 to T steps, whose state is shared with nobody.
 
     Args:
         scheduler (`SchedulerMixin` or `str`, *optional*):
             A diffusers scheduler, or the name of its class. By name it is made from the training's schedule, to go
-            from 0.98·T or above to 0 in any number of steps, and to clip x_0 if the training's does (Euler's cannot).
+            from 0.98·T or above to 0 in any number of steps, and to clip x_0 if the training's does and it can.
             Default: the DDPM sampler of the paper; for flow matching Euler's.
+        timesteps (`Sequence[float]`, *optional*), sigmas (`Sequence[float]`, *optional*):
+            The steps to take, in place of `num_inference_steps`, if the scheduler's `set_timesteps` has that argument.
 
     Raises:
-        ValueError: an unknown name, a schedule or prediction type other than the model's, steps out of range or, with
-            a scheduler such as DDIM's by name, so many that it cannot go from noise to 0 in them.
+        ValueError: an unknown name, a schedule or prediction type other than the model's, steps out of range or that
+            the scheduler does not take or, with a scheduler such as DDIM's by name, so many that it cannot go from
+            noise to 0 in them.
     """
     num_train_timesteps = noise_scheduler.config.num_train_timesteps
-    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train_timesteps:
+    given = _given_steps(noise_scheduler, timesteps, sigmas)
+    if not given and (not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= num_train_timesteps):
         raise ValueError(f"`num_inference_steps` must be 1 to {num_train_timesteps}; got {num_inference_steps}.")
     is_named = scheduler is None or isinstance(scheduler, str)
     sampler: Any = _scheduler_of_name(noise_scheduler, scheduler) if is_named else scheduler
     _check_same_schedule(sampler, noise_scheduler)
-    if is_named and not is_flow(noise_scheduler):
+    for name in given.keys() - inspect.signature(sampler.set_timesteps).parameters.keys():
+        raise ValueError(
+            f"`{name}` is not an argument of `{type(sampler).__name__}.set_timesteps`; pass `num_inference_steps` or "
+            "another `scheduler`."
+        )
+    if is_named and not given and not is_flow(noise_scheduler):
         sampler = _from_noise_to_0(sampler, noise_scheduler.betas, num_inference_steps)
     sampler = copy.deepcopy(sampler)
-    sampler.set_timesteps(num_inference_steps, device=device)
+    sampler.set_timesteps(**(given or {"num_inference_steps": num_inference_steps}), device=device)
     return sampler
+
+
+def _given_steps(noise_scheduler: SchedulerMixin, timesteps: Any, sigmas: Any) -> dict[str, Any]:
+    """`timesteps` or `sigmas`, whichever was given, as diffusers takes it."""
+    if timesteps is not None and sigmas is not None:
+        raise ValueError("`timesteps` and `sigmas` both say which steps to take; pass one of them.")
+    last, given = noise_scheduler.config.num_train_timesteps - 1 + int(is_flow(noise_scheduler)), {}
+    for name, values, highest in (("timesteps", timesteps, last), ("sigmas", sigmas, float("inf"))):
+        if values is not None:
+            steps = torch.as_tensor(values)
+            is_falling = steps.ndim == 1 and len(steps) > 0 and (steps.diff() < 0).all()
+            if not is_falling or not 0 <= steps[-1] <= steps[0] <= highest:
+                raise ValueError(f"`{name}` must hold the steps to take, from {highest} down to 0; got {values}.")
+            given[name] = steps.tolist()
+    return given
 
 
 def _scheduler_of_name(noise_scheduler: SchedulerMixin, name: Any) -> Any:
@@ -251,6 +277,36 @@ def predicted_x_0(
         return x_t - t / noise_scheduler.config.num_train_timesteps * prediction
     # The step also draws noise, which must not come from the generators of the drawing.
     return noise_scheduler.step(prediction, int(t), x_t, generator=torch.Generator()).pred_original_sample
+
+
+def must_clip_x_0(scheduler: SchedulerMixin, noise_scheduler: SchedulerMixin) -> bool:
+    """Whether the training's schedule clips x_0 and the class of a sampling scheduler, such as Euler's, cannot."""
+    accepted = inspect.signature(type(scheduler)).parameters
+    return noise_scheduler.config.get("clip_sample", False) and not {"clip_sample", "thresholding"} & accepted.keys()
+
+
+def clip_x_0(
+    noise_scheduler: SchedulerMixin, x_t: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """
+    The prediction whose x_0 is clipped to [−1, 1]. `t` of shape `()` may lie between two of the training, where log σ,
+    σ = √((1−ᾱ)/ᾱ), is linear as in diffusers.
+    """
+    prediction_type, alpha_bars = noise_scheduler.config.prediction_type, noise_scheduler.alphas_cumprod.to(x_t.device)
+    low, high = int(t), min(int(t) + 1, len(alpha_bars) - 1)
+    log_sigmas = ((1 - alpha_bars) / alpha_bars).log() / 2
+    sigma = torch.lerp(log_sigmas[low], log_sigmas[high], float(t) - low).exp()
+    a = (1 + sigma**2).rsqrt()  # √ᾱ
+    b = sigma * a  # √(1−ᾱ)
+    x_0 = {
+        "epsilon": lambda: (x_t - b * prediction) / a,
+        "v_prediction": lambda: a * x_t - b * prediction,
+        "sample": lambda: prediction,
+    }[prediction_type]()
+    clipped = x_0.clamp(-1, 1)
+    eps = (x_t - a * clipped) / b
+    wanted = {"epsilon": eps, "v_prediction": a * eps - b * clipped, "sample": clipped}[prediction_type]
+    return torch.where(clipped == x_0, prediction, wanted)
 
 
 def image_losses(predictions: Stacks, targets: Stacks) -> torch.Tensor:

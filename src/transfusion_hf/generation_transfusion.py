@@ -27,7 +27,6 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 
 from .denoising_transfusion import Drawing, DrawingArguments, Prefixes, guidance_prefixes, move_columns, undo_on_error
-from .diffusion_transfusion import make_sampling_scheduler
 from .masking_transfusion import check_num_images, image_block_ids
 from .patching_transfusion import stack_images
 
@@ -50,7 +49,7 @@ _TEXT_ONLY = {
 }
 _HARMLESS = {"guidance_scale": 1, "cache_implementation": "dynamic"}
 _OF_FORWARD = (
-    "labels", "shift_labels", "timesteps", "max_timesteps", "image_loss_mask", "prediction_mask", "noise_seeds",
+    "labels", "shift_labels", "max_timesteps", "image_loss_mask", "prediction_mask", "noise_seeds",
     "num_items_in_batch", "num_images_in_batch", "skip_logits", "varlen_plan",
 )  # fmt: skip
 _COLUMN_COUNTING = (
@@ -80,6 +79,13 @@ class TransfusionGenerateOutput(ModelOutput):
     images: list[list[torch.Tensor]] | None = None
     cache: Cache | None = None
 
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, tuple):
+            raise TypeError(
+                "The output of `generate()` holds text and images; index its ids, `output.sequences[...]`."
+            )
+        return super().__getitem__(key)
+
 
 class TransfusionGenerationMixin(GenerationMixin):
     """`generate()` that switches between text and diffusion."""
@@ -104,6 +110,9 @@ class TransfusionGenerationMixin(GenerationMixin):
                 `"image"`: one image for each prompt, at once. A prompt that ends at `<BOI>` draws at once, too. With
                 `return_dict_in_generate=False`, which asks for ids alone, the default is `"text"`.
             num_inference_steps (`int`, defaults to 250): Denoising steps per image, 1 to T.
+            timesteps (`list[float]`, *optional*), sigmas (`list[float]`, *optional*):
+                The denoising steps to take, in descending order, in place of `num_inference_steps`; as in diffusers,
+                if the scheduler's `set_timesteps` has that argument.
             image_guidance_scale (`float`, defaults to 3.0):
                 Classifier-free guidance of images; 1 is off and costs nothing. The unconditional context is `<BOI>`,
                 after the beginning-of-sequence token if the prompt begins with it. (`guidance_scale` guides *text*.)
@@ -186,6 +195,7 @@ class TransfusionGenerationMixin(GenerationMixin):
                 if settings.output_scores:
                     raise ValueError("`output_scores` would show the token that `generator` drew; pass only one.")
                 kwargs["custom_generate"] = self._with_generator(generator, kwargs)
+                _take_stop_strings(settings, kwargs)
             return super().generate(inputs, settings, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any):
@@ -209,7 +219,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             if value is not None and value is not False and value != _HARMLESS.get(name):
                 raise ValueError(f"`{name}={value!r}` {why}; use `generation_mode='text'`.")
         # Before anything is read, and though perhaps nothing will be drawn.
-        make_sampling_scheduler(self.noise_scheduler, arguments.scheduler, arguments.num_inference_steps, self.device)
+        arguments.sampling_scheduler(self.noise_scheduler, self.device)
         if self._is_synced(kwargs):
             raise ValueError("`synced_gpus` keeps step with text only; use `generation_mode='text'`.")
         image_length = max((self.config.num_patches(*size) + 2 for size in sizes), default=0)
@@ -222,12 +232,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         if kwargs.get("cache") is None and settings.use_cache is not False:
             # Without the config every layer keeps its full length: a sliding layer could not give up a step's keys.
             kwargs["cache"], settings.cache_implementation = DynamicCache(), None
-        if settings.stop_strings is not None and kwargs.get("tokenizer") is not None:
-            # The library has no tokenizer for them where it hands over to `custom_generate`.
-            criterion = generation.StopStringCriteria(kwargs["tokenizer"], settings.stop_strings)
-            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs["stopping_criteria"] or []), criterion])
-            settings.stop_strings = None
-
+        _take_stop_strings(settings, kwargs)
         decoder = _Decoder(arguments, sizes, keeps_cache, kwargs.get("streamer"))
         return super().generate(inputs, settings, custom_generate=decoder, **kwargs)
 
@@ -278,6 +283,23 @@ class TransfusionGenerationMixin(GenerationMixin):
         return super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
+
+
+class _WithoutStopStrings(GenerationConfig):
+    """Does not take stop strings back from the model's own generation config, which the library fills it up from."""
+
+    def update(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        kwargs.pop("stop_strings", None)
+        return super().update(*args, **kwargs)
+
+
+def _take_stop_strings(settings: GenerationConfig, kwargs: dict[str, Any]) -> None:
+    """Makes stop strings a criterion: the library passes no tokenizer for them on to `custom_generate`."""
+    if settings.stop_strings is not None and kwargs.get("tokenizer") is not None:
+        criterion = generation.StopStringCriteria(kwargs["tokenizer"], settings.stop_strings)
+        kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs["stopping_criteria"] or []), criterion])
+        settings.stop_strings = None
+        settings.__class__ = _WithoutStopStrings
 
 
 def _resolved_mode(arguments: DrawingArguments, settings: GenerationConfig, assistant_model: Any) -> str:

@@ -22,11 +22,12 @@ from transformers.utils import has_file
 from .processing_transfusion import TransfusionProcessor
 
 
-def _writing(generate_kwargs: dict[str, Any]) -> dict[str, Any]:
+def _writing(generate_kwargs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     # The library's pipelines name no mode when they want text. Without one `generate()` draws where the model says
     # <BOI>, and they would drop the images.
     given = getattr(generate_kwargs.get("generation_config"), "generation_mode", None)
-    return {"generation_mode": given or "text", **generate_kwargs}
+    # The tokenizer is for `stop_strings` of the model's generation config.
+    return {"generation_mode": given or "text", "tokenizer": tokenizer, **generate_kwargs}
 
 
 class _OursOrTheLibrarys:
@@ -39,14 +40,15 @@ class TransfusionTextGenerationPipeline(_OursOrTheLibrarys, TextGenerationPipeli
     """The task `"text-generation"`; other models get the library's own pipeline."""
 
     def forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
-        return super().forward(model_inputs, **_writing(generate_kwargs))
+        return super().forward(model_inputs, **_writing(generate_kwargs, self.tokenizer))
 
 
 class TransfusionAnyToAnyPipeline(_OursOrTheLibrarys, AnyToAnyPipeline):
     """The task `"any-to-any"`, also for batches of images; other models get the library's own pipeline."""
 
     def forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
-        outputs = super().forward(model_inputs, generate_kwargs=_writing(generate_kwargs or {}))
+        generate_kwargs = _writing(generate_kwargs or {}, self.processor.tokenizer)
+        outputs = super().forward(model_inputs, generate_kwargs=generate_kwargs)
         images = getattr(outputs["generated_sequence"], "images", None)
         if images is not None:
             if len(images) != len(outputs["input_ids"]):
@@ -117,7 +119,7 @@ class _GeneratingPipeline(Pipeline):
         return {**self.processor(**inputs), **drawing_kwargs(self.model, self.processor, **kwargs)}
 
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
-        generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
+        generate_kwargs = self._prepare_generate_kwargs({"tokenizer": self.processor.tokenizer, **generate_kwargs})
         output = self.model.generate(**model_inputs, generation_mode=self.generation_mode, **generate_kwargs)
         output.sequences = output.sequences[:, model_inputs["input_ids"].shape[1] :]
         return {"generated_outputs": output}

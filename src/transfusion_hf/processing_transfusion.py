@@ -47,6 +47,18 @@ def chat_parts(messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 IMAGE_TOKENS = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
+
+
+def add_image_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, str]) -> None:
+    """Adds those of `tokens` that a tokenizer lacks, and `<pad>` if it has no padding token."""
+    vocabulary = tokenizer.get_vocab()
+    new = [AddedToken(t, special=True, normalized=False) for t in tokens.values() if t not in vocabulary]
+    tokenizer.add_tokens(new, special_tokens=True)
+    if tokenizer.pad_token is None:
+        # Not the end of sequence: logits processors that read the history would see it in every padded row.
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+
+
 _PLAIN_CHAT_TEMPLATE = (
     "{%- for message in messages -%}{{ '' if loop.first else '\n' }}{{ message['role'] }}: "
     "{%- if message['role'] == 'assistant' -%}"
@@ -114,7 +126,7 @@ class TransfusionProcessor(ProcessorMixin):
         if missing := [token for token in tokens if token not in vocabulary]:
             raise ValueError(
                 f"`tokenizer` lacks {', '.join(missing)}; `TransfusionProcessor.for_model(model, tokenizer)` adds "
-                "them and resizes the model's embeddings."
+                "them and resizes the model's embeddings, `new_transfusion(tokenizer)` makes a model."
             )
         self.image_token_id, self.image_start_token_id, self.image_end_token_id = (vocabulary[t] for t in tokens)
         if chat_template is None:
@@ -158,13 +170,7 @@ class TransfusionProcessor(ProcessorMixin):
             kwargs: Further arguments of the constructor, such as `image_token`.
         """
         tokens = {name: kwargs.pop(name, default) for name, default in IMAGE_TOKENS.items()}
-        vocabulary = tokenizer.get_vocab()
-        new = [AddedToken(t, special=True, normalized=False) for t in tokens.values() if t not in vocabulary]
-        tokenizer.add_tokens(new, special_tokens=True)
-        if tokenizer.pad_token is None:
-            # Not the end of sequence: logits processors that read the history would see it in every padded row.
-            tokenizer.add_special_tokens({"pad_token": "<pad>"})
-
+        add_image_tokens(tokenizer, tokens)
         config = model.config
         if len(tokenizer) > config.text_config.vocab_size:
             model.grow_vocabulary(len(tokenizer), pad_to_multiple_of)

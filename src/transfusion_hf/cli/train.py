@@ -21,7 +21,6 @@ import ast
 import json
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +29,11 @@ from typing import Any
 import torch
 import yaml
 from diffusers import AutoencoderKL
-from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
 from ..configuration_transfusion import TransfusionConfig
+from ..conversion.new_model import new_transfusion
 from ..data.collator import TransfusionDataCollator
 from ..data.dataset import TransfusionDataset, load_rows
 from ..data.mixing import mix_by_tokens
@@ -43,7 +43,6 @@ from ..training.callbacks import TransfusionEMACallback, TransfusionSamplesCallb
 from ..training.checkpoints import resume_from
 from ..training.plans import set_trainable
 from ..training.trainer import TransfusionTrainer
-from ..vae.attach import attach_vae
 
 
 @dataclass
@@ -122,7 +121,7 @@ def parse_overrides(text: str) -> dict[str, Any]:
     return overrides
 
 
-def build_model(args: ModelArguments, tokenizer: Any) -> tuple[Any, TransfusionProcessor]:
+def build_model(args: ModelArguments) -> tuple[Any, TransfusionProcessor]:
     vae = None if args.vae_name_or_path is None else AutoencoderKL.from_pretrained(args.vae_name_or_path)
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     text_config = TransfusionConfig.from_preset(args.preset).text_config
@@ -130,45 +129,25 @@ def build_model(args: ModelArguments, tokenizer: Any) -> tuple[Any, TransfusionP
     unknown = [name for name in overrides if not hasattr(text_config, name)]
     if unknown:
         raise ValueError(f"`config_overrides` names unknown fields of the decoder's config: {', '.join(unknown)}.")
-    if tokenizer.eos_token is None:
-        raise ValueError(
-            f"`tokenizer_name`: {args.tokenizer_name} has no end-of-sequence token, so no text would end. Give it one "
-            "(`tokenizer.add_special_tokens({'eos_token': ...})`, `save_pretrained`), or choose another."
-        )
-    # Room for the image tokens and for padding.
-    vocab_size = len(tokenizer) + 4
-    if not overrides and abs(vocab_size / text_config.vocab_size - 1) > 0.05:
-        difference = 2 * (vocab_size - text_config.vocab_size) * text_config.hidden_size / 1e9
-        warnings.warn(
-            f"`preset` {args.preset} is meant for a vocabulary of {text_config.vocab_size:,}; the {len(tokenizer):,} "
-            f"tokens of {args.tokenizer_name} change its size by {difference:+.3f}B parameters.",
-            stacklevel=2,
-        )
-    text_config.update({"vocab_size": vocab_size, **overrides})
-    config = TransfusionConfig(
-        text_config=text_config,
-        latent_channels=3 if vae is None else vae.config.latent_channels,
+    text_config.update(overrides)
+    return new_transfusion(
+        args.tokenizer_name,
+        text_config if overrides else args.preset,
+        vae,
+        attn_implementation=args.attn_implementation,
         sample_size=args.sample_size // factor,
         patch_size=args.patch_size,
         patch_encoder=args.patch_encoder,
         prediction_type=args.prediction_type,
         diffusion_loss_weight=args.diffusion_loss_weight,
-        image_start_token_id=vocab_size - 3,
-        image_token_id=vocab_size - 2,
-        image_end_token_id=vocab_size - 1,
     )
-    model = TransfusionForCausalLMAndDiffusion(config)
-    model.set_attn_implementation(args.attn_implementation)
-    if vae is not None:
-        attach_vae(model, vae)
-    return model, TransfusionProcessor.for_model(model, tokenizer)
 
 
 def load_model(args: ModelArguments) -> tuple[Any, TransfusionProcessor]:
     if (args.model_name_or_path is None) == (args.tokenizer_name is None):
         raise ValueError("Pass either `tokenizer_name` (a new model) or `model_name_or_path` (continue from one).")
     if args.model_name_or_path is None:
-        return build_model(args, AutoTokenizer.from_pretrained(args.tokenizer_name))
+        return build_model(args)
     model = TransfusionForCausalLMAndDiffusion.from_pretrained(
         args.model_name_or_path, dtype=torch.float32, attn_implementation=args.attn_implementation
     )

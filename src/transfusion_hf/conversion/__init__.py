@@ -3,5 +3,6 @@
 from .causal_lm import convert_causal_lm
 from .export import extract_causal_lm, extract_vae
 from .language_model import from_causal_lm
+from .new_model import new_transfusion
 
-__all__ = ["convert_causal_lm", "extract_causal_lm", "extract_vae", "from_causal_lm"]
+__all__ = ["convert_causal_lm", "extract_causal_lm", "extract_vae", "from_causal_lm", "new_transfusion"]
