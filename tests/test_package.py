@@ -56,7 +56,8 @@ WINGS = {
     "vae": set(),
     "conversion": {"hub", "vae"},  # an autoencoder is attached during the conversion
     "hub": set(),
-    "cli": {"data", "training", "vae", "conversion", "hub"},
+    "inference": set(),
+    "cli": {"data", "training", "vae", "conversion", "hub", "inference"},
 }
 SHARED_SCRIPTS = {"common", "ratios"}
 

@@ -36,13 +36,13 @@ import transformers
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .attention_transfusion import set_varlen_kernel, varlen_kernels
-from .cli.streamers import StreamedImage, TransfusionStreamer
-from .configuration_transfusion import TransfusionConfig, paper_vae_config
+from .configuration_transfusion import TransfusionConfig
 from .conversion import language_model as _language_model  # noqa: F401 - attaches `from_causal_lm`
 from .conversion.new_model import new_transfusion
 from .data.collator import TransfusionDataCollator
 from .generation_transfusion import TransfusionGenerateOutput
 from .image_processing_transfusion import TransfusionImageProcessor
+from .inference import StreamedImage, TransfusionPipeline, TransfusionStreamer
 from .modeling_transfusion import (
     SUPPORTED_TEXT_MODELS,
     TransfusionCausalLMOutputWithPast,
@@ -54,14 +54,13 @@ from .pipelines_transfusion import (
     InterleavedGenerationPipeline,
     TextToImagePipeline,
     TransfusionAnyToAnyPipeline,
-    TransfusionPipeline,
     TransfusionTextGenerationPipeline,
 )
 from .processing_transfusion import TransfusionProcessor, make_labels
 from .training.callbacks import TransfusionEMACallback, TransfusionSamplesCallback
 from .training.plans import set_trainable
 from .training.trainer import TransfusionTrainer
-from .vae.attach import attach_vae, measure_latent_scale
+from .vae.attach import attach_vae, measure_latent_scale, paper_vae_config
 
 _multimodal = transformers.AutoModelForMultimodalLM
 transformers.AutoConfig.register(TransfusionConfig.model_type, TransfusionConfig)

@@ -59,22 +59,6 @@ CUSTOM_PIPELINES = {
 _IS_REMOTE_CODE = __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
-def paper_vae_config(scaling_factor: float, shift_factor: float | None = None) -> dict[str, Any]:
-    """
-    The `vae_config` of the paper's autoencoder (§4.1): sides 8 times smaller, 8 channels, latents (z − shift) · scale;
-    measure both on the trained autoencoder with `transfusion_hf.measure_latent_scale`.
-    NOTE: the paper says only that it has 86M parameters; Stable Diffusion's layout with 8 channels has 83.7M.
-    """
-    channels = [128, 256, 512, 512]
-    return {
-        "in_channels": 3, "out_channels": 3, "latent_channels": 8, "sample_size": 256,
-        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
-        "block_out_channels": channels, "layers_per_block": 2,
-        "scaling_factor": scaling_factor, "shift_factor": shift_factor,
-    }  # fmt: skip
-
-
 def _preset_text_config(name: str) -> LlamaConfig:
     # Llama 2's 32,000 tokens, then `<BOI>`, the patch placeholder and `<EOI>`.
     return LlamaConfig(vocab_size=32003, max_position_embeddings=4096, **_PRESETS[name])

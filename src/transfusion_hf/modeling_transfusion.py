@@ -27,7 +27,6 @@ from .diffusion_transfusion import (
     content_seeds,
     image_losses,
     make_noise_scheduler,
-    make_sampling_scheduler,
     mean_image_loss,
     noise_images,
     scale_logits,
@@ -358,11 +357,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
     def noise_scheduler(self) -> SchedulerMixin:
         """That of the training. Other samplers come from its config: `DDIMScheduler.from_config(scheduler.config)`."""
         return make_noise_scheduler(self.config)
-
-    def sampling_scheduler(self) -> SchedulerMixin:
-        """What `generate()` samples with by default, in T steps."""
-        name, num_steps = getattr(self.generation_config, "scheduler", None), self.config.num_train_timesteps
-        return make_sampling_scheduler(self.noise_scheduler, name, num_steps, device=None)
 
     def reset_noise_scheduler(self) -> None:
         """Rebuilds the schedule after a change of the configuration."""

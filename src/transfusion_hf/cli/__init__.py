@@ -1,5 +1,1 @@
-"""The command line `transfusion`, the page, and streamers of text and pictures."""
-
-from .streamers import StreamedImage, TransfusionStreamer
-
-__all__ = ["StreamedImage", "TransfusionStreamer"]
+"""The command line `transfusion`, and the page."""

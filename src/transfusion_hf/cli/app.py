@@ -15,9 +15,9 @@ import torch
 from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..diffusion_transfusion import is_flow
 from ..image_processing_transfusion import read_picture
+from ..inference.streamers import StreamedImage, TransfusionStreamer
 from ..processing_transfusion import TransfusionProcessor
 from .main import chat_inputs
-from .streamers import StreamedImage, TransfusionStreamer
 
 try:
     import gradio as gr

@@ -16,9 +16,9 @@ from transfusion_command import CHAT_HELP, parse_args
 
 from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..image_processing_transfusion import read_picture
+from ..inference.streamers import TransfusionStreamer
 from ..pipelines_transfusion import drawing_kwargs
 from ..processing_transfusion import TransfusionProcessor
-from .streamers import TransfusionStreamer
 
 
 def chat_inputs(processor: Any, messages: list[dict[str, Any]]) -> Any:

@@ -1,4 +1,4 @@
-"""Gives a Transfusion model its autoencoder, and measures the scale of its latents."""
+"""The paper's autoencoder; gives a Transfusion model a trained one, and measures the scale of its latents."""
 
 import copy
 import inspect
@@ -11,6 +11,22 @@ from diffusers import AutoencoderKL
 
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..patching_transfusion import TransfusionVAE
+
+
+def paper_vae_config(scaling_factor: float, shift_factor: float | None = None) -> dict[str, Any]:
+    """
+    The `vae_config` of the paper's autoencoder (§4.1): sides 8 times smaller, 8 channels, latents (z − shift) · scale;
+    measure both on the trained autoencoder with [`measure_latent_scale`].
+    NOTE: the paper says only that it has 86M parameters; Stable Diffusion's layout with 8 channels has 83.7M.
+    """
+    channels = [128, 256, 512, 512]
+    return {
+        "in_channels": 3, "out_channels": 3, "latent_channels": 8, "sample_size": 256,
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "block_out_channels": channels, "layers_per_block": 2,
+        "scaling_factor": scaling_factor, "shift_factor": shift_factor,
+    }  # fmt: skip
 
 
 def attach_vae(
