@@ -15,13 +15,14 @@ from transformers import LlamaConfig, LogitsProcessorList
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-from transfusion_hf import attention_transfusion, make_labels, set_varlen_kernel, varlen_kernels
+from transfusion_hf import make_labels, set_varlen_kernel, varlen_kernels
 from transfusion_hf.attention_transfusion import (
+    CHOSEN,
     VARLEN_ATTENTION,
-    FlashAttnKernel,
     _VarlenAttention,
     make_varlen_plan,
 )
+from transfusion_hf.kernels import FlashAttnKernel, flash_attn
 from transfusion_hf.masking_transfusion import create_transfusion_mask, image_block_ids, make_packed_plan
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
@@ -338,12 +339,12 @@ def test_the_kernels_say_which_is_in_use_and_why_the_others_are_off():
     kernels = varlen_kernels()
     assert kernels["torch_cpu"] == "in use"
     assert kernels["torch_cuda"] == ("in use" if torch.cuda.is_available() else "torch sees no CUDA device")
-    if attention_transfusion.flash_attn_interface is None:
+    if flash_attn.flash_attn_interface is None:
         reason = r"No module named 'flash_attn' \(`pip install flash-attn --no-build-isolation`\)"
         assert re.fullmatch(reason, kernels["flash_attn"])
         with pytest.raises(ValueError, match=f"The kernel 'flash_attn' cannot be used: {reason}"):
             set_varlen_kernel("flash_attn")
-    with pytest.raises(ValueError, match="`name` must be one of torch_cuda, flash_attn, torch_cpu; got 'triton'"):
+    with pytest.raises(ValueError, match="`name` must be one of torch_cuda, torch_cpu, flash_attn; got 'triton'"):
         set_varlen_kernel("triton")
 
 
@@ -394,8 +395,8 @@ class FlashAttnStandIn:
 
 
 def test_the_flash_attn_package_is_called_as_it_wants_to_be(monkeypatch):
-    monkeypatch.setattr(attention_transfusion, "flash_attn_interface", FlashAttnStandIn)
-    monkeypatch.setattr(attention_transfusion, "_chosen", {})
+    monkeypatch.setattr(flash_attn, "flash_attn_interface", FlashAttnStandIn)
+    monkeypatch.delitem(CHOSEN, "cpu", raising=False)
     monkeypatch.setattr(FlashAttnKernel, "unavailable", staticmethod(lambda: None))
     for heads, seed in zip(HEADS * 3, range(9), strict=True):
         ids, documents = packed_row(random.Random(seed))

@@ -35,7 +35,7 @@ import diffusers
 import transformers
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .attention_transfusion import set_varlen_kernel, varlen_kernels
+from .attention_transfusion import varlen_kernels
 from .configuration_transfusion import TransfusionConfig
 from .conversion import language_model as _language_model  # noqa: F401 - attaches `from_causal_lm`
 from .conversion.new_model import new_transfusion
@@ -43,6 +43,7 @@ from .data.collator import TransfusionDataCollator
 from .generation_transfusion import TransfusionGenerateOutput
 from .image_processing_transfusion import TransfusionImageProcessor
 from .inference import StreamedImage, TransfusionPipeline, TransfusionStreamer
+from .kernels import set_varlen_kernel
 from .modeling_transfusion import (
     SUPPORTED_TEXT_MODELS,
     TransfusionCausalLMOutputWithPast,

@@ -21,11 +21,6 @@ import torch
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
-try:
-    from flash_attn import flash_attn_interface
-except ImportError as error:  # absent, or built for another torch
-    flash_attn_interface, _flash_attn_error = None, str(error)
-
 VARLEN_ATTENTION = "transfusion_varlen"
 
 
@@ -205,65 +200,23 @@ class TorchCudaKernel:
         )
 
 
-class FlashAttnKernel(TorchCudaKernel):
-    """FlashAttention 2 of the `flash_attn` package."""
-
-    name = "flash_attn"
-
-    @staticmethod
-    def unavailable() -> str | None:
-        if flash_attn_interface is None:
-            return f"{_flash_attn_error} (`pip install flash-attn --no-build-isolation`)"
-        return None if torch.cuda.is_available() else "torch sees no CUDA device"
-
-    @staticmethod
-    def forward(query, key, value, one: VarlenPass, scale: float):
-        output, lse, _, rng_state = flash_attn_interface._flash_attn_varlen_forward(
-            query, key, value, *one.segments, dropout_p=0.0, softmax_scale=scale, causal=one.is_causal
-        )
-        return output, lse.transpose(0, 1), rng_state
-
-    @staticmethod
-    def backward(grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
-        grads = [torch.empty_like(states) for states in (query, key, value)]
-        flash_attn_interface._flash_attn_varlen_backward(
-            grad.contiguous(), query, key, value, output, lse.transpose(0, 1).contiguous(), *grads, *one.segments,
-            dropout_p=0.0, softmax_scale=scale, causal=one.is_causal, window_size_left=-1, window_size_right=-1,
-            softcap=0.0, alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
-            rng_state=state,
-        )  # fmt: skip
-        return grads
-
-
 Kernel = type[TorchCpuKernel] | type[TorchCudaKernel]
-_KERNELS: dict[str, Kernel] = {k.name: k for k in (TorchCudaKernel, FlashAttnKernel, TorchCpuKernel)}  # best first
-_chosen: dict[str, Kernel | None] = {}  # by device, for the whole process
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (TorchCudaKernel, TorchCpuKernel)}  # best first
+CHOSEN: dict[str, Kernel | None] = {}  # by device, for the whole process
 
 
 def varlen_kernels() -> dict[str, str]:
     """The kernels of `"transfusion_varlen"`: for each `"in use"` on its device, `"available"`, or why it is not."""
-    in_use = [_choose(kernel.device_type) for kernel in _KERNELS.values()]
-    return {name: k.unavailable() or ("in use" if k in in_use else "available") for name, k in _KERNELS.items()}
-
-
-def set_varlen_kernel(name: str) -> None:
-    """
-    Chooses a kernel of [`varlen_kernels`] for its device, in the whole process; `ValueError` if it cannot run here.
-    FlashAttention 3 and 4 are behind `"torch_cuda"` after `torch.nn.attention.activate_flash_attention_impl("FA3")`.
-    """
-    if name not in _KERNELS:
-        raise ValueError(f"`name` must be one of {', '.join(_KERNELS)}; got {name!r}.")
-    if reason := _KERNELS[name].unavailable():
-        raise ValueError(f"The kernel {name!r} cannot be used: {reason}.")
-    _chosen[_KERNELS[name].device_type] = _KERNELS[name]
+    in_use = [_choose(kernel.device_type) for kernel in KERNELS.values()]
+    return {name: k.unavailable() or ("in use" if k in in_use else "available") for name, k in KERNELS.items()}
 
 
 def _choose(device_type: str) -> Kernel | None:
     """The kernel of a device, chosen once; `None` where there is none."""
-    if device_type not in _chosen:
-        usable = (k for k in _KERNELS.values() if k.device_type == device_type and not k.unavailable())
-        _chosen[device_type] = next(usable, None)
-    return _chosen[device_type]
+    if device_type not in CHOSEN:
+        usable = (k for k in KERNELS.values() if k.device_type == device_type and not k.unavailable())
+        CHOSEN[device_type] = next(usable, None)
+    return CHOSEN[device_type]
 
 
 def _kernel_for(query: torch.Tensor) -> Kernel:
