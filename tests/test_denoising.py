@@ -464,16 +464,17 @@ def test_negative_prompts_have_the_positions_that_prompts_have():
 
 def test_a_streamer_hears_the_steps_that_are_taken():
     class Heard:
-        preview_interval = 1
-
         def __init__(self):
             self.counts = []
 
         def put(self, value):
             pass
 
-        def put_image(self, image, step, num_steps):
+        def put_step(self, model, step, num_steps, x_t, prediction, t):
             self.counts.append((step, num_steps))
+
+        def put_image(self, image, step, num_steps):
+            assert self.counts[-1] == (step, num_steps) == (num_steps, num_steps)
 
         def end(self):
             pass

@@ -9,12 +9,12 @@ from transfusion_hf.diffusion_transfusion import (
     make_noise_scheduler,
     make_sampling_scheduler,
     must_clip_x_0,
-    predicted_x_0,
     prediction_targets,
     sample_noise,
     sample_timesteps,
     sampling_step_kwargs,
 )
+from transfusion_hf.inference.streamers import predicted_x_0
 
 
 def test_t_is_uniform_below_the_limit_of_each_image():

@@ -30,7 +30,6 @@ from .diffusion_transfusion import (
     guide,
     make_sampling_scheduler,
     must_clip_x_0,
-    predicted_x_0,
     sampling_step_kwargs,
 )
 from .masking_transfusion import create_transfusion_mask, image_block_ids
@@ -383,36 +382,34 @@ class Drawing:
         for layer in self.cache.layers:
             layer.prefix_length = num_columns
 
+    def _given(self, name: str, channels: int, unit: int = 1) -> torch.Tensor | None:
+        """The argument of that name, for each row or one for all; `unit` pixels of it are one of the latents."""
+        given, shape = getattr(self.arguments, name), (len(self.rows), channels, *(side * unit for side in self.size))
+        if given is None:
+            return None
+        if tuple(given.shape) not in (shape, (1, *shape[1:])):
+            raise ValueError(f"`{name}` must have shape {shape}, or one row for all; got {tuple(given.shape)}.")
+        return given.to(self.ids.device)
+
     def _known(self) -> tuple[Any, Any]:
         """The latents of `init_image`, and where they are to be redrawn, by `mask_image`."""
-        arguments = self.arguments
-        image, mask, config, vae = arguments.init_image, arguments.mask_image, self.model.config, self.model.vae
-        if image is None:
-            return None, None
-        height, width = (side * config.vae_scale_factor for side in self.size)
-        num_channels = config.latent_channels if vae is None else vae.config.in_channels
-        for name, given, channels in (("init_image", image, num_channels), ("mask_image", mask, 1)):
-            wanted = (len(self.rows), channels, height, width)
-            if given is not None and tuple(given.shape) not in (wanted, (1, *wanted[1:])):
-                raise ValueError(f"`{name}` must have shape {wanted}, or one row for all; got {tuple(given.shape)}.")
-        (known,) = self.model.encode_images(image.to(self.ids.device))
-        if mask is None:
-            return known, None
+        config, vae = self.model.config, self.model.vae
+        channels, unit = config.latent_channels if vae is None else vae.config.in_channels, config.vae_scale_factor
+        image, mask = self._given("init_image", channels, unit), self._given("mask_image", 1, unit)
         # A latent pixel is redrawn if one of its pixels is.
-        return known, max_pool2d((mask != 0).float().to(known.device), config.vae_scale_factor) > 0
+        redrawn = None if mask is None else max_pool2d((mask != 0).float(), unit) > 0
+        return None if image is None else self.model.encode_images(image)[0], redrawn
 
     def _noise(self, generators: Any) -> torch.Tensor:
-        shape, given = (len(self.rows), self.model.config.latent_channels, *self.size), self.arguments.init_noise
-        if given is None:
-            return randn_tensor(shape, generator=generators, device=self.ids.device, dtype=torch.float32)
-        if tuple(given.shape) not in (shape, (1, *shape[1:])):
-            raise ValueError(f"`init_noise` must have shape {shape}, or one row for all; got {tuple(given.shape)}.")
-        return given.to(self.ids.device, torch.float32).expand(shape)
+        shape = (len(self.rows), self.model.config.latent_channels, *self.size)
+        given = self._given("init_noise", shape[1])
+        if given is not None:
+            return given.float().expand(shape)
+        return randn_tensor(shape, generator=generators, device=self.ids.device, dtype=torch.float32)
 
     def run(self, streamer: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        From pure noise to x_0, float32 throughout. A `streamer` gets the first row's image and, at its
-        `preview_interval`, previews of it.
+        From pure noise to x_0, float32 throughout. A `streamer` may get each step, for previews, and the first image.
 
         Returns:
             x_0, `torch.FloatTensor` of shape `(rows, channels, height, width)`, and the images.
@@ -439,7 +436,8 @@ class Drawing:
             is_guided = arguments.guidance_start <= i / num_steps < arguments.guidance_end
             predictions = list(self._predict(x_in, t, num_contexts if is_guided else 1).split(len(x_t)))
             prediction = predictions[0] if len(predictions) == 1 else combine(predictions, arguments)
-            self._preview(streamer, i + 1, num_steps, x_in, prediction, t)
+            if hasattr(streamer, "put_step"):
+                streamer.put_step(self.model, i + 1, num_steps, x_in, prediction, t)
             if clips:
                 prediction = clip_x_0(self.model.noise_scheduler, x_in, prediction, t)
             x_t = scheduler.step(prediction, t, x_t, **step_kwargs).prev_sample
@@ -456,14 +454,6 @@ class Drawing:
         if hasattr(streamer, "put_image"):
             streamer.put_image(images[0], num_steps, num_steps)
         return x_t, images
-
-    def _preview(self, streamer: Any, step: int, num_steps: int, x_in, prediction, t) -> None:
-        if hasattr(streamer, "check"):
-            streamer.check()
-        interval = getattr(streamer, "preview_interval", None)
-        if interval is not None and step % interval == 0 and step < num_steps:
-            x_0 = predicted_x_0(self.model.noise_scheduler, x_in[:1], prediction[:1], t)
-            streamer.put_image(self.model.decode_latents(x_0)[0], step, num_steps)
 
     def _predict(self, x_t: torch.Tensor, t: torch.Tensor, num_contexts: int) -> torch.Tensor:
         """One pass: the prediction for every row in its first contexts, `(num_contexts · rows, …)`."""

@@ -84,10 +84,8 @@ def make_sampling_scheduler(
     sampler: Any = _scheduler_of_name(noise_scheduler, scheduler) if is_named else scheduler
     _check_same_schedule(sampler, noise_scheduler)
     for name in given.keys() - inspect.signature(sampler.set_timesteps).parameters.keys():
-        raise ValueError(
-            f"`{name}` is not an argument of `{type(sampler).__name__}.set_timesteps`; pass `num_inference_steps` or "
-            "another `scheduler`."
-        )
+        owner = type(sampler).__name__
+        raise ValueError(f"`{name}` is not an argument of `{owner}.set_timesteps`; drop it, or change `scheduler`.")
     if is_named and not given and not is_flow(noise_scheduler):
         sampler = _from_noise_to_0(sampler, noise_scheduler.betas, num_inference_steps)
     sampler = copy.deepcopy(sampler)
@@ -183,9 +181,7 @@ def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | Non
 def check_timesteps(timesteps: torch.Tensor, num_images: int, last: int) -> None:
     """Raises `ValueError` unless there is one t from 0 to `last` for each image."""
     if timesteps.shape != (num_images,) or not ((timesteps >= 0) & (timesteps <= last)).all():
-        raise ValueError(
-            f"`timesteps` must hold one t from 0 to {last} for each of {num_images} images; got {timesteps.tolist()}."
-        )
+        raise ValueError(f"`timesteps` must hold {num_images} values from 0 to {last}; got {timesteps.tolist()}.")
 
 
 def sample_noise(stacks: Stacks, seeds: Sequence[int] | None = None) -> list[torch.Tensor]:
@@ -269,16 +265,6 @@ def noise_images(
     return x_t, timesteps, mask, targets
 
 
-def predicted_x_0(
-    noise_scheduler: SchedulerMixin, x_t: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor
-) -> torch.Tensor:
-    """What x_t of shape `(num_images, channels, height, width)` leads to, by a prediction at one t of shape `()`."""
-    if is_flow(noise_scheduler):
-        return x_t - t / noise_scheduler.config.num_train_timesteps * prediction
-    # The step also draws noise, which must not come from the generators of the drawing.
-    return noise_scheduler.step(prediction, int(t), x_t, generator=torch.Generator()).pred_original_sample
-
-
 def must_clip_x_0(scheduler: SchedulerMixin, noise_scheduler: SchedulerMixin) -> bool:
     """Whether the training's schedule clips x_0 and the class of a sampling scheduler, such as Euler's, cannot."""
     accepted = inspect.signature(type(scheduler)).parameters
@@ -298,15 +284,11 @@ def clip_x_0(
     sigma = torch.lerp(log_sigmas[low], log_sigmas[high], float(t) - low).exp()
     a = (1 + sigma**2).rsqrt()  # √ᾱ
     b = sigma * a  # √(1−ᾱ)
-    x_0 = {
-        "epsilon": lambda: (x_t - b * prediction) / a,
-        "v_prediction": lambda: a * x_t - b * prediction,
-        "sample": lambda: prediction,
-    }[prediction_type]()
+    # x_0 = (p·x_t − q·prediction) / r
+    p, q, r = {"epsilon": (1.0, b, a), "v_prediction": (a, b, 1.0), "sample": (0.0, -1.0, 1.0)}[prediction_type]
+    x_0 = (p * x_t - q * prediction) / r
     clipped = x_0.clamp(-1, 1)
-    eps = (x_t - a * clipped) / b
-    wanted = {"epsilon": eps, "v_prediction": a * eps - b * clipped, "sample": clipped}[prediction_type]
-    return torch.where(clipped == x_0, prediction, wanted)
+    return torch.where(clipped == x_0, prediction, (p * x_t - r * clipped) / q)
 
 
 def image_losses(predictions: Stacks, targets: Stacks) -> torch.Tensor:

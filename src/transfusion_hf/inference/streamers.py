@@ -7,9 +7,11 @@ from queue import Queue
 from typing import Any
 
 import torch
+from diffusers import SchedulerMixin
 from PIL import Image
 from transformers import TextIteratorStreamer
 
+from ..diffusion_transfusion import is_flow
 from ..processing_transfusion import TransfusionProcessor
 
 
@@ -24,6 +26,16 @@ class StreamedImage:
     @property
     def is_final(self) -> bool:
         return self.step == self.num_inference_steps
+
+
+def predicted_x_0(
+    noise_scheduler: SchedulerMixin, x_t: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor
+) -> torch.Tensor:
+    """What x_t of shape `(num_images, channels, height, width)` leads to, by a prediction at one t of shape `()`."""
+    if is_flow(noise_scheduler):
+        return x_t - t / noise_scheduler.config.num_train_timesteps * prediction
+    # The step also draws noise, which must not come from the generators of the drawing.
+    return noise_scheduler.step(prediction, int(t), x_t, generator=torch.Generator()).pred_original_sample
 
 
 class _AbandonedError(Exception):
@@ -47,17 +59,23 @@ class TransfusionStreamer(TextIteratorStreamer):
         self.processor, self.preview_interval, self._is_abandoned = processor, preview_interval, False
 
     def put(self, value: torch.Tensor) -> None:
-        self.check()
+        self._check()
         super().put(value)
 
-    def check(self) -> None:
-        """`generate()` also calls it in each denoising step."""
+    def _check(self) -> None:
         if self._is_abandoned:
             raise _AbandonedError
 
+    def put_step(self, model: Any, step: int, num_inference_steps: int, x_t, prediction, t: torch.Tensor) -> None:
+        """`generate()` calls it in each denoising step, with x_t and the prediction of the rows that draw."""
+        self._check()
+        if self.preview_interval is not None and step % self.preview_interval == 0 and step < num_inference_steps:
+            x_0 = predicted_x_0(model.noise_scheduler, x_t[:1], prediction[:1], t)
+            self.put_image(model.decode_latents(x_0)[0], step, num_inference_steps)
+
     def put_image(self, image: torch.Tensor, step: int, num_inference_steps: int) -> None:
         """`generate()` calls it with an image in about [−1, 1] of shape `(channels, height, width)`."""
-        self.check()
+        self._check()
         text = self.tokenizer.decode(self.token_cache, **self.decode_kwargs)[self.print_len :]
         self.token_cache.clear()
         self.print_len: int = 0
