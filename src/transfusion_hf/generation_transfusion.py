@@ -34,15 +34,12 @@ logger = logging.get_logger(__name__)
 
 _MODES = ("interleaved", "text", "image")
 # Settings of the library that have no meaning beside images, why, and the values that do no harm.
+_RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_COUNTS = ("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens")
+_NO_COUNTS = "counts columns, which is meaningless once images are drawn"
 _TEXT_ONLY = {
-    **dict.fromkeys(
-        ("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
-        "records columns, which images break",
-    ),
-    **dict.fromkeys(
-        ("exponential_decay_length_penalty", "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens"),
-        "counts columns, which is meaningless once images are drawn",
-    ),
+    **dict.fromkeys(_RECORDS, "records columns, which images break"),
+    **dict.fromkeys(_COUNTS, _NO_COUNTS),
     "guidance_scale": "guides text, by a context without images; to guide images pass `image_guidance_scale`",
     "prefill_chunk_size": "could cut an image in two",
     "cache_implementation": "cannot give up the keys of a denoising step",
@@ -53,12 +50,10 @@ _OF_FORWARD = (
     "num_items_in_batch", "num_images_in_batch", "skip_logits", "varlen_plan",
 )  # fmt: skip
 _COLUMN_COUNTING = (
-    generation.ExponentialDecayLengthPenalty,
-    generation.ForcedBOSTokenLogitsProcessor,
-    generation.ForcedEOSTokenLogitsProcessor,
-    generation.SuppressTokensAtBeginLogitsProcessor,
+    generation.ExponentialDecayLengthPenalty, generation.ForcedBOSTokenLogitsProcessor,
+    generation.ForcedEOSTokenLogitsProcessor, generation.SuppressTokensAtBeginLogitsProcessor,
     generation.UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
+)  # fmt: skip
 
 
 @dataclass
@@ -81,9 +76,7 @@ class TransfusionGenerateOutput(ModelOutput):
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, tuple):
-            raise TypeError(
-                "The output of `generate()` holds text and images; index its ids, `output.sequences[...]`."
-            )
+            raise TypeError("The output of `generate()` holds images, too; index its ids, `output.sequences[...]`.")
         return super().__getitem__(key)
 
 
@@ -414,39 +407,28 @@ class _Decoder:
             )
         pad_token_id = self.generation_config._pad_token_tensor
         if pad_token_id is None:
-            raise ValueError(
-                "Neither `pad_token_id` nor `eos_token_id` is set, to fill up rows that stop; pass `pad_token_id`."
-            )
+            raise ValueError("Neither `pad_token_id` nor `eos_token_id` is set, to fill up rows; pass `pad_token_id`.")
         mask = model_kwargs.pop("attention_mask", None)
         self.mask = mask = torch.ones_like(prompts) if mask is None else mask
         if mask.shape != prompts.shape or (mask[:, :-1] > mask[:, 1:]).any() or not mask[:, -1].all():
-            raise ValueError(
-                "`attention_mask` must match `input_ids` and be 0 at left padding only; use `padding_side='left'`."
-            )
+            raise ValueError("`attention_mask` of the ids must be 0 at left padding only; use `padding_side='left'`.")
         ids = [row[row_mask.bool()] for row, row_mask in zip(prompts, mask, strict=True)]
         cache = model_kwargs.pop("cache", None)
         if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [])):
-            raise ValueError(
-                f"`cache` must be a `DynamicCache()` without config, whose layers keep full length; got {cache!r}."
-            )
+            raise ValueError(f"`cache` must be a `DynamicCache()` without config, all full layers; got {cache!r}.")
         # What stands before the next token of each row; without a cache, all its images are read in every pass.
         self.context = Prefixes(ids, [[] for _ in ids], int(pad_token_id), cache)
         model_kwargs.pop("position_ids", None)
-        pixel_values, latents = model_kwargs.pop("pixel_values", None), model_kwargs.pop("latents", None)
-        if pixel_values is not None and latents is not None:
-            raise ValueError("Pass `pixel_values` or `latents`, not both.")
-        if pixel_values is not None:
-            latents = self.model.encode_images(pixel_values)
-        if latents is not None:
-            self.context.latents = self.model._split_by_row(latents, prompts[:, self.context.num_cached :])
+        images = [model_kwargs.pop(name, None) for name in ("pixel_values", "latents")]
+        if stacks := self.model.latent_stacks(*images):
+            self.context.latents = self.model._split_by_row(stacks, prompts[:, self.context.num_cached :])
         self.images: list[list[torch.Tensor]] = [[] for _ in ids]
 
     def _take_rules(self, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList) -> None:
         """The rules given, with those of the library that count columns replaced: a row's own tokens count."""
         for rule in logits_processor:
             if isinstance(rule, _COLUMN_COUNTING):
-                why = _TEXT_ONLY["forced_eos_token_id"]
-                raise ValueError(f"`{type(rule).__name__}` {why}; use `generation_mode='text'`.")
+                raise ValueError(f"`{type(rule).__name__}` {_NO_COUNTS}; use `generation_mode='text'`.")
         config, arguments, device = self.generation_config, self.arguments, self.prompts.device
         criteria = (c for c in stopping_criteria if not isinstance(c, generation.MaxLengthCriteria))
         boi, max_new_tokens = self.config.image_start_token_id, config.max_length - self.prompt_length
@@ -534,9 +516,7 @@ class _Decoder:
                 "those in the cache included, and at least one new one."
             )
         if num_cached and not self.mask[:, 0].any():
-            raise ValueError(
-                "`input_ids` begins with columns that are padding in every row; drop them: `cache` may lack them."
-            )
+            raise ValueError("`input_ids` begins with columns that are padding in every row; drop them for a `cache`.")
         context.read_columns(self.model, self.prompts, self.mask)
         # A row's last token, in the prompt or the <BOI> appended to it, counts as not yet cached.
         self._align_cache(self.prompt_length - 1 + self.rows.num_new)

@@ -47,9 +47,8 @@ def check_image_blocks(stacks: list[torch.Tensor] | None, block_ids: Any, config
     num_patches = []
     for stack in stacks or []:
         if stack.ndim != 4 or stack.shape[1] != config.latent_channels:
-            raise ValueError(
-                f"Latents need shape (num_images, {config.latent_channels}, height, width); got {tuple(stack.shape)}."
-            )
+            shape = f"(num_images, {config.latent_channels}, height, width)"
+            raise ValueError(f"Latents need shape {shape}; got {tuple(stack.shape)}.")
         num_patches += [config.num_patches(*stack.shape[2:])] * len(stack)
         if not torch.isfinite(stack).all():
             raise ValueError("`pixel_values` or `latents` hold NaN or infinite values; expected finite numbers.")

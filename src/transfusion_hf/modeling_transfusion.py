@@ -1,6 +1,5 @@
 """Transfusion (Zhou et al., arXiv 2408.11039): a transformers decoder, light image parts around it, two losses."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,19 +175,15 @@ class TransfusionPreTrainedModel(PreTrainedModel):
             cause = f"{type(error).__name__}: {error}"
             raise ValueError(f"A weight file of {names} is cut off or damaged; get it again. {cause}") from error
 
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True) -> nn.Module:
         """As for any model; `ValueError`, before anything changes, for a vocabulary without the image tokens."""
-        if new_num_tokens is not None:
-            padded = math.ceil(new_num_tokens / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
-            ids = {name: getattr(self.config, name) for name in IMAGE_TOKEN_IDS}
-            if padded <= max(ids.values()):
-                raise ValueError(
-                    f"`new_num_tokens` must be above the ids of the image tokens, "
-                    f"{', '.join(f'{name}={value}' for name, value in ids.items())}; got {new_num_tokens}. Pass "
-                    f"{max(ids.values()) + 1} or more, or give the tokens lower ids in the config first."
-                )
+        unit = pad_to_multiple_of or 1
+        last, name = max((getattr(self.config, name), name) for name in IMAGE_TOKEN_IDS)
+        if new_num_tokens is not None and -(-new_num_tokens // unit) * unit <= last:
+            raise ValueError(
+                f"`new_num_tokens` must be above the ids of the image tokens, up to {name}={last}; got "
+                f"{new_num_tokens}. Pass {last + 1} or more, or give the tokens lower ids in the config first."
+            )
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     @torch.no_grad()
@@ -358,10 +353,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         """That of the training. Other samplers come from its config: `DDIMScheduler.from_config(scheduler.config)`."""
         return make_noise_scheduler(self.config)
 
-    def reset_noise_scheduler(self) -> None:
-        """Rebuilds the schedule after a change of the configuration."""
-        self.__dict__.pop("noise_scheduler", None)
-
     def encode_images(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """
         Images `(num_images, channels, height, width)` or a list of them, in [−1, 1], to latents, in stacks of at least
@@ -380,6 +371,13 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 )
         encoded = apply_by_size(lambda images: (vae.to_latents(images),), [(stack,) for stack in stacks])
         return [latents for (latents,) in encoded]
+
+    def latent_stacks(self, pixel_values: Any = None, latents: Any = None) -> list[torch.Tensor]:
+        """Stacks, of at least float32, of whichever was given."""
+        if pixel_values is not None and latents is not None:
+            raise ValueError("Pass `pixel_values` or `latents`, not both.")
+        given = latents if pixel_values is None else self.encode_images(pixel_values)
+        return [] if given is None else [at_least_float32(stack) for stack in stack_images(given)]
 
     def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents `(num_images, latent_channels, height, width)` to images in [−1, 1]; undoes [`encode_images`]."""
@@ -460,10 +458,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         Raises:
             ValueError: as [`TransfusionModel.forward`]; arguments that exclude each other.
         """
-        if pixel_values is not None and latents is not None:
-            raise ValueError("Pass `pixel_values` or `latents`, not both.")
-        given: Any = latents if pixel_values is None else self.encode_images(pixel_values)
-        stacks: Any = [] if given is None else [at_least_float32(stack) for stack in stack_images(given)]
+        stacks: Any = self.latent_stacks(pixel_values, latents)
         # Not a parameter: the Trainer takes each one with "label" in its name for required.
         shift_labels = kwargs.pop("shift_labels", None)
         labels = shift_labels if labels is None else labels

@@ -76,7 +76,7 @@ def attach_vae(
     attached.load_state_dict(vae.state_dict())
     model.config.vae_config = vae_config
     model.vae = attached.to(model.model.patch_encoder.proj.weight.device)
-    model.reset_noise_scheduler()
+    model.__dict__.pop("noise_scheduler", None)  # whether it clips depends on the autoencoder
 
 
 @torch.no_grad()
