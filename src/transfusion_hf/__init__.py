@@ -43,6 +43,7 @@ from .data.collator import TransfusionDataCollator
 from .generation_transfusion import TransfusionGenerateOutput
 from .image_processing_transfusion import TransfusionImageProcessor
 from .inference import StreamedImage, TransfusionPipeline, TransfusionStreamer
+from .inference.pipeline import for_transfusions_only
 from .kernels import set_varlen_kernel
 from .modeling_transfusion import (
     SUPPORTED_TEXT_MODELS,
@@ -76,8 +77,9 @@ for _task, _class in _ours.items():
     PIPELINE_REGISTRY.register_pipeline(_task, _class, pt_model=_multimodal, type="multimodal")
 _tasks = PIPELINE_REGISTRY.supported_tasks
 # From these two, other models get the library's own pipelines.
-_tasks["any-to-any"] = {**_tasks["any-to-any"], "impl": TransfusionAnyToAnyPipeline}
-_tasks["text-generation"] = {**_tasks["text-generation"], "impl": TransfusionTextGenerationPipeline}
+_tasks["any-to-any"] = {**_tasks["any-to-any"], "impl": for_transfusions_only(TransfusionAnyToAnyPipeline)}
+_writing = for_transfusions_only(TransfusionTextGenerationPipeline)
+_tasks["text-generation"] = {**_tasks["text-generation"], "impl": _writing}
 # Where `DiffusionPipeline.from_pretrained` looks up the class that a `model_index.json` names.
 diffusers.TransfusionPipeline = TransfusionPipeline
 

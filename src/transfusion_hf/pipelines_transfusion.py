@@ -24,21 +24,15 @@ def _writing(generate_kwargs: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     return {"generation_mode": given or "text", "tokenizer": tokenizer, **generate_kwargs}
 
 
-class _OursOrTheLibrarys:
-    def __new__(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        is_ours = model.config.model_type == "transfusion"
-        return super().__new__(cls) if is_ours else cls.__bases__[-1](model, *args, **kwargs)
-
-
-class TransfusionTextGenerationPipeline(_OursOrTheLibrarys, TextGenerationPipeline):
-    """The task `"text-generation"`; other models get the library's own pipeline."""
+class TransfusionTextGenerationPipeline(TextGenerationPipeline):
+    """The task `"text-generation"`."""
 
     def forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
         return super().forward(model_inputs, **_writing(generate_kwargs, self.tokenizer))
 
 
-class TransfusionAnyToAnyPipeline(_OursOrTheLibrarys, AnyToAnyPipeline):
-    """The task `"any-to-any"`, also for batches of images; other models get the library's own pipeline."""
+class TransfusionAnyToAnyPipeline(AnyToAnyPipeline):
+    """The task `"any-to-any"`, also for batches of images."""
 
     def forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         generate_kwargs = _writing(generate_kwargs or {}, self.processor.tokenizer)

@@ -17,6 +17,17 @@ from ..pipelines_transfusion import drawing_kwargs
 from ..processing_transfusion import TransfusionProcessor
 
 
+def for_transfusions_only(ours: Any) -> type:
+    """A pipeline class for Transfusions that gives other models the library's, from which it is derived."""
+
+    class OursOrTheLibrarys(ours):
+        def __new__(cls, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            is_ours = model.config.model_type == "transfusion"
+            return (ours if is_ours else ours.__base__)(model, *args, **kwargs)
+
+    return OursOrTheLibrarys
+
+
 def _default_scheduler(model: PreTrainedModel) -> SchedulerMixin:
     """What `generate()` samples with by default, in T steps."""
     name, num_steps = getattr(model.generation_config, "scheduler", None), model.config.num_train_timesteps
