@@ -121,9 +121,10 @@ DRAWING_DEFAULTS = {name: getattr(DrawingArguments, name) for name in _NAMES[: _
 def move_columns(layer: Any, length: int, rows: Any = slice(None), ends: torch.Tensor | None = None) -> States:
     """
     The `length` columns before `ends` (one for each of `rows`; by default the last) of keys and values. Columns that
-    would lie before the first repeat it; they are padding.
+    would lie before the first repeat it, or are 0 where there is none; they are padding.
     """
-    keys, values = layer.keys[rows], layer.values[rows]
+    states = (layer.keys[rows], layer.values[rows])
+    keys, values = (x if x.shape[2] else x.new_zeros(*x.shape[:2], 1, x.shape[3]) for x in states)
     ends = torch.full((len(keys),), keys.shape[2]) if ends is None else ends
     columns = torch.arange(length, device=keys.device) + (ends.to(keys.device) - length)[:, None]
     columns = columns.clamp(min=0)[:, None, :, None]

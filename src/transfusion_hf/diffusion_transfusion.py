@@ -48,13 +48,8 @@ def make_noise_scheduler(config: TransfusionConfig) -> SchedulerMixin:
     """
     if config.prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
-    return DDPMScheduler(
-        num_train_timesteps=config.num_train_timesteps,
-        beta_schedule=config.beta_schedule,
-        prediction_type=config.prediction_type,
-        clip_sample=config.vae_config is None,
-        timestep_spacing="leading",
-    )
+    fields = {name: getattr(config, name) for name in ("num_train_timesteps", "beta_schedule", "prediction_type")}
+    return DDPMScheduler(**fields, clip_sample=config.vae_config is None, timestep_spacing="leading")
 
 
 def make_sampling_scheduler(
@@ -84,8 +79,10 @@ def make_sampling_scheduler(
     sampler: Any = _scheduler_of_name(noise_scheduler, scheduler) if is_named else scheduler
     _check_same_schedule(sampler, noise_scheduler)
     for name in given.keys() - inspect.signature(sampler.set_timesteps).parameters.keys():
-        owner = type(sampler).__name__
-        raise ValueError(f"`{name}` is not an argument of `{owner}.set_timesteps`; drop it, or change `scheduler`.")
+        method = f"{type(sampler).__name__}.set_timesteps"
+        raise ValueError(
+            f"`{name}` is not an argument of `{method}`; pass `num_inference_steps` or another scheduler."
+        )
     if is_named and not given and not is_flow(noise_scheduler):
         sampler = _from_noise_to_0(sampler, noise_scheduler.betas, num_inference_steps)
     sampler = copy.deepcopy(sampler)
@@ -181,7 +178,8 @@ def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | Non
 def check_timesteps(timesteps: torch.Tensor, num_images: int, last: int) -> None:
     """Raises `ValueError` unless there is one t from 0 to `last` for each image."""
     if timesteps.shape != (num_images,) or not ((timesteps >= 0) & (timesteps <= last)).all():
-        raise ValueError(f"`timesteps` must hold {num_images} values from 0 to {last}; got {timesteps.tolist()}.")
+        got = timesteps.tolist()
+        raise ValueError(f"`timesteps` must hold one t from 0 to {last} for each of {num_images} images; got {got}.")
 
 
 def sample_noise(stacks: Stacks, seeds: Sequence[int] | None = None) -> list[torch.Tensor]:

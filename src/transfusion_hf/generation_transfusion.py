@@ -178,6 +178,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             never.append(self.config.image_start_token_id)
         logits_processor = LogitsProcessorList([*(logits_processor or []), _never(never, self.device)])
         kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        _take_stop_strings(settings, kwargs)
         with undo_on_error(kwargs.get("cache")):
             if arguments.generation_mode != "text":
                 sizes = arguments.sizes(self.config, num_rows)
@@ -188,7 +189,6 @@ class TransfusionGenerationMixin(GenerationMixin):
                 if settings.output_scores:
                     raise ValueError("`output_scores` would show the token that `generator` drew; pass only one.")
                 kwargs["custom_generate"] = self._with_generator(generator, kwargs)
-                _take_stop_strings(settings, kwargs)
             return super().generate(inputs, settings, **kwargs)
 
     def generate_batch(self, *args: Any, **kwargs: Any):
@@ -225,7 +225,6 @@ class TransfusionGenerationMixin(GenerationMixin):
         if kwargs.get("cache") is None and settings.use_cache is not False:
             # Without the config every layer keeps its full length: a sliding layer could not give up a step's keys.
             kwargs["cache"], settings.cache_implementation = DynamicCache(), None
-        _take_stop_strings(settings, kwargs)
         decoder = _Decoder(arguments, sizes, keeps_cache, kwargs.get("streamer"))
         return super().generate(inputs, settings, custom_generate=decoder, **kwargs)
 
@@ -544,7 +543,7 @@ class _Decoder:
 
     def _commit(self, rows: list[int], drawn: Cache) -> None:
         """Puts the keys and values of the rows drawn, images included, into the cache, every row aligned."""
-        ids, cache, has_prefixes = self.context.ids, self.context.cache, self.context.num_cached > 0
+        ids, cache = self.context.ids, self.context.cache
         assert cache is not None
         length = max(len(row) for row in ids) - 1
         for number, drawn_layer in enumerate(drawn.layers):
@@ -554,10 +553,7 @@ class _Decoder:
                 continue
             layer: Any = cache.layers[number]
             if len(rows) < len(ids):
-                if has_prefixes:
-                    aligned = move_columns(layer, length)
-                else:  # none of any token but <BOI>
-                    aligned = tuple(part.new_zeros(len(ids), *part.shape[1:]) for part in states)
+                aligned = move_columns(layer, length)
                 for target, source in zip(aligned, states, strict=True):
                     target[rows] = source
                 states = aligned
