@@ -353,6 +353,20 @@ class _StopAt(TrainerCallback):
         control.should_training_stop |= state.global_step == self.step
 
 
+def test_an_adapter_for_each_row_is_for_text_alone_and_is_refused_before_anything_runs():
+    model = adapted(tiny.model(std=0.1), "none")
+    prompt = torch.tensor([[tiny.BOS, 5, 7], [tiny.BOS, 5, 7]])
+    kwargs = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 4, "pad_token_id": tiny.PAD}
+    names = ["__base__", "default"]
+    texts = model.generate(prompt, adapter_names=names, generation_mode="text", **kwargs)
+    with model.disable_adapter():
+        assert torch.equal(texts[:1], model.generate(prompt[:1], generation_mode="text", max_new_tokens=4))
+    for mode in ("image", None):
+        with pytest.raises(ValueError, match="`adapter_names` picks an adapter for each row, but a drawing"):
+            model.generate(prompt, adapter_names=names, generation_mode=mode, num_inference_steps=2, **kwargs)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def lora_trainer(folder, base, callbacks=(), parts: str = "projections", **kwargs) -> TransfusionTrainer:
     torch.manual_seed(0)
     model = finetune_lora.add_lora(base, finetune_lora.ModelArguments("x", train_patch_parts=parts, **kwargs))

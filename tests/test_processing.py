@@ -352,6 +352,10 @@ def test_outputs_of_generate_become_text_images_or_both(processor):
     assert processor.post_process_multimodal_output(output) == ["a red one", "blue"]
     documents = processor.post_process_multimodal_output(output, generation_mode="interleaved")
     assert documents[1][0] == "blue" and documents[1][1].size == (8, 8)
+    for decode in (processor.decode, processor.batch_decode):
+        assert decode(output.sequences, skip_special_tokens=True) == ["a red one", "blue"]
+        with pytest.raises(TypeError, match=r"decode its ids, `output\.sequences`, or call `post_process_multimodal"):
+            decode(output)
     # 8 bits of the drawn pixels, clipped to what a picture can show.
     expected = ((output.images[0][0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).to(torch.uint8)
     assert torch.equal(torch.from_numpy(np.asarray(images[0]).copy()), expected)

@@ -87,6 +87,15 @@ _PER_TOKEN = {
 }  # fmt: skip
 
 
+def _ids_alone(token_ids: Any) -> Any:
+    if hasattr(token_ids, "sequences"):
+        raise TypeError(
+            "The output of `generate()` holds text and images; decode its ids, `output.sequences`, or call "
+            "`post_process_multimodal_output(output)`."
+        )
+    return token_ids
+
+
 class TransfusionProcessor(ProcessorMixin):
     r"""
     Wraps a tokenizer and a [`TransfusionImageProcessor`].
@@ -377,6 +386,12 @@ class TransfusionProcessor(ProcessorMixin):
             )
         num_patches = (height // side) * (width // side)
         return self.image_start_token + self.image_token * num_patches + self.image_end_token
+
+    def batch_decode(self, sequences, *args: Any, **kwargs: Any) -> list[str]:
+        return super().batch_decode(_ids_alone(sequences), *args, **kwargs)
+
+    def decode(self, token_ids, *args: Any, **kwargs: Any) -> str | list[str]:
+        return super().decode(_ids_alone(token_ids), *args, **kwargs)
 
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs: Any
