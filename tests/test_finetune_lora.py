@@ -496,7 +496,9 @@ def arguments(folder: Path, data: Path, *extra: str) -> list[str]:
 def test_the_example_trains_on_a_data_set_goes_on_and_merges(tmp_path, pictures, capsys):
     extra = ("--merge", "true", "--ema_decay", "0.9")
     whole = finetune_lora.main(arguments(tmp_path / "whole", pictures, *extra))
-    assert "of the model's parameters" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of the model's parameters" in printed
+    assert printed.endswith(f"Next:\n    transfusion draw {tmp_path / 'whole'} '…'\n")
     logs = [entry for entry in whole.state.log_history if "loss" in entry]
     assert len(logs) == 4 and all({"lm_loss", "diffusion_loss"} <= set(entry) for entry in logs)
     finetune_lora.main(arguments(tmp_path / "parts", pictures, *extra))
