@@ -328,6 +328,14 @@ def test_images_of_several_sizes_come_as_a_list(processor):
     assert blocks == 8 + 16
 
 
+def test_arrays_of_floats_are_taken_by_a_call_that_does_not_rescale(processor):
+    array = np.full((3, 8, 8), 0.25, dtype=np.float32)
+    features = processor(text="<image>", images=array, do_rescale=False)
+    assert torch.equal(features["pixel_values"], torch.full((1, 3, 8, 8), -0.5))
+    with pytest.raises(ValueError, match="arrays must be uint8, 0 to 255; got float32"):
+        processor(text="<image>", images=array)
+
+
 def test_decode_gives_strings_and_pictures_in_order(processor):
     features = processor(text="ab<image>c<image><image>", images=[RED, BLUE, RED])
     (document,) = processor.decode_interleaved(features["input_ids"], [list(features["pixel_values"])])
