@@ -1,5 +1,6 @@
 import base64
 import tracemalloc
+from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -297,6 +298,50 @@ def test_the_content_of_a_chat_is_text(chatting):
         assert torch.equal(ids, features["input_ids"])
     with pytest.raises(ValueError, match=r"`conversation` holds <BOI>, <image>, <s> as text, which"):
         TransfusionDataCollator(processor, assistant_only_loss=True)([{"messages": chat}])
+
+
+@dataclass
+class Message:
+    role: str
+    content: list | str | None = None
+    tool_calls: list | None = None
+
+
+@dataclass
+class ImageURLPart:
+    image_url: dict
+    type: str = "image_url"
+
+
+def test_messages_may_be_objects_as_clients_of_chat_servers_have_them(chatting, photo):
+    url = forms_of(photo)["data URI"]
+    objects = [Message("user", [ImageURLPart({"url": url}), {"type": "text", "text": "What?"}]), Message("assistant")]
+    dicts = [
+        {"role": "user", "content": [{"type": "image", "url": url}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant"},
+    ]
+    assert chatting.apply_chat_template(objects) == chatting.apply_chat_template(dicts)
+    options = {"tokenize": True, "return_dict": True}
+    expected = chatting.apply_chat_template(dicts, **options)
+    for chat in (objects, [objects, objects[:1]]):
+        features = chatting.apply_chat_template(chat, **options)
+        assert torch.equal(features["input_ids"][0], expected["input_ids"][0])
+        assert torch.equal(features["pixel_values"][:1], expected["pixel_values"])
+    assert type(objects[0].content[0]) is ImageURLPart
+
+
+def test_parts_of_a_data_set_hold_none_for_what_other_parts_have(chatting):
+    lacking = {"text": None, "image": None, "url": None}
+    chat = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in CHAT[1:3]]
+    chat = [CHAT[0], *chat, CHAT[3]]
+    filled = [{**one, "content": [lacking | part for part in one["content"]]} for one in chat]
+    collate = TransfusionDataCollator(chatting, assistant_only_loss=True)
+    for make in (lambda one: chatting.apply_chat_template(one, tokenize=True, return_dict=True),
+                 lambda one: collate([{"messages": one}])):  # fmt: skip
+        expected, features = make(chat), make(filled)
+        assert features.keys() == expected.keys() and len(features["pixel_values"]) == 2
+        assert all(torch.equal(features[name], expected[name]) for name in expected)
+    assert filled[0]["content"][0]["text"] is None
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, takewhile
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,18 @@ def make_labels(
     return input_ids.masked_fill(~has_loss, -100)
 
 
-def chat_parts(messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The parts of the messages of a chat, in order, with the message's `role`; `ValueError` for unknown ones."""
+def chat_parts(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """Role and part of the messages of a chat, in order, without what is `None`; `ValueError` for unknown parts."""
     for message in messages:
         content = message.get("content") or ""
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind not in ("text", "image", "image_url") or not isinstance(part.get("text", ""), str):
+            if kind not in ("text", "image", "image_url") or not isinstance(part.get("text") or "", str):
                 raise ValueError(
                     f"`conversation` holds a part of type {kind!r}; a part is {{'type': 'text', 'text': ...}} or "
                     "{'type': 'image', 'image': ...}."
                 )
-            yield {"role": message.get("role"), **part}
+            yield message.get("role"), {name: value for name, value in part.items() if value is not None}
 
 
 IMAGE_TOKENS = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
@@ -342,12 +342,14 @@ class TransfusionProcessor(ProcessorMixin):
             ValueError: a part that is neither text nor image; special tokens in the content, which
                 `return_assistant_tokens_mask` would take for those of the template.
         """
-        is_batch = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+        chats, is_batch = self._normalize_conversations(conversation)
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         typed: set[str] = set()
-        for chat in conversation if is_batch else [conversation]:
-            for part in chat_parts(getattr(chat, "messages", chat)):
-                typed |= {token for token in special if token in part.get("text", "")}
+        for message in chain(*chats):
+            parts = [part for _, part in chat_parts([message])]
+            typed |= {token for token in special for part in parts if token in part.get("text", "")}
+            if not isinstance(message.get("content"), (str, type(None))):
+                message["content"] = parts
         if typed and kwargs.get("return_assistant_tokens_mask"):
             raise ValueError(
                 f"`conversation` holds {', '.join(sorted(typed))} as text, which "
@@ -355,7 +357,7 @@ class TransfusionProcessor(ProcessorMixin):
             )
         if typed and kwargs.get("tokenize"):
             kwargs.setdefault("sanitize_control_tokens", True)
-        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+        return super().apply_chat_template(chats if is_batch else chats[0], chat_template=chat_template, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """`<BOI>`, a placeholder for each patch, `<EOI>`; `image_inputs` holds `pixel_values` or `latents`."""
