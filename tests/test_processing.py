@@ -1,4 +1,5 @@
 import base64
+import inspect
 import tracemalloc
 from dataclasses import dataclass
 from functools import partial
@@ -245,6 +246,8 @@ def test_text_options_may_come_in_their_own_dict(processor):
     assert nested["input_ids"].shape == (2, 6) and torch.equal(nested["input_ids"], flat["input_ids"])
     assert isinstance(processor(text=texts, text_kwargs={"return_tensors": "np"})["input_ids"], np.ndarray)
     assert isinstance(processor(text=texts, common_kwargs={"return_tensors": "np"})["input_ids"], np.ndarray)
+    both = processor(text=texts, common_kwargs={"return_tensors": "np", "padding_side": "right"}, return_tensors="pt")
+    assert isinstance(both["input_ids"], torch.Tensor) and both["attention_mask"][1].tolist() == [1, 1, 0, 0]
     assert processor(text=texts, pad_to_multiple_of=8)["input_ids"].shape == (2, 8)
     assert options == {"padding": "max_length", "max_length": 6, "padding_side": "right"}
     with pytest.raises(ValueError, match="`padding` was passed two times, alone and in `text_kwargs`"):
@@ -373,12 +376,42 @@ def test_images_of_several_sizes_come_as_a_list(processor):
     assert blocks == 8 + 16
 
 
+def test_images_come_as_the_tensors_that_are_asked_for(chatting):
+    latents = [torch.zeros(4, 4, 2)] * 2
+    for contents in (
+        {"images": RED},
+        {"images": RED, "text": "<image>"},
+        {"text": "<image><image>", "latents": latents},
+    ):
+        name = "latents" if "latents" in contents else "pixel_values"
+        assert isinstance(chatting(**contents)[name], torch.Tensor)
+        assert isinstance(chatting(**contents, return_tensors="np")[name], np.ndarray)
+    several = {"images": [picture("red", (4, 8)), BLUE], "do_resize": False, "do_center_crop": False}
+    chat = [{"role": "user", "content": [{"type": "image", "image": image} for image in several["images"]]}]
+    as_is = {name: several[name] for name in ("do_resize", "do_center_crop")}
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
+    for features in (
+        chatting(**several, return_tensors="pt"),
+        chatting(**several, text="<image><image>", return_tensors="np"),
+        chatting.apply_chat_template(chat, processor_kwargs=as_is, **options),
+    ):
+        assert [tuple(image.shape) for image in features["pixel_values"]] == [(3, 8, 4), (3, 8, 8)]
+        assert isinstance(features["pixel_values"], list)
+
+
 def test_arrays_of_floats_are_taken_by_a_call_that_does_not_rescale(processor):
     array = np.full((3, 8, 8), 0.25, dtype=np.float32)
     features = processor(text="<image>", images=array, do_rescale=False)
     assert torch.equal(features["pixel_values"], torch.full((1, 3, 8, 8), -0.5))
     with pytest.raises(ValueError, match="arrays must be uint8, 0 to 255; got float32"):
         processor(text="<image>", images=array)
+
+
+def test_the_arguments_of_a_call_have_types_and_no_value_of_their_own():
+    # By these transformers' own tests of processors tell what can be called with what.
+    for name, argument in inspect.signature(TransfusionProcessor.__call__).parameters.items():
+        if name not in ("self", "kwargs"):
+            assert argument.default is None and argument.annotation is not inspect.Parameter.empty, name
 
 
 def test_decode_gives_strings_and_pictures_in_order(processor):
@@ -512,7 +545,9 @@ def test_a_tokenizer_without_padding_token_gets_one_of_its_own(tokenizer_without
 
 def test_more_or_fewer_images_than_markers_are_refused(processor):
     with pytest.raises(
-        ValueError, match="`text` has 2 markers <image> but `images` holds 1 images; pass one image per marker"
+        ValueError,
+        match="`text` has 2 markers <image> but `images` holds 1 images; the number of <image> tokens in the prompts "
+        "should be the same as the number of images",
     ):
         processor(text="<image><image>", images=[RED])
     with pytest.raises(ValueError, match="`text` has 1 markers <image> but `images` holds 2 images"):
