@@ -290,6 +290,8 @@ def test_an_adapters_folder_draws_in_the_pipeline_and_on_the_command_line(adapte
     ]
     assert main(["draw", str(adapter_folder), "a seven", "-o", str(tmp_path / "seven.png"), *flags]) == 0
     assert Image.open(tmp_path / "seven.png").tobytes() == drawn[adapter_folder].tobytes() != drawn[FIXTURE].tobytes()
+    (tmp_path / "seven.txt").write_text("a seven")
+    assert main(["latents", str(adapter_folder), str(tmp_path), str(tmp_path / "latents"), "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("linear", "projections"), ("unet", "all")])
