@@ -1,6 +1,7 @@
 """What the examples and benchmarks share: real digits with a small model for them, and the handling of flags."""
 
 import os
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ NUM_TRAIN = 1500
 
 def ema_callbacks(decay: float | None) -> list[TransfusionEMACallback]:
     return [] if decay is None else [TransfusionEMACallback(decay=decay)]
+
+
+def say_next(folder: Path, *command: Any) -> None:
+    """What to do with what a training has saved."""
+    print(f"Saved in {folder}. Next:\n    {shlex.join(map(str, command))}")
 
 
 def caption(label: int) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ema_callbacks, plot_losses, plt, small_decoder, with_special_tokens
+from common import ema_callbacks, plot_losses, plt, say_next, small_decoder, with_special_tokens
 from datasets import Dataset, Features, Image, Value
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
@@ -336,6 +336,8 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
         }
         report(folder, held_out, edits, figures, num_steps)
         plot_losses(trainer.state.log_history, ("lm_loss", "diffusion_loss"), folder / "losses.png")
+        instruction = held_out[0]["text"].split(processor.image_token)[1]
+        say_next(folder, "transfusion", "edit", folder, "picture.png", instruction)
     return trainer
 
 

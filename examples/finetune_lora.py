@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import WORDS, Judge, draw, ema_callbacks, load_split, read, share_read
+from common import WORDS, Judge, draw, ema_callbacks, load_split, read, say_next, share_read
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForMultimodalLM, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
@@ -201,6 +201,9 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
         if model_args.merge:
             model.merge_and_unload().save_pretrained(folder / "merged")
             processor.save_pretrained(folder / "merged")
+        say_next(
+            folder, "transfusion", "draw", folder, NEW_STYLE.format(WORDS[7]) if data_args.dataset is None else "…"
+        )
     return trainer
 
 

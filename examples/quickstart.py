@@ -24,6 +24,7 @@ from common import (
     plot_losses,
     plt,
     read,
+    say_next,
     share_read,
     train,
     train_tokenizer,
@@ -109,6 +110,7 @@ def main() -> None:
     for name, value in results.items():
         print(f"{name:18} {value}")
     print(f"pictures in {args.output_dir}")
+    say_next(folder, "transfusion", "draw", folder, caption(7))
 
 
 if __name__ == "__main__":

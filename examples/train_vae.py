@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from common import Judge, load_split
+from common import Judge, load_split, say_next
 from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
@@ -521,7 +521,9 @@ def main(argv: list[str] | None = None) -> dict:
     results = {"train_seconds": round(seconds, 1), **finish(training, train_set, held_out)}
     if accelerator.is_main_process:
         (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(*(f"{name:18} {value}" for name, value in results.items()), f"saved in {args.output_dir}", sep="\n")
+        print(*(f"{name:18} {value}" for name, value in results.items()), sep="\n")
+        commands = ("python", "examples/quickstart.py", "--vae"), ("transfusion", "train", "--vae_name_or_path")
+        say_next(args.output_dir, *commands[not args.digits], args.output_dir / "vae")
     accelerator.end_training()
     return results
 

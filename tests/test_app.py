@@ -125,7 +125,9 @@ def test_a_chat_holds_text_and_pictures_in_their_order(processor, picture):
         model, processor, "more", history=history, mode="chat", max_new_tokens=26
     )
     assert preview[1] == "step 2 of 4" and image.size == (8, 8) and text
-    inputs = processor(text=["user: <image>hi\nassistant: ho</s>\nuser: more\nassistant:"], images=[Image.open(picture)])
+    inputs = processor(
+        text=["user: <image>hi\nassistant: ho</s>\nuser: more\nassistant:"], images=[Image.open(picture)]
+    )
     output = model.generate(
         **inputs,
         max_new_tokens=26,

@@ -290,6 +290,8 @@ def test_an_adapters_folder_draws_in_the_pipeline_and_on_the_command_line(adapte
     ]
     assert main(["draw", str(adapter_folder), "a seven", "-o", str(tmp_path / "seven.png"), *flags]) == 0
     assert Image.open(tmp_path / "seven.png").tobytes() == drawn[adapter_folder].tobytes() != drawn[FIXTURE].tobytes()
+    (tmp_path / "seven.txt").write_text("a seven")
+    assert main(["latents", str(adapter_folder), str(tmp_path), str(tmp_path / "latents"), "--device", "cpu"]) == 0
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("linear", "projections"), ("unet", "all")])
@@ -351,6 +353,20 @@ class _StopAt(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_training_stop |= state.global_step == self.step
+
+
+def test_an_adapter_for_each_row_is_for_text_alone_and_is_refused_before_anything_runs():
+    model = adapted(tiny.model(std=0.1), "none")
+    prompt = torch.tensor([[tiny.BOS, 5, 7], [tiny.BOS, 5, 7]])
+    kwargs = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 4, "pad_token_id": tiny.PAD}
+    names = ["__base__", "default"]
+    texts = model.generate(prompt, adapter_names=names, generation_mode="text", **kwargs)
+    with model.disable_adapter():
+        assert torch.equal(texts[:1], model.generate(prompt[:1], generation_mode="text", max_new_tokens=4))
+    for mode in ("image", None):
+        with pytest.raises(ValueError, match="`adapter_names` picks an adapter for each row, but a drawing"):
+            model.generate(prompt, adapter_names=names, generation_mode=mode, num_inference_steps=2, **kwargs)
+        assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def lora_trainer(folder, base, callbacks=(), parts: str = "projections", **kwargs) -> TransfusionTrainer:
@@ -482,7 +498,9 @@ def arguments(folder: Path, data: Path, *extra: str) -> list[str]:
 def test_the_example_trains_on_a_data_set_goes_on_and_merges(tmp_path, pictures, capsys):
     extra = ("--merge", "true", "--ema_decay", "0.9")
     whole = finetune_lora.main(arguments(tmp_path / "whole", pictures, *extra))
-    assert "of the model's parameters" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "of the model's parameters" in printed
+    assert printed.endswith(f"Next:\n    transfusion draw {tmp_path / 'whole'} '…'\n")
     logs = [entry for entry in whole.state.log_history if "loss" in entry]
     assert len(logs) == 4 and all({"lm_loss", "diffusion_loss"} <= set(entry) for entry in logs)
     finetune_lora.main(arguments(tmp_path / "parts", pictures, *extra))

@@ -1,5 +1,7 @@
 import base64
+import inspect
 import tracemalloc
+from dataclasses import dataclass
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -244,6 +246,8 @@ def test_text_options_may_come_in_their_own_dict(processor):
     assert nested["input_ids"].shape == (2, 6) and torch.equal(nested["input_ids"], flat["input_ids"])
     assert isinstance(processor(text=texts, text_kwargs={"return_tensors": "np"})["input_ids"], np.ndarray)
     assert isinstance(processor(text=texts, common_kwargs={"return_tensors": "np"})["input_ids"], np.ndarray)
+    both = processor(text=texts, common_kwargs={"return_tensors": "np", "padding_side": "right"}, return_tensors="pt")
+    assert isinstance(both["input_ids"], torch.Tensor) and both["attention_mask"][1].tolist() == [1, 1, 0, 0]
     assert processor(text=texts, pad_to_multiple_of=8)["input_ids"].shape == (2, 8)
     assert options == {"padding": "max_length", "max_length": 6, "padding_side": "right"}
     with pytest.raises(ValueError, match="`padding` was passed two times, alone and in `text_kwargs`"):
@@ -299,6 +303,50 @@ def test_the_content_of_a_chat_is_text(chatting):
         TransfusionDataCollator(processor, assistant_only_loss=True)([{"messages": chat}])
 
 
+@dataclass
+class Message:
+    role: str
+    content: list | str | None = None
+    tool_calls: list | None = None
+
+
+@dataclass
+class ImageURLPart:
+    image_url: dict
+    type: str = "image_url"
+
+
+def test_messages_may_be_objects_as_clients_of_chat_servers_have_them(chatting, photo):
+    url = forms_of(photo)["data URI"]
+    objects = [Message("user", [ImageURLPart({"url": url}), {"type": "text", "text": "What?"}]), Message("assistant")]
+    dicts = [
+        {"role": "user", "content": [{"type": "image", "url": url}, {"type": "text", "text": "What?"}]},
+        {"role": "assistant"},
+    ]
+    assert chatting.apply_chat_template(objects) == chatting.apply_chat_template(dicts)
+    options = {"tokenize": True, "return_dict": True}
+    expected = chatting.apply_chat_template(dicts, **options)
+    for chat in (objects, [objects, objects[:1]]):
+        features = chatting.apply_chat_template(chat, **options)
+        assert torch.equal(features["input_ids"][0], expected["input_ids"][0])
+        assert torch.equal(features["pixel_values"][:1], expected["pixel_values"])
+    assert type(objects[0].content[0]) is ImageURLPart
+
+
+def test_parts_of_a_data_set_hold_none_for_what_other_parts_have(chatting):
+    lacking = {"text": None, "image": None, "url": None}
+    chat = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in CHAT[1:3]]
+    chat = [CHAT[0], *chat, CHAT[3]]
+    filled = [{**one, "content": [lacking | part for part in one["content"]]} for one in chat]
+    collate = TransfusionDataCollator(chatting, assistant_only_loss=True)
+    for make in (lambda one: chatting.apply_chat_template(one, tokenize=True, return_dict=True),
+                 lambda one: collate([{"messages": one}])):  # fmt: skip
+        expected, features = make(chat), make(filled)
+        assert features.keys() == expected.keys() and len(features["pixel_values"]) == 2
+        assert all(torch.equal(features[name], expected[name]) for name in expected)
+    assert filled[0]["content"][0]["text"] is None
+
+
 @pytest.mark.parametrize(
     ("part", "kind"), [({"type": "video", "video": "a.mp4"}, "'video'"), ("a", "'str'"), ({"text": "a"}, "None")]
 )
@@ -328,6 +376,44 @@ def test_images_of_several_sizes_come_as_a_list(processor):
     assert blocks == 8 + 16
 
 
+def test_images_come_as_the_tensors_that_are_asked_for(chatting):
+    latents = [torch.zeros(4, 4, 2)] * 2
+    for contents in (
+        {"images": RED},
+        {"images": RED, "text": "<image>"},
+        {"text": "<image><image>", "latents": latents},
+    ):
+        name = "latents" if "latents" in contents else "pixel_values"
+        assert isinstance(chatting(**contents)[name], torch.Tensor)
+        assert isinstance(chatting(**contents, return_tensors="np")[name], np.ndarray)
+    several = {"images": [picture("red", (4, 8)), BLUE], "do_resize": False, "do_center_crop": False}
+    chat = [{"role": "user", "content": [{"type": "image", "image": image} for image in several["images"]]}]
+    as_is = {name: several[name] for name in ("do_resize", "do_center_crop")}
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "return_assistant_tokens_mask": True}
+    for features in (
+        chatting(**several, return_tensors="pt"),
+        chatting(**several, text="<image><image>", return_tensors="np"),
+        chatting.apply_chat_template(chat, processor_kwargs=as_is, **options),
+    ):
+        assert [tuple(image.shape) for image in features["pixel_values"]] == [(3, 8, 4), (3, 8, 8)]
+        assert isinstance(features["pixel_values"], list)
+
+
+def test_arrays_of_floats_are_taken_by_a_call_that_does_not_rescale(processor):
+    array = np.full((3, 8, 8), 0.25, dtype=np.float32)
+    features = processor(text="<image>", images=array, do_rescale=False)
+    assert torch.equal(features["pixel_values"], torch.full((1, 3, 8, 8), -0.5))
+    with pytest.raises(ValueError, match="arrays must be uint8, 0 to 255; got float32"):
+        processor(text="<image>", images=array)
+
+
+def test_the_arguments_of_a_call_have_types_and_no_value_of_their_own():
+    # By these transformers' own tests of processors tell what can be called with what.
+    for name, argument in inspect.signature(TransfusionProcessor.__call__).parameters.items():
+        if name not in ("self", "kwargs"):
+            assert argument.default is None and argument.annotation is not inspect.Parameter.empty, name
+
+
 def test_decode_gives_strings_and_pictures_in_order(processor):
     features = processor(text="ab<image>c<image><image>", images=[RED, BLUE, RED])
     (document,) = processor.decode_interleaved(features["input_ids"], [list(features["pixel_values"])])
@@ -352,6 +438,10 @@ def test_outputs_of_generate_become_text_images_or_both(processor):
     assert processor.post_process_multimodal_output(output) == ["a red one", "blue"]
     documents = processor.post_process_multimodal_output(output, generation_mode="interleaved")
     assert documents[1][0] == "blue" and documents[1][1].size == (8, 8)
+    for decode in (processor.decode, processor.batch_decode):
+        assert decode(output.sequences, skip_special_tokens=True) == ["a red one", "blue"]
+        with pytest.raises(TypeError, match=r"decode its ids, `output\.sequences`, or call `post_process_multimodal"):
+            decode(output)
     # 8 bits of the drawn pixels, clipped to what a picture can show.
     expected = ((output.images[0][0].clamp(-1, 1) + 1) * 127.5).round().permute(1, 2, 0).to(torch.uint8)
     assert torch.equal(torch.from_numpy(np.asarray(images[0]).copy()), expected)
@@ -459,7 +549,9 @@ def test_a_tokenizer_without_padding_token_gets_one_of_its_own(tokenizer_without
 
 def test_more_or_fewer_images_than_markers_are_refused(processor):
     with pytest.raises(
-        ValueError, match="`text` has 2 markers <image> but `images` holds 1 images; pass one image per marker"
+        ValueError,
+        match="`text` has 2 markers <image> but `images` holds 1 images; the number of <image> tokens in the prompts "
+        "should be the same as the number of images",
     ):
         processor(text="<image><image>", images=[RED])
     with pytest.raises(ValueError, match="`text` has 1 markers <image> but `images` holds 2 images"):

@@ -240,7 +240,7 @@ class TransfusionConfig(PreTrainedConfig):
             f"`sample_size` must be one integer or (height, width); got {size}.":
                 not isinstance(size, int) and len(size) != 2,
             **{f"`{name}` must lie inside the vocabulary, 0 to {vocab_size - 1}; got {value}. Enlarge "
-                "`text_config.vocab_size` or let `TransfusionProcessor.for_model` add the tokens.":
+                "`text_config.vocab_size` or make model and processor by `new_transfusion(tokenizer)`.":
                 not 0 <= value < vocab_size for name, value in ids.items()},
             f"The three image tokens must differ; got {', '.join(f'{name}={value}' for name, value in ids.items())}.":
                 len(set(ids.values())) < len(ids),

@@ -211,6 +211,7 @@ class TransfusionGenerationMixin(GenerationMixin):
             value = getattr(settings, name)
             if value is not None and value is not False and value != _HARMLESS.get(name):
                 raise ValueError(f"`{name}={value!r}` {why}; use `generation_mode='text'`.")
+        _refuse_adapter_names(self)
         # Before anything is read, and though perhaps nothing will be drawn.
         arguments.sampling_scheduler(self.noise_scheduler, self.device)
         if self._is_synced(kwargs):
@@ -274,6 +275,22 @@ class TransfusionGenerationMixin(GenerationMixin):
             kwargs.pop("latents", None)  # as the library does with `pixel_values`: they are in the cache
         return super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+
+def _refuse_adapter_names(model: torch.nn.Module) -> None:
+    """`ValueError` if PEFT's hooks pick an adapter for each row: the rows of a drawing are others."""
+    found = False
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if "adapter_names" in getattr(hook, "keywords", {}):
+                del module._forward_pre_hooks[key]  # PEFT leaves them behind after an error
+                found = True
+    if found:
+        raise ValueError(
+            "`adapter_names` picks an adapter for each row, but a drawing computes rows in several contexts; "
+            "call `model.set_adapter(name)` and generate the rows of each adapter together, or pass "
+            "`generation_mode='text'`."
         )
 
 

@@ -13,10 +13,8 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_processing_utils import BatchFeature, get_size_dict
-from transformers.image_utils import PILImageResampling, pil_torch_interpolation_mapping
-
-_RESIZING = ("do_resize", "do_center_crop", "size", "crop_size", "resample")
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import PILImageResampling, SizeDict, pil_torch_interpolation_mapping
 
 
 def read_picture(picture: Any) -> Image.Image:
@@ -67,10 +65,12 @@ class TransfusionImageProcessor(TorchvisionBackend):
         is_array = isinstance(image_url_or_urls, (np.ndarray, torch.Tensor))
         return image_url_or_urls if is_array else read_picture(image_url_or_urls)
 
-    def process_image(self, image, do_convert_rgb: bool | None = None, **kwargs):
+    def process_image(self, image, do_convert_rgb: bool | None = None, do_rescale: bool | None = None, **kwargs):
         if isinstance(image, Image.Image):
+            if kwargs.get("do_resize") and kwargs.get("do_center_crop") and kwargs["size"].shortest_edge:
+                image = self._crop_long_side(image, kwargs["size"], kwargs["crop_size"], kwargs["resample"])
             image, do_convert_rgb = self.convert(image), False
-        elif self.do_rescale and str(getattr(image, "dtype", "uint8")).removeprefix("torch.") != "uint8":
+        elif do_rescale and str(getattr(image, "dtype", "uint8")).removeprefix("torch.") != "uint8":
             raise ValueError(
                 f"`images`: arrays must be uint8, 0 to 255; got {image.dtype}. Convert it, or pass PIL images, or "
                 "floats in [0, 1] with `do_rescale=False`."
@@ -91,39 +91,28 @@ class TransfusionImageProcessor(TorchvisionBackend):
         return image.convert("L" if len(self.image_mean) == 1 else "RGB")
 
     def preprocess(self, images, *args, return_tensors=None, **kwargs) -> BatchFeature:
-        given = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _RESIZING}
-        if given["do_resize"] and given["do_center_crop"]:
-            size, crop = (
-                get_size_dict(given[name], default_to_square=name != "size") for name in ("size", "crop_size")
-            )
-            if edge := size.get("shortest_edge"):
-                images = self._crop_long_sides(self.fetch_images(images), edge, crop, given["resample"])
         # The library would stack images of several sizes and fail.
         pixel_values = super().preprocess(images, *args, return_tensors=None, **kwargs)["pixel_values"]
         if len({image.shape for image in pixel_values}) == 1:
             pixel_values = torch.stack(list(pixel_values))
         return BatchFeature({"pixel_values": pixel_values})
 
-    def _crop_long_sides(self, images: Any, edge: int, crop: dict[str, int], resample: Any) -> Any:
+    def _crop_long_side(self, image: Image.Image, size: SizeDict, crop: SizeDict, resample: Any) -> Image.Image:
         """
-        Resizes and crops along their long side those PIL images, in lists of any depth, that would have over 16 times
-        the pixels needed once the short side has `edge` of them. Those of 1 × 200,000 would take 39 GB.
+        Resizes and crops an image along its long side if it would have over 16 times the pixels needed once the short
+        side has its size. One of 1 × 200,000 would take 39 GB.
         """
-        if isinstance(images, (list, tuple)):
-            return [self._crop_long_sides(image, edge, crop, resample) for image in images]
-        if not isinstance(images, Image.Image):
-            return images
-        axis = int(images.height > images.width)  # the long one of (width, height)
-        short, long = images.size[1 - axis], images.size[axis]
-        resized, cropped = int(edge * long / short), crop[("width", "height")[axis]]
-        kept = max(edge, cropped)
+        axis = int(image.height > image.width)  # the long one of (width, height)
+        short, long = image.size[1 - axis], image.size[axis]
+        edge, cropped = size.shortest_edge, (crop.width, crop.height)[axis]
+        resized, kept = int(edge * long / short), max(edge, cropped)
         if resized <= 16 * kept:
-            return images
+            return image
         start = (resized - cropped) // 2 - (kept - cropped) // 2
         first, last = (end * long / resized for end in (start, start + kept))
         margin = 4 + 4 * long // resized  # what the filter of the outermost pixels reaches
         low, high = max(0, int(first) - margin), min(long, int(last) + margin)
-        image = self.convert(images.crop((0, low, short, high) if axis else (low, 0, high, short)))
+        image = self.convert(image.crop((0, low, short, high) if axis else (low, 0, high, short)))
         names = {torchvision: pil for pil, torchvision in pil_torch_interpolation_mapping.items()}
         resample, span = names.get(resample, resample), (first - low, last - low)
         # Rows first, as for other images: what lies between is clipped to 8 bits.

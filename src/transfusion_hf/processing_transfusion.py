@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, takewhile
+from itertools import chain, groupby, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tokenizers import AddedToken
 from transformers import BatchFeature, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
-from transformers.image_utils import make_flat_list_of_images
+from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.utils import PROCESSOR_NAME, cached_file, find_adapter_config_file
 
 from .image_processing_transfusion import TransfusionImageProcessor
@@ -32,18 +32,18 @@ def make_labels(
     return input_ids.masked_fill(~has_loss, -100)
 
 
-def chat_parts(messages: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The parts of the messages of a chat, in order, with the message's `role`; `ValueError` for unknown ones."""
+def chat_parts(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[str | None, dict[str, Any]]]:
+    """Role and part of the messages of a chat, in order, without what is `None`; `ValueError` for unknown parts."""
     for message in messages:
         content = message.get("content") or ""
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            if kind not in ("text", "image", "image_url") or not isinstance(part.get("text", ""), str):
+            if kind not in ("text", "image", "image_url") or not isinstance(part.get("text") or "", str):
                 raise ValueError(
                     f"`conversation` holds a part of type {kind!r}; a part is {{'type': 'text', 'text': ...}} or "
                     "{'type': 'image', 'image': ...}."
                 )
-            yield {"role": message.get("role"), **part}
+            yield message.get("role"), {name: value for name, value in part.items() if value is not None}
 
 
 IMAGE_TOKENS = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
@@ -85,6 +85,15 @@ _PER_TOKEN = {
     "attention_mask": (1, 0), "token_type_ids": (0, 0), "special_tokens_mask": (1, 1), "mm_token_type_ids": (0, 0),
     "offset_mapping": ((0, 0), (0, 0)),
 }  # fmt: skip
+
+
+def _ids_alone(token_ids: Any) -> Any:
+    if hasattr(token_ids, "sequences"):
+        raise TypeError(
+            "The output of `generate()` holds text and images; decode its ids, `output.sequences`, or call "
+            "`post_process_multimodal_output(output)`."
+        )
+    return token_ids
 
 
 class TransfusionProcessor(ProcessorMixin):
@@ -196,7 +205,12 @@ class TransfusionProcessor(ProcessorMixin):
         return cls(image_processor, tokenizer, **sides, **tokens, **kwargs)
 
     def __call__(
-        self, images=None, text=None, latents: Sequence[torch.Tensor] | None = None, return_labels=False, **kwargs: Any
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        latents: Sequence[torch.Tensor] | None = None,
+        return_labels: bool | None = None,
+        **kwargs: Any,
     ) -> BatchFeature:
         """
         Each row begins with the tokenizer's beginning-of-sequence token if it adds one, and only once, whether the
@@ -209,7 +223,7 @@ class TransfusionProcessor(ProcessorMixin):
             text (`str` or `list[str]`): With an `image_token` for each image.
             latents (`list[torch.FloatTensor]` of shapes `(latent_channels, height, width)`, *optional*):
                 Output of `model.encode_images`, instead of `images`. `kwargs` then go to the tokenizer.
-            return_labels (`bool`, defaults to `False`): Whether to add the labels for training.
+            return_labels (`bool`, *optional*): Whether to add the labels for training.
             kwargs: As for any processor. Texts are padded on the left unless `padding_side` is passed.
 
         Returns:
@@ -220,13 +234,13 @@ class TransfusionProcessor(ProcessorMixin):
             ValueError: images in another number than markers, sides that are no multiple of a patch, a `max_length`
                 that cuts an image, both images and latents.
         """
+        options = self._pop_text_options(kwargs, is_batch=not isinstance(text, str))
         if text is None:
-            return super().__call__(images=images, **kwargs)
-        if isinstance(text, (list, tuple)) and len(text) == 0:
+            return self._to_tensors(super().__call__(images=images, **kwargs), options["return_tensors"])
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
             raise ValueError("`text` must hold at least one text; got an empty list.")
         images = None if isinstance(images, (list, tuple)) and len(images) == 0 else images
-        texts = [text] if isinstance(text, str) else list(text)
-        options = self._pop_text_options({"padding": not isinstance(text, str)}, kwargs)
         if not (options["add_special_tokens"] and self.missing_ends([])[0]):
             texts = [one or self.image_start_token for one in texts]
         if latents is None or len(latents) == 0:
@@ -243,15 +257,18 @@ class TransfusionProcessor(ProcessorMixin):
             is_stack = len({latent.shape for latent in latents}) == 1
             features["latents"] = torch.stack(list(latents)) if is_stack else list(latents)
         features.update(self._finish_rows(features, options, is_prompt=not return_labels))
-        features.convert_to_tensors(options["return_tensors"], skip_tensor_conversion=self.skip_tensor_conversion)
+        self._to_tensors(features, options["return_tensors"])
         if return_labels:
             ids, mask = (torch.as_tensor(features[name]) for name in ("input_ids", "attention_mask"))
             tokens = (self.image_start_token_id, self.image_token_id, self.image_end_token_id)
             features["labels"] = make_labels(ids, mask, *tokens)
         return features
 
-    # The library would stack images of several sizes and fail.
-    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "pixel_values", "latents"]
+    def _to_tensors(self, features: BatchFeature, kind: str | None) -> BatchFeature:
+        """Converts all but lists of images, which have several sizes: the library would stack them and fail."""
+        lists = [name for name in ("pixel_values", "latents") if isinstance(features.get(name), list)]
+        features.skip_tensor_conversion = [*self.skip_tensor_conversion, *lists]
+        return features.convert_to_tensors(kind)
 
     def validate_inputs(self, images=None, text=None, **kwargs: Any) -> None:
         """Raises `ValueError` unless each marker has its image. The library calls it with what it has fetched."""
@@ -267,20 +284,20 @@ class TransfusionProcessor(ProcessorMixin):
     def _check_markers(self, texts: list[str], name: str, images: Sequence[Any]) -> None:
         if (num_markers := "".join(texts).count(self.image_token)) != len(images):
             raise ValueError(
-                f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {len(images)} images; pass "
-                "one image per marker."
+                f"`text` has {num_markers} markers {self.image_token} but `{name}` holds {len(images)} images; the "
+                f"number of {self.image_token} tokens in the prompts should be the same as the number of images."
             )
 
-    def _pop_text_options(self, defaults: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _pop_text_options(self, kwargs: dict[str, Any], is_batch: bool) -> dict[str, Any]:
         """Takes `_TEXT_OPTIONS` out of `kwargs` and the dicts in it; the tokenizer's own come after, then ours."""
-        options = {"return_tensors": "pt", "add_special_tokens": True, **defaults}
+        # The padding side is not the tokenizer's: a prompt ends where generation begins.
+        options = {"return_tensors": "pt", "add_special_tokens": True, "padding": is_batch, "padding_side": "left"}
         init = self.tokenizer.init_kwargs
         options |= {name: init[name] for name in ("padding", "truncation", "max_length") if name in init}
-        # Not the tokenizer's: a prompt ends where generation begins.
-        options["padding_side"] = "left"
         for group in ("common_kwargs", "text_kwargs"):
             given = dict(kwargs.pop(group, {}))
-            if twice := [name for name in _TEXT_OPTIONS if name in given and name in kwargs]:
+            twice = [name for name in _TEXT_OPTIONS if name in given and name in kwargs]
+            if twice and group == "text_kwargs":
                 raise ValueError(f"`{twice[0]}` was passed two times, alone and in `{group}`; pass it once.")
             options |= {name: given.pop(name) for name in _TEXT_OPTIONS if name in given}
             kwargs |= {group: given} if given else {}
@@ -348,12 +365,14 @@ class TransfusionProcessor(ProcessorMixin):
             ValueError: a part that is neither text nor image; special tokens in the content, which
                 `return_assistant_tokens_mask` would take for those of the template.
         """
-        is_batch = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+        chats, is_batch = self._normalize_conversations(conversation)
         special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         typed: set[str] = set()
-        for chat in conversation if is_batch else [conversation]:
-            for part in chat_parts(getattr(chat, "messages", chat)):
-                typed |= {token for token in special if token in part.get("text", "")}
+        for message in chain(*chats):
+            parts = [part for _, part in chat_parts([message])]
+            typed |= {token for token in special for part in parts if token in part.get("text", "")}
+            if not isinstance(message.get("content"), (str, type(None))):
+                message["content"] = parts
         if typed and kwargs.get("return_assistant_tokens_mask"):
             raise ValueError(
                 f"`conversation` holds {', '.join(sorted(typed))} as text, which "
@@ -361,7 +380,7 @@ class TransfusionProcessor(ProcessorMixin):
             )
         if typed and kwargs.get("tokenize"):
             kwargs.setdefault("sanitize_control_tokens", True)
-        return super().apply_chat_template(conversation, chat_template=chat_template, **kwargs)
+        return super().apply_chat_template(chats if is_batch else chats[0], chat_template=chat_template, **kwargs)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """`<BOI>`, a placeholder for each patch, `<EOI>`; `image_inputs` holds `pixel_values` or `latents`."""
@@ -377,6 +396,12 @@ class TransfusionProcessor(ProcessorMixin):
             )
         num_patches = (height // side) * (width // side)
         return self.image_start_token + self.image_token * num_patches + self.image_end_token
+
+    def batch_decode(self, sequences, *args: Any, **kwargs: Any) -> list[str]:
+        return super().batch_decode(_ids_alone(sequences), *args, **kwargs)
+
+    def decode(self, token_ids, *args: Any, **kwargs: Any) -> str | list[str]:
+        return super().decode(_ids_alone(token_ids), *args, **kwargs)
 
     def post_process_multimodal_output(
         self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs: Any

@@ -42,7 +42,7 @@ def images_of(sample: dict[str, Any]) -> list[Any]:
     if images is not None:
         return list(images)
     parts = chat_parts(sample.get("messages") or ())
-    return [part[key] for part in parts for key in ("image", "url", "path") if part.get(key) is not None]
+    return [part[key] for _, part in parts for key in ("image", "url", "path") if key in part]
 
 
 def latents_of(sample: dict[str, Any]) -> list[torch.Tensor]:
@@ -207,13 +207,13 @@ class TransfusionDataCollator:
         parts, labels = list(chat_parts(feature["messages"])), row["labels"][0]
         if is_masked:
             is_assistant = torch.tensor(row["assistant_masks"][0]).bool()
-            if not is_assistant.any() and any(part["role"] == "assistant" for part in parts):
+            if not is_assistant.any() and any(role == "assistant" for role, _ in parts):
                 raise ValueError(
                     "`assistant_only_loss` needs a chat template that encloses what the assistant says in "
                     "`{% generation %}` and `{% endgeneration %}`; pass one to the processor as `chat_template`."
                 )
             labels = labels.masked_fill(~is_assistant, -100)
-        roles = [part["role"] for part in parts if part["type"] != "text"]
+        roles = [role for role, part in parts if part["type"] != "text"]
         limits = _per_image(feature, "max_timesteps", [self.num_train_timesteps] * len(roles))
         masks = _per_image(feature, "image_loss_mask", [not is_masked or role == "assistant" for role in roles])
         pixels = list(row.get("pixel_values", ()))

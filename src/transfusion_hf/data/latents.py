@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForMultimodalLM
 from transformers.utils import logging
 
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
@@ -126,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     model = AutoModelForMultimodalLM.from_pretrained(args.model).to(args.device)
-    processor = AutoProcessor.from_pretrained(args.model)
+    processor = TransfusionProcessor.from_pretrained(args.model)
     rows = load_rows(args.dataset, args.streaming, args.split)
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     dataset = TransfusionDataset.from_captions(rows, **columns, image_token=processor.image_token)

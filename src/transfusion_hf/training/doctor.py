@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from PIL import Image
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForMultimodalLM
 from transformers.utils import logging
 
 from ..data.collator import TransfusionDataCollator
 from ..data.shapes import ShapesDataset
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..patching_transfusion import stack_images
+from ..processing_transfusion import TransfusionProcessor
 
 
 @dataclass
@@ -356,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype="auto", **kwargs).to(args.device)
     for name, parameter in model.named_parameters():  # of an adapter, which is loaded frozen
         parameter.requires_grad_(parameter.requires_grad or ".lora_" in name)
-    processor = AutoProcessor.from_pretrained(model.name_or_path)  # the base model's
+    processor = TransfusionProcessor.from_pretrained(args.model)
     dataset = None
     if args.data is not None:
         from ..data.dataset import TransfusionDataset, load_rows  # needs datasets, which the other checks do not
