@@ -79,10 +79,8 @@ def make_sampling_scheduler(
     sampler: Any = _scheduler_of_name(noise_scheduler, scheduler) if is_named else scheduler
     _check_same_schedule(sampler, noise_scheduler)
     for name in given.keys() - inspect.signature(sampler.set_timesteps).parameters.keys():
-        method = f"{type(sampler).__name__}.set_timesteps"
-        raise ValueError(
-            f"`{name}` is not an argument of `{method}`; pass `num_inference_steps` or another scheduler."
-        )
+        problem = f"`{name}` is not an argument of `{type(sampler).__name__}.set_timesteps`"
+        raise ValueError(f"{problem}; pass `num_inference_steps` or another `scheduler`.")
     if is_named and not given and not is_flow(noise_scheduler):
         sampler = _from_noise_to_0(sampler, noise_scheduler.betas, num_inference_steps)
     sampler = copy.deepcopy(sampler)
