@@ -194,10 +194,9 @@ class TorchCudaKernel:
 
     @staticmethod
     def backward(grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
+        attend_backward = torch.ops.aten._flash_attention_backward
         states = (grad.contiguous(), query, key, value, output, lse.transpose(0, 1).contiguous())
-        return torch.ops.aten._flash_attention_backward(
-            *states, *one.segments, 0.0, one.is_causal, *state, scale=scale
-        )
+        return attend_backward(*states, *one.segments, 0.0, one.is_causal, *state, scale=scale)
 
 
 Kernel = type[TorchCpuKernel] | type[TorchCudaKernel]

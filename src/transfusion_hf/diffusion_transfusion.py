@@ -48,8 +48,10 @@ def make_noise_scheduler(config: TransfusionConfig) -> SchedulerMixin:
     """
     if config.prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=config.num_train_timesteps)
-    fields = {name: getattr(config, name) for name in ("num_train_timesteps", "beta_schedule", "prediction_type")}
-    return DDPMScheduler(**fields, clip_sample=config.vae_config is None, timestep_spacing="leading")
+    return DDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps, beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type, clip_sample=config.vae_config is None, timestep_spacing="leading",
+    )  # fmt: skip
 
 
 def make_sampling_scheduler(
@@ -173,6 +175,13 @@ def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | Non
     return (uniform * max_timesteps).long()
 
 
+def check_per_image(num_images: int, **given: Any) -> None:
+    """Raises `ValueError` unless each of the arguments that were given holds one value for each image."""
+    for name, value in given.items():
+        if value is not None and len(value) != num_images:
+            raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(value)}.")
+
+
 def check_timesteps(timesteps: torch.Tensor, num_images: int, last: int) -> None:
     """Raises `ValueError` unless there is one t from 0 to `last` for each image."""
     if timesteps.shape != (num_images,) or not ((timesteps >= 0) & (timesteps <= last)).all():
@@ -234,10 +243,7 @@ def noise_images(
     """
     num_images, device = sum(len(stack) for stack in x_0), x_0[0].device
     num_train_timesteps, first = noise_scheduler.config.num_train_timesteps, int(is_flow(noise_scheduler))
-    per_image = {"max_timesteps": max_timesteps, "image_loss_mask": image_loss_mask, "noise_seeds": seeds}
-    for name, value in per_image.items():
-        if value is not None and len(value) != num_images:
-            raise ValueError(f"`{name}` must hold one value for each of {num_images} images; got {len(value)}.")
+    check_per_image(num_images, max_timesteps=max_timesteps, image_loss_mask=image_loss_mask, noise_seeds=seeds)
     if max_timesteps is None:
         max_timesteps = torch.full((num_images,), num_train_timesteps, device=device)
     elif not ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
@@ -267,9 +273,7 @@ def must_clip_x_0(scheduler: SchedulerMixin, noise_scheduler: SchedulerMixin) ->
     return noise_scheduler.config.get("clip_sample", False) and not {"clip_sample", "thresholding"} & accepted.keys()
 
 
-def clip_x_0(
-    noise_scheduler: SchedulerMixin, x_t: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor
-) -> torch.Tensor:
+def clip_x_0(noise_scheduler, x_t: torch.Tensor, prediction: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """
     The prediction whose x_0 is clipped to [−1, 1]. `t` of shape `()` may lie between two of the training, where log σ,
     σ = √((1−ᾱ)/ᾱ), is linear as in diffusers.

@@ -280,17 +280,16 @@ class TransfusionGenerationMixin(GenerationMixin):
 
 def _refuse_adapter_names(model: torch.nn.Module) -> None:
     """`ValueError` if PEFT's hooks pick an adapter for each row: the rows of a drawing are others."""
-    found = False
+    found = []
     for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if "adapter_names" in getattr(hook, "keywords", {}):
-                del module._forward_pre_hooks[key]  # PEFT leaves them behind after an error
-                found = True
+        hooks = module._forward_pre_hooks
+        found += [(hooks, key) for key, hook in hooks.items() if "adapter_names" in getattr(hook, "keywords", {})]
+    for hooks, key in found:
+        del hooks[key]  # PEFT leaves them behind after an error
     if found:
         raise ValueError(
-            "`adapter_names` picks an adapter for each row, but a drawing computes rows in several contexts; "
-            "call `model.set_adapter(name)` and generate the rows of each adapter together, or pass "
-            "`generation_mode='text'`."
+            "`adapter_names` picks an adapter for each row, but a drawing computes rows in several contexts; call "
+            "`model.set_adapter(name)` and generate each adapter's rows together, or pass `generation_mode='text'`."
         )
 
 

@@ -21,6 +21,7 @@ from .configuration_transfusion import IMAGE_TOKEN_IDS, TransfusionConfig
 from .denoising_transfusion import DRAWING_DEFAULTS
 from .diffusion_transfusion import (
     at_least_float32,
+    check_per_image,
     check_timesteps,
     chosen_rows,
     content_seeds,
@@ -266,12 +267,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
         # Under a prepared mask, in a step of generation, there is nothing left to check.
         if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
             count, last = check_image_blocks(stacks, block_ids, self.config), self.config.num_train_timesteps - 1
-            if count and prediction_mask is not None and (timesteps is None or len(prediction_mask) != count):
-                raise ValueError(
-                    f"`prediction_mask` must hold one value for each of {count} images, together with `timesteps`; "
-                    f"got {len(prediction_mask)}."
-                )
+            if count and prediction_mask is not None and timesteps is None:
+                raise ValueError("`prediction_mask` chooses images to predict the noise of; pass `timesteps`, too.")
             if count and timesteps is not None:
+                check_per_image(count, prediction_mask=prediction_mask)
                 check_timesteps(timesteps, count, last + self.config.first_timestep)
 
         # Before the embedding of the text, where `_encode_blank` is too: FSDP2 wants one order in all processes.
@@ -516,9 +515,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         hidden_states, skips = self.model.patch_encoder([stack], stack.new_zeros(1))
         return hidden_states, [(side, side)], skips
 
-    def _predict_text(
-        self, hidden_states, labels, shift_labels, num_items, logits_to_keep, skip_logits
-    ) -> tuple[Any, Any]:
+    def _predict_text(self, hidden_states, labels, shift_labels, num_items, logits_to_keep, skip_logits) -> tuple:
         """The logits (`None` with `skip_logits`) and L_LM (Eq. 1; `None` without `labels`)."""
         text_config, targets = self.config.text_config, None
         if num_items is not None:
