@@ -278,7 +278,7 @@ def test_prediction_masks_that_do_not_fit_are_refused():
     for mask in ([True], [True] * 3):
         with pytest.raises(ValueError, match="`prediction_mask` must hold one value for each of 2 images"):
             model(ids, latents=images(2), timesteps=times, prediction_mask=torch.tensor(mask))
-    with pytest.raises(ValueError, match="`prediction_mask` chooses images .*; pass `timesteps`, too"):
+    with pytest.raises(ValueError, match=r"`prediction_mask` chooses images .*; pass `timesteps`, too"):
         model(ids, latents=images(2), prediction_mask=torch.tensor([True, False]))
     with pytest.raises(ValueError, match="`prediction_mask` is for inference; in training pass `image_loss_mask`"):
         model(ids, latents=images(2), labels=ids, prediction_mask=torch.tensor([True, False]))
