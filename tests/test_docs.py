@@ -1,6 +1,5 @@
-"""What README and docs say of the code: names, links, commands and quoted lines exist."""
+"""What README and docs say of the code: names, links, commands and quoted lines exist. test_docs_blocks.py runs it."""
 
-import ast
 import dataclasses
 import importlib
 import inspect
@@ -9,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import TrainingArguments
 
 import transfusion_hf
 from transfusion_command import main
@@ -27,10 +25,6 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @pytest.fixture(params=FILES, ids=lambda file: file.relative_to(ROOT).as_posix())
 def document(request):
     return request.param
-
-
-def blocks(file: Path, language: str) -> list[str]:
-    return [code for kind, code in BLOCK.findall(file.read_text()) if kind == language]
 
 
 def prose(file: Path) -> str:
@@ -51,14 +45,6 @@ def resolve(dotted: str) -> object:
     raise AttributeError(dotted)
 
 
-def test_python_blocks_compile_and_import_names_that_exist(document):
-    for code in blocks(document, "python"):
-        for node in ast.walk(ast.parse(code)):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transfusion_hf"):
-                for alias in node.names:
-                    resolve(f"{node.module}.{alias.name}")
-
-
 def test_names_of_the_package_exist(document):
     if document.name == "CHANGELOG.md":
         pytest.skip("names what was, too")
@@ -72,29 +58,8 @@ def test_relative_links_lead_to_files(document):
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def commands(file: Path) -> list[str]:
-    """The command lines of a page, continued lines joined, without comments."""
-    lines = "".join(blocks(file, "bash")).replace("\\\n", " ").splitlines()
-    return [re.sub(r"\s#.*", "", line) for line in lines]
-
-
-def test_commands_name_scripts_and_options_that_exist(document):
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    for line in commands(document):
-        script = re.search(r"(?:examples|conversion|benchmarks|model_cards)/\w+\.py", line)
-        if script is None:
-            continue
-        source = (ROOT / script.group()).read_text()
-        if "transfusion_hf.cli.train" in source:
-            source = (ROOT / "src" / "transfusion_hf" / "cli" / "train.py").read_text()
-        for option in re.findall(r"\s--(\w+)", line[script.end() :]):
-            assert option in fields or re.search(rf"\b{option}\b", source), f"{document.name}: {line}"
-
-
 def test_subcommands_of_the_command_line_exist(document, capsys):
-    named = {match for line in commands(document) for match in re.findall(r"^transfusion ([a-z]+)\b", line)}
-    named |= set(re.findall(r"`transfusion ([a-z]+)[ `]", prose(document)))
-    for command in named:
+    for command in set(re.findall(r"`transfusion ([a-z]+)[ `]", prose(document))):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0, f"{document.name}: transfusion {command}"
