@@ -3,8 +3,9 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
-# One thread per test process. The two share the files: the tests of one share its slow fixtures.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# One thread per test process. They share the files: the tests of one share its slow fixtures. Three, as many tests wait
+# for a browser or for other processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-vae test test-demo test-slow test-newest browser lint docs clean
 

@@ -160,6 +160,7 @@ def test_drawing_allocates_its_cache_once_and_never_copies_the_prefix(monkeypatc
     assert len(storages) >= STEPS * len(set(storages))
 
 
+@pytest.mark.slow
 def test_compiled_steps_of_text_and_drawing_are_equal_and_compile_no_more_for_further_images(backend="eager"):
     """Prefixes, rows and images of the prompt differ; what was compiled in the first round serves in the second."""
     model, num_graphs, breaks = tiny.model(), [], torch._dynamo.utils.counters["graph_break"]

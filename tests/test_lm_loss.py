@@ -8,6 +8,7 @@ from test_trainer import collate_uneven, uneven_samples
 from transfusion_hf import diffusion_transfusion
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_same_losses_and_gradients():
     model, batch, found = tiny.model().train(), collate_uneven(uneven_samples()), []
     for forward in (model, torch.compile(model, backend="aot_eager")):

@@ -193,7 +193,17 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize(("data", "texts", "kwargs"), RUNS.values(), ids=RUNS)
+# Each setting is in one of the others, too.
+SLOW_RUNS = {
+    "list, evaluation", "list, accumulation, rare logs", "map, passes", "map, broken, accumulation, evaluation",
+    "stream, broken, evaluation, rare logs",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("data", "texts", "kwargs"),
+    [pytest.param(*run, id=name, marks=[pytest.mark.slow] * (name in SLOW_RUNS)) for name, run in RUNS.items()],
+)
 @pytest.mark.filterwarnings("ignore:Skipped")
 def test_a_resumed_run_has_the_same_logs_and_weights(tmp_path, data, texts, kwargs):
     """Resumed within a pass and between two, a run takes as many passes as its steps need."""
