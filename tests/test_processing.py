@@ -10,6 +10,7 @@ from threading import Thread
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from make_tiny_transfusion import byte_tokenizer
 from PIL import Image, ImageOps
 from tokenizers.processors import TemplateProcessing
@@ -24,6 +25,7 @@ from transfusion_hf import (
     TransfusionImageProcessor,
     TransfusionProcessor,
 )
+from transfusion_hf.data import TransfusionDataset
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 
@@ -102,6 +104,17 @@ def test_a_photo_is_upright_in_whatever_form_it_comes(processor, photo):
         assert torch.equal(processor(text=["<image>"], images=[[form]])["pixel_values"], pixels), name
         assert torch.equal(processor.image_processor(form)["pixel_values"], pixels), name
         assert torch.equal(collate([{"text": "a<image>", "image": form}])["pixel_values"], pixels), name
+
+
+def test_a_tiff_in_ycbcr_is_read(processor, tmp_path):
+    Image.merge("YCbCr", [Image.new("L", (8, 8), v) for v in (76, 85, 255)]).save(tmp_path / "red.tiff")
+    expected = [v / 127.5 - 1 for v in (254, 0, 0)]
+    for picture in (tmp_path / "red.tiff", (tmp_path / "red.tiff").read_bytes(), Image.open(tmp_path / "red.tiff")):
+        pixels = processor(text="<image>", images=picture)["pixel_values"][0, :, 0, 0].tolist()
+        assert pixels == pytest.approx(expected, abs=0.01)
+    row = {"image": {"bytes": None, "path": str(tmp_path / "red.tiff")}, "text": "red"}
+    (sample,) = TransfusionDataset.from_captions(Dataset.from_list([row]))
+    assert sample["image"].getpixel((0, 0)) == (254, 0, 0)
 
 
 def test_a_chat_takes_pictures_in_each_form_of_the_library(processor, photo):

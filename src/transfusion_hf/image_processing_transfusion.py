@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torchvision.transforms.v2 import functional as F
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
@@ -32,12 +32,24 @@ def read_picture(picture: Any) -> Image.Image:
             source = base64.b64decode(source.partition(",")[2])
         if not isinstance(source, Image.Image):
             source = Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+        if getattr(source, "tag_v2", {}).get(262) == 6 and source.tile and source.tile[0][0] == "raw":
+            source = _with_libtiff(source)
         source.load()  # notices truncated files
         return ImageOps.exif_transpose(source)
     # What Pillow raises depends on the format.
     except (OSError, ValueError, SyntaxError, struct.error, httpx.HTTPError, Image.DecompressionBombError) as error:
         name = os.path.basename(picture) if isinstance(picture, (str, os.PathLike)) else type(picture).__name__
         raise ValueError(f"{name[:80]} is no picture that can be read: {error}") from error
+
+
+def _with_libtiff(image: Any) -> Image.Image:
+    """A TIFF opened again. Without libtiff, Pillow misreads uncompressed YCbCr as cut off."""
+    image.fp.seek(0)
+    TiffImagePlugin.READ_LIBTIFF = True
+    try:
+        return Image.open(image.fp)
+    finally:
+        TiffImagePlugin.READ_LIBTIFF = False
 
 
 class TransfusionImageProcessor(TorchvisionBackend):

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
+from ..image_processing_transfusion import read_picture
+
 try:
     import datasets as hf_datasets
     from datasets.distributed import split_dataset_by_node
@@ -105,12 +107,13 @@ def _read_image(value: Any, column: str) -> Image.Image:
     if value is None:
         raise _BrokenRowError(f"`{column}` is empty")
     try:
-        if isinstance(value, (bytes, str)):
-            value = hf_datasets.Image().encode_example(value)
-        image = hf_datasets.Image().decode_example(value)
-        image.load()  # an image that was opened may not have been read
-    except Exception as error:  # what PIL raises depends on the format: OSError, SyntaxError, struct.error …
-        raise _BrokenRowError(f"`{column}` cannot be read: {type(error).__name__}: {error}") from error
+        row = {"bytes": None, "path": value} if isinstance(value, str) else value
+        if isinstance(row, dict) and row.get("bytes") is None and not os.path.isfile(row["path"]):
+            row = hf_datasets.Image().decode_example(row)  # in an archive, or somewhere else
+        image = read_picture(row)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise _BrokenRowError(f"`{column}` cannot be read: {type(cause).__name__}: {cause}") from error
     if image.mode == "F":
         raise _BrokenRowError(f"`{column}` is of floating-point mode 'F', which has no known range")
     return image
