@@ -369,6 +369,23 @@ def test_a_folder_of_pictures_or_a_pattern_gives_them_with_their_captions(tmp_pa
         assert reds == pytest.approx([{"a": 0, "c": 100, "d": 150}[Path(name).stem] for name in names], abs=2)
 
 
+def test_names_of_files_mean_nothing(tmp_path):
+    """Not splits, and not patterns."""
+    folder = tmp_path / "photos [2026]"
+    folder.mkdir()
+    for name in ("test_car", "train station", "dog [1]", "cat"):
+        PILImage.new("RGB", (4, 4)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name, encoding="utf-8-sig")  # as Notepad writes it
+    for name in (str(folder), str(tmp_path / "*" / "*.png")):
+        assert sorted(load_rows(name)["text"]) == ["cat", "dog [1]", "test_car", "train station"]
+    (folder / "captions [1].jsonl").write_text('{"text": "a"}')
+    assert load_rows(str(tmp_path / "*" / "*.jsonl"))["text"] == ["a"]
+    for split in ("train", "test"):
+        (tmp_path / "both" / split).mkdir(parents=True)
+        PILImage.new("RGB", (4, 4)).save(tmp_path / "both" / split / "a.png")
+    assert len(load_rows(str(tmp_path / "both"))) == len(load_rows(str(tmp_path / "both"), split="test")) == 1
+
+
 def test_data_are_read_by_their_suffix_and_what_is_not_there_is_named(tmp_path):
     text_set(3).to_parquet(tmp_path / "a.parquet")
     text_set(3).to_json(tmp_path / "a.jsonl")

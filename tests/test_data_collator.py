@@ -1,3 +1,5 @@
+import base64
+import io
 import math
 import random
 from itertools import pairwise
@@ -128,6 +130,13 @@ def test_chats_stand_beside_texts_with_images_inside_or_beside_them(processor, m
             assert count_tokens(sample, processor) == batch["attention_mask"][1].sum()
         else:
             assert processor.tokenizer.decode(batch["input_ids"][0]).replace("<image>" * 16, "*").startswith(row)
+    buffer = io.BytesIO()
+    RED.save(buffer, "png")
+    url = {"url": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
+    content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "see <image>"}]
+    sample = {"messages": [{"role": "user", "content": content}]}
+    row = collator([sample])
+    assert count_tokens(sample, processor) == (row["labels"] != -100).sum() + 18
     latents = {"messages": chat(None, None), "latents": [torch.ones(3, 8, 8), torch.zeros(3, 8, 8)]}
     assert collator([latents])["latents"][:, 0, 0, 0].tolist() == [1, 0]
 

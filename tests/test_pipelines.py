@@ -70,6 +70,25 @@ def test_stop_strings_saved_with_the_model_stop_its_pipelines(task, kwargs, proc
     assert config.stop_strings == ["qq"]
 
 
+def test_pipelines_take_and_refuse_arguments_of_generate(processor, model):
+    pipe, draw, tell = (
+        TransfusionPipeline(model, processor), pipeline("text-to-image", model=TINY),
+        pipeline("interleaved-generation", model=TINY),
+    )  # fmt: skip
+    assert len(pipe("a", do_sample=True, num_images_per_prompt=2, **QUICK).images) == 2
+    for call in (pipe, draw, tell):
+        with pytest.raises(ValueError, match="`num_return_sequences` is decided by the pipeline; use `num_images_per"):
+            call("a", num_return_sequences=2)
+        with pytest.raises(ValueError, match="`generation_mode` is decided by the pipeline"):
+            call("a", generation_mode="text")
+    greedy = [str(tell("a", num_images_per_prompt=1, max_new_tokens=12)) for _ in range(2)]
+    assert greedy[0] == greedy[1] == str(tell("a", max_new_tokens=12))
+    with pytest.raises(ValueError, match="`init_image` as a picture needs one `height` and `width`"):
+        draw(["a", "b"], height=[8, 16], init_image=RED, strength=0.5)
+    scheduler = DDIMScheduler.from_config(model.noise_scheduler.config)
+    assert TransfusionPipeline.from_pretrained(TINY, scheduler=scheduler).scheduler is scheduler
+
+
 def test_any_to_any_writes(any_to_any, model, processor):
     inputs = processor(text=["<image>what"], images=[RED])
     expected = model.generate(**inputs, max_new_tokens=5, generation_mode="text")[:, inputs["input_ids"].shape[1] :]

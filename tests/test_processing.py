@@ -26,6 +26,7 @@ from transfusion_hf import (
     TransfusionProcessor,
 )
 from transfusion_hf.data import TransfusionDataset
+from transfusion_hf.image_processing_transfusion import read_picture
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 
@@ -104,6 +105,12 @@ def test_a_photo_is_upright_in_whatever_form_it_comes(processor, photo):
         assert torch.equal(processor(text=["<image>"], images=[[form]])["pixel_values"], pixels), name
         assert torch.equal(processor.image_processor(form)["pixel_values"], pixels), name
         assert torch.equal(collate([{"text": "a<image>", "image": form}])["pixel_values"], pixels), name
+
+
+@pytest.mark.parametrize("nothing", [None, {"bytes": None, "path": None}, bytearray(b"a"), "https://a/\x00.png"])
+def test_what_is_no_picture_is_named(nothing):
+    with pytest.raises(ValueError, match="is no picture that can be read"):
+        read_picture(nothing)
 
 
 def test_a_tiff_in_ycbcr_is_read(processor, tmp_path):
@@ -263,7 +270,7 @@ def test_text_options_may_come_in_their_own_dict(processor):
     assert isinstance(both["input_ids"], torch.Tensor) and both["attention_mask"][1].tolist() == [1, 1, 0, 0]
     assert processor(text=texts, pad_to_multiple_of=8)["input_ids"].shape == (2, 8)
     assert options == {"padding": "max_length", "max_length": 6, "padding_side": "right"}
-    with pytest.raises(ValueError, match="`padding` was passed two times, alone and in `text_kwargs`"):
+    with pytest.raises(ValueError, match="`padding` was passed twice, alone and in `text_kwargs`"):
         processor(text=texts, padding=True, text_kwargs={"padding": True})
 
 

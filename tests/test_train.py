@@ -244,6 +244,8 @@ def test_a_tokenizer_that_does_not_fit_is_refused_or_said():
         pytest.warns(UserWarning, match="vocabulary of 32,003; .* change its size by -0.0..B parameters"),
     ):
         new_transfusion(TINY, "0.16B")
+    with pytest.raises(ValueError, match="TransfusionConfig has no field `sample_sise`"):
+        new_transfusion(tokenizer, sample_sise=32)
     with pytest.raises(ValueError, match="'9B'"):
         new_transfusion(tokenizer, "9B")
     tokenizer.eos_token = None

@@ -37,7 +37,10 @@ def read_picture(picture: Any) -> Image.Image:
         source.load()  # notices truncated files
         return ImageOps.exif_transpose(source)
     # What Pillow raises depends on the format.
-    except (OSError, ValueError, SyntaxError, struct.error, httpx.HTTPError, Image.DecompressionBombError) as error:
+    except (
+        OSError, ValueError, TypeError, AttributeError, SyntaxError, struct.error, httpx.HTTPError, httpx.InvalidURL,
+        Image.DecompressionBombError,
+    ) as error:  # fmt: skip
         name = os.path.basename(picture) if isinstance(picture, (str, os.PathLike)) else type(picture).__name__
         raise ValueError(f"{name[:80]} is no picture that can be read: {error}") from error
 

@@ -58,8 +58,8 @@ def drawing_kwargs(
     if num_images_per_prompt is not None:
         if num_images_per_prompt < 1:
             raise ValueError(f"`num_images_per_prompt` must be at least 1; got {num_images_per_prompt}.")
-        # The library returns several sequences only where it samples.
-        given |= {"num_return_sequences": num_images_per_prompt, "do_sample": True}
+        if num_images_per_prompt > 1:  # the library returns several sequences only where it samples
+            given |= {"num_return_sequences": num_images_per_prompt, "do_sample": True}
     per_row, image_processor = {"init_image": init_image, "mask_image": mask_image}, processor.image_processor
     sides = zip(("height", "width"), model.config.latent_size, strict=True)
     height, width = (
@@ -71,6 +71,8 @@ def drawing_kwargs(
         per_row["negative_prompt_ids"] = inputs["input_ids"]
         per_row["negative_prompt_attention_mask"] = inputs["attention_mask"]
     if not isinstance(init_image, torch.Tensor | None):
+        if not isinstance(height, int) or not isinstance(width, int):
+            raise ValueError("`init_image` as a picture needs one `height` and `width` for all rows; pass a tensor.")
         pictures = make_flat_list_of_images(image_processor.fetch_images(init_image))
         pictures = [picture.resize((width, height), Image.Resampling.BICUBIC) for picture in pictures]
         inputs = image_processor(pictures, do_resize=False, do_center_crop=False)
@@ -84,6 +86,11 @@ def drawing_kwargs(
             rows = rows if len(rows) == 1 else rows.repeat_interleave(num_images_per_prompt or 1, dim=0)
             given[name] = rows.to(model.device)
     return {name: value for name, value in given.items() if value is not None}
+
+
+def refuse_arguments(kwargs: dict[str, Any], **instead: str) -> None:
+    for name in instead.keys() & kwargs.keys():
+        raise ValueError(f"`{name}` is decided by the pipeline; use {instead[name]}.")
 
 
 class _GeneratingPipeline(Pipeline):
@@ -108,7 +115,11 @@ class _GeneratingPipeline(Pipeline):
 
     def _forward(self, model_inputs: dict[str, Any], **generate_kwargs: Any) -> dict[str, Any]:
         generate_kwargs = self._prepare_generate_kwargs({"tokenizer": self.processor.tokenizer, **generate_kwargs})
-        output = self.model.generate(**model_inputs, generation_mode=self.generation_mode, **generate_kwargs)
+        refuse_arguments(
+            generate_kwargs, num_return_sequences="`num_images_per_prompt`", generation_mode="another pipeline"
+        )
+        options = {"generation_mode": self.generation_mode, **model_inputs, **generate_kwargs}
+        output = self.model.generate(**options)
         output.sequences = output.sequences[:, model_inputs["input_ids"].shape[1] :]
         return {"generated_outputs": output}
 

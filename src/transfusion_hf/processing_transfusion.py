@@ -147,7 +147,7 @@ class TransfusionProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-        """As for any processor. Of an adapter without a processor, that of its base model."""
+        """As for any processor. For an adapter without a processor, loads the base model's."""
         names = ("cache_dir", "force_download", "local_files_only", "revision", "token", "subfolder")
         where: dict[str, Any] = {name: kwargs[name] for name in names if name in kwargs}
         adapter = find_adapter_config_file(str(pretrained_model_name_or_path), **where)
@@ -298,7 +298,7 @@ class TransfusionProcessor(ProcessorMixin):
             given = dict(kwargs.pop(group, {}))
             twice = [name for name in _TEXT_OPTIONS if name in given and name in kwargs]
             if twice and group == "text_kwargs":
-                raise ValueError(f"`{twice[0]}` was passed two times, alone and in `{group}`; pass it once.")
+                raise ValueError(f"`{twice[0]}` was passed twice, alone and in `{group}`; pass it once.")
             options |= {name: given.pop(name) for name in _TEXT_OPTIONS if name in given}
             kwargs |= {group: given} if given else {}
         return options | {name: kwargs.pop(name) for name in _TEXT_OPTIONS if name in kwargs}

@@ -49,6 +49,8 @@ def new_transfusion(
             "(`tokenizer.add_special_tokens({'eos_token': ...})`, `save_pretrained`), or choose another."
         )
     tokens = {name: kwargs.pop(name, default) for name, default in IMAGE_TOKENS.items()}
+    if unknown := sorted(set(kwargs) - set(TransfusionConfig.__annotations__)):
+        raise ValueError(f"TransfusionConfig has no field {', '.join(f'`{name}`' for name in unknown)}.")
     add_image_tokens(tokenizer, tokens)
     vocab_size = math.ceil(len(tokenizer) / (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
     if isinstance(text_config, str):

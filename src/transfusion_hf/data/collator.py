@@ -41,8 +41,12 @@ def images_of(sample: dict[str, Any]) -> list[Any]:
         return [image]
     if images is not None:
         return list(images)
-    parts = chat_parts(sample.get("messages") or ())
-    return [part[key] for _, part in parts for key in ("image", "url", "path") if key in part]
+    found = []
+    for _, part in chat_parts(sample.get("messages") or ()):
+        url = part.get("image_url")
+        given = {**part, "url": url["url"] if isinstance(url, dict) else url} if url else part
+        found += [given[key] for key in ("image", "url", "path") if key in given]
+    return found
 
 
 def latents_of(sample: dict[str, Any]) -> list[torch.Tensor]:
@@ -72,9 +76,7 @@ def text_of(sample: dict[str, Any]) -> str:
 
 
 def tokenized_text(sample: dict[str, Any], processor: TransfusionProcessor) -> str:
-    """The text of a sample as it is tokenized: with an end of sequence, or its `messages` as the template has them."""
-    if sample.get("messages") is not None:
-        return processor.apply_chat_template(sample["messages"], tools=sample.get("tools"))
+    """The text of a sample as it is tokenized, with an end of sequence."""
     text, end = text_of(sample), processor.tokenizer.eos_token or ""
     return text if text.rstrip().endswith(end) else text + end
 
@@ -116,7 +118,7 @@ class TransfusionDataCollator:
         image_first_max_timesteps (`int`, defaults to 500): Limit of t for images before their caption (§4.3.4).
         num_train_timesteps (`int`, defaults to 1000): T of the model, the noise limit of all other images.
         max_length (`int`, *optional*): Pack samples into rows of this length.
-        assistant_only_loss (`bool`, defaults to `False`): In chats, train on what the assistant says and draws alone;
+        assistant_only_loss (`bool`, defaults to `False`): In chats, train only on what the assistant says and draws;
             other images are clean context. The template must enclose it in `{% generation %}`, `{% endgeneration %}`.
         truncation (`bool`, defaults to `False`): Cut longer samples, before an image rather than within.
         return_varlen_plan (`bool`, defaults to `False`): Make the plan of packed rows for
@@ -176,7 +178,7 @@ class TransfusionDataCollator:
 
     def _read(self, feature: dict[str, Any]) -> _Sample:
         """A sample whose images have their markers, or parts of a chat, which has its ids then."""
-        if feature.get("messages") is not None:
+        if feature.get("messages"):
             return self._read_chat(feature)
         images, latents, text = images_of(feature), latents_of(feature), text_of(feature)
         num_images, limit, marker = len(images) + len(latents), self.num_train_timesteps, self.processor.image_token

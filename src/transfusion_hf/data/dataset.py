@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from glob import glob
+from glob import escape, glob
 from itertools import islice
 from pathlib import Path
 from traceback import walk_tb
@@ -31,6 +31,9 @@ NUM_SLOTS = 256
 _Row = dict[str, Any]  # or a sample
 
 
+_SPLITS = {"train", "training", "test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
+
+
 def load_rows(name: str, streaming: bool = False, split: str = "train") -> Any:
     """
     Reads a dataset by `datasets`, map-style or, with `streaming` and if not of pictures, as a stream.
@@ -53,35 +56,35 @@ def load_rows(name: str, streaming: bool = False, split: str = "train") -> Any:
     if suffixes & {*ImageFolder.EXTENSIONS} and ".parquet" not in suffixes:
         if not data:
             raise ValueError(f"No file matches {name!r}; pass a folder of pictures, or a pattern in quotes.")
-        return _load_pictures(split, data_dir=name) if is_folder else _load_pictures(split, data_files=data)
+        # `datasets` would take the names of files, too, for those of splits, and brackets for patterns.
+        if is_folder and any(path.is_dir() and path.name.lower() in _SPLITS for path in Path(name).iterdir()):
+            return _load_pictures(split, {"data_dir": escape(name)})
+        pictures = [file for file in data if Path(file).suffix.lower() in ImageFolder.EXTENSIONS]
+        folders = {Path(file).parent for file in files} | {Path(file).parent for file in pictures}
+        metadata = {str(path) for name in ImageFolder.METADATA_FILENAMES for f in folders for path in f.glob(name)}
+        found = [escape(file) for file in (*pictures, *sorted(metadata))]
+        return _load_pictures(split, {"data_files": {split: found}}, pictures)
     kwargs: dict[str, Any] = {"split": split, "streaming": streaming}
     if not is_folder and suffixes == {".parquet"}:
-        return hf_datasets.load_dataset("parquet", data_files={split: files or [name]}, **kwargs)
+        return hf_datasets.load_dataset("parquet", data_files={split: [*map(escape, files)] or [name]}, **kwargs)
     if not is_folder and files:
-        kwargs["data_files"] = {split: [os.path.abspath(file) for file in files]}
+        kwargs["data_files"] = {split: [escape(os.path.abspath(file)) for file in files]}
         return hf_datasets.load_dataset(os.path.dirname(os.path.abspath(files[0])), **kwargs)
     return hf_datasets.load_dataset(name, **kwargs)
 
 
-def _load_pictures(split: str, data_dir: str | None = None, data_files: list[str] | None = None) -> Any:
-    where: dict[str, Any] = {"data_dir": data_dir}
-    if data_files is not None:
-        folders = {Path(file).parent for file in data_files}
-        metadata = [
-            file for folder in folders for name in ImageFolder.METADATA_FILENAMES for file in folder.glob(name)
-        ]
-        where = {"data_files": {split: [*data_files, *sorted(map(str, metadata))]}}
+def _load_pictures(split: str, where: dict[str, Any], pictures: list[str] | None = None) -> Any:
     rows = hf_datasets.load_dataset("imagefolder", split=split, drop_labels=True, **where)
     if "image" not in rows.column_names:  # metadata may name several pictures a row
         return rows
     paths = [Path(image["path"]) for image in rows.cast_column("image", hf_datasets.Image(decode=False))["image"]]
-    if data_files is not None:  # metadata name others too
-        wanted = {Path(file).absolute() for file in data_files}
+    if pictures is not None:  # metadata name others too
+        wanted = {Path(file).absolute() for file in pictures}
         kept = [i for i, path in enumerate(paths) if path.absolute() in wanted]
         rows, paths = rows.select(kept), [paths[i] for i in kept]
     captions = [path.with_suffix(".txt") for path in paths]
     if rows.column_names == ["image"] and any(file.exists() for file in captions):
-        texts = [file.read_text(encoding="utf-8").strip() if file.exists() else None for file in captions]
+        texts = [file.read_text(encoding="utf-8-sig").strip() if file.exists() else None for file in captions]
         rows = rows.add_column("text", texts)
     return rows
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import IterableDataset
 
 from ..processing_transfusion import TransfusionProcessor
-from .collator import images_of, latents_of, tokenized_text
+from .collator import TransfusionDataCollator, images_of, latents_of, tokenized_text
 from .dataset import ResumableDataset, TransfusionDataset
 
 
@@ -17,6 +17,8 @@ def count_tokens(sample: dict[str, Any], processor: TransfusionProcessor) -> int
     The number of tokens that a sample of `TransfusionDataCollator` has in a batch: the text with its first and last
     token, and for each image its patches, `<BOI>` and `<EOI>`. A caption that may be dropped counts.
     """
+    if sample.get("messages"):
+        return TransfusionDataCollator(processor)([sample])["input_ids"].shape[1]
     text, image_processor = tokenized_text(sample, processor), processor.image_processor
     ids = processor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     num_tokens = len(ids) + sum(map(len, processor.missing_ends(ids)))

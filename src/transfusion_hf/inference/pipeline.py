@@ -13,7 +13,7 @@ from transformers import AutoModelForMultimodalLM, PreTrainedModel
 from transformers.utils import has_file
 
 from ..diffusion_transfusion import make_sampling_scheduler
-from ..pipelines_transfusion import drawing_kwargs
+from ..pipelines_transfusion import drawing_kwargs, refuse_arguments
 from ..processing_transfusion import TransfusionProcessor
 
 
@@ -63,20 +63,22 @@ class TransfusionPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> "TransfusionPipeline":
-        """Loads a checkpoint of transformers; `kwargs` are those of the model's `from_pretrained`."""
-        path, scheduler = pretrained_model_name_or_path, None
+        """
+        Loads a checkpoint of transformers; `kwargs` are `scheduler` and those of the model's `from_pretrained`.
+        """
+        path, scheduler = pretrained_model_name_or_path, kwargs.pop("scheduler", None)
         model = AutoModelForMultimodalLM.from_pretrained(path, **kwargs)
         names = ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only")
         shared = {name: kwargs[name] for name in names if name in kwargs}
-        if has_file(path, "scheduler/scheduler_config.json", **shared):
+        if scheduler is None and has_file(path, "scheduler/scheduler_config.json", **shared):
             config = type(model.noise_scheduler).load_config(path, subfolder="scheduler", **shared)
             scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
         return cls(model, TransfusionProcessor.from_pretrained(path, **shared), scheduler)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
-        Writes model and processor into one folder, as transformers do, and beside them what
-        `DiffusionPipeline.from_pretrained` wants; `kwargs` are those of the model's `save_pretrained`.
+        Writes model and processor into one folder, as transformers does, plus the files that
+        `DiffusionPipeline.from_pretrained` needs; `kwargs` are those of the model's `save_pretrained`.
         """
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory)
@@ -171,16 +173,18 @@ class TransfusionPipeline(DiffusionPipeline):
             last.update(tensors)
             return {**tensors, "interrupt": self._interrupt}
 
-        output = self.model.generate(
-            **self.processor(text=prompt, images=image).to(self.model.device),
-            **drawing_kwargs(
-                self.model, self.processor, guidance_scale, negative_prompt, num_images_per_prompt, height, width,
-                init_image, mask_image, latents,
-            ),
-            generation_mode="image", num_inference_steps=num_inference_steps, generator=generator,
-            progress_bar=progress_bar, callback_on_step_end=on_step_end,
-            **{"scheduler": self._assigned_scheduler(), **kwargs},
+        words = drawing_kwargs(
+            self.model, self.processor, guidance_scale, negative_prompt, num_images_per_prompt, height, width,
+            init_image, mask_image, latents,
         )  # fmt: skip
+        refuse_arguments(kwargs, num_return_sequences="`num_images_per_prompt`", generation_mode="`generate()`")
+        options = {
+            "do_sample": True, "generation_mode": "image", "num_inference_steps": num_inference_steps,
+            "generator": generator, "progress_bar": progress_bar, "callback_on_step_end": on_step_end,
+            "scheduler": self._assigned_scheduler(), **words, **kwargs,
+        }  # fmt: skip
+        inputs = self.processor(text=prompt, images=image).to(self.model.device)
+        output = self.model.generate(**inputs, **options)
         images: Any = [row[0] for row in output.images]
         if output_type == "latent":
             images = last["latents"]
