@@ -57,6 +57,7 @@ WINGS = {
     "conversion": {"hub", "vae"},  # an autoencoder is attached during the conversion
     "hub": set(),
     "inference": set(),
+    "evaluation": set(),
     "kernels": set(),
     "cli": {"data", "training", "vae", "conversion", "hub", "inference"},
 }
