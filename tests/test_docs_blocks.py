@@ -21,6 +21,7 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
+import transformers
 from accelerate.commands.launch import launch_command_parser
 from accelerate.state import AcceleratorState
 from datasets import Dataset
@@ -234,6 +235,8 @@ def local_hub() -> Iterator[None]:
             patch.setattr(huggingface_hub.constants, name, value)
         patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # of the functions that are no methods
         patch.setattr(huggingface_hub.hf_api.api, "token", "hf_none")
+        # transformers keeps one from its first call on, with the endpoint of that moment.
+        patch.setattr(transformers.utils.hub, "_hf_api", huggingface_hub.HfApi(endpoint=hub.url))
         patch.setenv("HF_TOKEN", "hf_none")
         yield
 
