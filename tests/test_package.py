@@ -57,9 +57,9 @@ WINGS = {
     "conversion": {"hub", "vae"},  # an autoencoder is attached during the conversion
     "hub": set(),
     "inference": set(),
-    "evaluation": set(),
+    "evaluation": {"data"},
     "kernels": set(),
-    "cli": {"data", "training", "vae", "conversion", "hub", "inference"},
+    "cli": {"data", "training", "vae", "conversion", "hub", "inference", "evaluation"},
 }
 SHARED_SCRIPTS = {"common", "ratios"}
 
