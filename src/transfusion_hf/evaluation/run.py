@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
+from scipy.stats import bootstrap  # type: ignore[import-untyped]  # scipy has no annotations
 from transformers import PreTrainedModel
-from transformers.utils import logging, requires_backends
+from transformers.utils import logging
 
 from ..configuration_transfusion import IMAGE_TOKEN_IDS
 from ..image_processing_transfusion import read_picture
@@ -46,9 +47,6 @@ class Score:
         `statistic` takes arrays of an equal number of items in their last axis, and `axis`, such as `np.mean`. The
         interval is the percentile interval of 1,000 seeded resamples; one item has none.
         """
-        requires_backends(cls, "scipy")
-        from scipy.stats import bootstrap  # type: ignore[import-untyped]  # scipy has no annotations
-
         arrays = [np.asarray(column, dtype=np.float64) for column in columns]
         value, num_items = float(statistic(*arrays, axis=-1)), len(arrays[0])
         if num_items < 2:
@@ -106,8 +104,13 @@ def digest(*values: Any) -> str:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of the weights, by up to 1,024 values of each, and of the configuration: a name may stand for other weights."""
-    hashed = hashlib.sha256(model.config.to_json_string(use_diff=False).encode())
+    """Of the configuration, and of up to 1,024 values of each weight: under one name, a model may have others."""
+
+    def without_origin(fields: Result) -> Result:
+        return {name: x for name, x in fields.items() if name not in ("_name_or_path", "transformers_version")}
+
+    config = json.loads(model.config.to_json_string(use_diff=False), object_hook=without_origin)
+    hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, weight in model.named_parameters():
         values = weight.detach().flatten()[:: max(1, weight.numel() // 1024)].float().cpu()
         hashed.update(name.encode() + str(weight.dtype).encode() + values.numpy().tobytes())
@@ -195,7 +198,7 @@ class Run:
         kept = file.with_suffix(".settings.json")
         if self.state.is_main_process and not kept.is_file():
             kept.parent.mkdir(parents=True, exist_ok=True)
-            _write(kept, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+            write_file(kept, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
         self.state.wait_for_everyone()
         before = json.loads(kept.read_text(encoding="utf-8"))
         for key in sorted({*before, *settings}):
@@ -295,7 +298,7 @@ def open_picture(file: Path) -> Image.Image:
         raise ValueError(f"The picture {file} cannot be read ({error}); replace or remove it.") from error
 
 
-def _write(file: Path, text: str) -> None:
+def write_file(file: Path, text: str) -> None:
     """The whole file or nothing."""
     part = file.with_name(file.name + ".part")
     part.write_text(text, encoding="utf-8")
@@ -317,6 +320,6 @@ def _read_lines(file: Path) -> dict[int, Result]:
 def _write_lines(file: Path, done: dict[int, Result]) -> None:
     """One file, in order, in place of the processes'."""
     lines = [json.dumps({"index": i, **done[i]}, ensure_ascii=False) + "\n" for i in sorted(done)]
-    _write(file, "".join(lines))
+    write_file(file, "".join(lines))
     for part in file.parent.glob(f"{file.stem}.*.jsonl"):
         part.unlink()
