@@ -1,4 +1,4 @@
-"""What a run of `transfusion_hf.evaluation` keeps on disk: killed and resumed, on two processes, with other settings."""
+"""What a run of `transfusion_hf.evaluation` keeps on disk: resumed, on two processes, with other settings."""
 
 import json
 import math
@@ -125,7 +125,7 @@ def test_a_changed_setting_is_an_error_that_names_it(run, model, processor, tmp_
         other = Run(model, processor, tmp_path, **{"drawing": STEPS, **change})
         with pytest.raises(ValueError, match=f"`{name}` is .* was made with .* delete"):
             other.draw("x", PROMPTS)
-    with pytest.raises(ValueError, match="`num_items` is 4, but .* with 5"):
+    with pytest.raises(ValueError, match=r"`num_items` is 4, but .* with 5"):
         run.draw("x", PROMPTS[:4])
     with pytest.raises(ValueError, match="`prompts` is"):
         run.draw("x", [*PROMPTS[:4], "else"])
@@ -199,7 +199,7 @@ def test_an_interval_of_a_ratio_draws_both_columns_together():
 
 def test_a_model_without_image_ids_and_a_broken_picture_are_named(tmp_path):
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    with pytest.raises(ValueError, match="The task `shapes` needs images.*convert_causal_lm"):
+    with pytest.raises(ValueError, match=r"The task `shapes` needs images.*convert_causal_lm"):
         require_images(LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes)), "shapes")
     (file := tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(ValueError, match=r"The picture .*broken\.png cannot be read"):

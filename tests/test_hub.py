@@ -230,6 +230,14 @@ def test_a_push_brings_a_card_and_keeps_the_one_that_is_there(hub):
     assert hub.commits("someone/whole", "draft") == 1
 
 
+def test_an_evaluation_is_pushed_as_model_index_and_replaces_its_earlier_scores(hub):
+    card = ModelCard(hub.files("someone/again")["README.md"].decode())
+    assert card.data.model_name == "someone/again"
+    found = {(r.task_type, r.dataset_name, r.metric_name, r.metric_value) for r in card.data.eval_results}
+    assert found == {("text-to-image", "c4", "score", 0.25), ("text-to-image", "shapes", "score", 0.5)}
+    assert "| text → image | c4 | score | 0.25 | 0.1 to 0.9 |" in card.text
+
+
 def test_a_training_is_pushed_with_a_card_of_its_own(hub):
     first, second, last = hub.repos["someone/trained"][1:]  # each checkpoint once it is whole, and the end
     for files in (first, second, last):

@@ -9,7 +9,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .card import make_model_card
+from .card import evaluation_results, make_model_card
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
@@ -24,6 +24,7 @@ def push_to_hub(
     revision: str | None = None,
     max_shard_size: int | str = "50GB",
     tags: list[str] | None = None,
+    results: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> CommitInfo:
     """
@@ -36,6 +37,8 @@ def push_to_hub(
         revision (`str`, *optional*): The branch; created if it does not exist.
         max_shard_size (`int` or `str`, defaults to `"50GB"`): The size above which weights are split into files.
         tags (`list[str]`, *optional*): Added to the tags of the model card.
+        results (`dict[str, Any]`, *optional*):
+            Of `transfusion_hf.evaluation.evaluate`, for the card's metadata: the `model-index` that the Hub shows.
         kwargs: For `HfApi.create_commit`: `commit_message`, `commit_description`, `create_pr` …
     """
     api = HfApi(token=token)
@@ -50,9 +53,15 @@ def push_to_hub(
             card_file = api.hf_hub_download(repo_id, "README.md", revision=revision)
             card = ModelCard.load(card_file, ignore_metadata_errors=True)
         except (EntryNotFoundError, RevisionNotFoundError):
-            card = make_model_card(model.config, repo_id)
+            card = make_model_card(model.config, repo_id, results=results)
         if tags:
             card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
+        if results:
+            new = evaluation_results(results)
+            named = {(entry.unique_identifier, entry.metric_type) for entry in new}
+            old = card.data.eval_results or []
+            card.data.eval_results = [e for e in old if (e.unique_identifier, e.metric_type) not in named] + new
+            card.data.model_name = card.data.model_name or repo_id
         card.save(Path(folder, "README.md"))
         # Not `upload_folder`: it splits large folders into several commits, and a reader could find half a model.
         files = {file.relative_to(folder).as_posix(): file for file in Path(folder).rglob("*") if file.is_file()}
