@@ -42,16 +42,18 @@ class Score:
     num_items: int
 
     @classmethod
-    def of(cls, statistic: Callable[..., Any], *columns: Sequence[float]) -> "Score":
+    def of(cls, statistic: Callable[..., Any], *columns: Sequence[float], paired: bool = True) -> "Score":
         """
         `statistic` takes arrays of an equal number of items in their last axis, and `axis`, such as `np.mean`. The
-        interval is the percentile interval of 1,000 seeded resamples; one item has none.
+        interval is the percentile interval of 1,000 seeded resamples; one item has none. Columns that are not `paired`
+        are groups of items, each resampled on its own.
         """
         arrays = [np.asarray(column, dtype=np.float64) for column in columns]
-        value, num_items = float(statistic(*arrays, axis=-1)), len(arrays[0])
-        if num_items < 2:
+        value = float(statistic(*arrays, axis=-1))
+        num_items = len(arrays[0]) if paired else sum(map(len, arrays))
+        if min(map(len, arrays)) < 2:
             return cls(value, None, num_items)
-        options = {"n_resamples": 1000, "batch": 100, "method": "percentile", "paired": True, "vectorized": True}
+        options = {"n_resamples": 1000, "batch": 100, "method": "percentile", "paired": paired, "vectorized": True}
         interval = bootstrap(arrays, statistic, rng=np.random.default_rng(0), **options).confidence_interval
         return cls(value, (float(interval.low), float(interval.high)), num_items)
 
