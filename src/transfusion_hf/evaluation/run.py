@@ -41,19 +41,21 @@ class Score:
     num_items: int
 
     @classmethod
-    def of(cls, statistic: Callable[..., Any], *columns: Sequence[float]) -> "Score":
+    def of(cls, statistic: Callable[..., Any], *columns: Sequence[float], paired: bool = True) -> "Score":
         """
         `statistic` takes arrays of an equal number of items in their last axis, and `axis`, such as `np.mean`. The
-        interval is the percentile interval of 1,000 seeded resamples; one item has none.
+        interval is the percentile interval of 1,000 seeded resamples; one item has none. Without `paired`, each
+        column holds other items, and is resampled on its own.
         """
         requires_backends(cls, "scipy")
         from scipy.stats import bootstrap  # type: ignore[import-untyped]  # scipy has no annotations
 
         arrays = [np.asarray(column, dtype=np.float64) for column in columns]
-        value, num_items = float(statistic(*arrays, axis=-1)), len(arrays[0])
-        if num_items < 2:
+        value, lengths = float(statistic(*arrays, axis=-1)), [*map(len, arrays)]
+        num_items = lengths[0] if paired else sum(lengths)
+        if min(lengths) < 2:
             return cls(value, None, num_items)
-        options = {"n_resamples": 1000, "batch": 100, "method": "percentile", "paired": True, "vectorized": True}
+        options = {"n_resamples": 1000, "batch": 100, "method": "percentile", "paired": paired, "vectorized": True}
         interval = bootstrap(arrays, statistic, rng=np.random.default_rng(0), **options).confidence_interval
         return cls(value, (float(interval.low), float(interval.high)), num_items)
 
