@@ -1,17 +1,14 @@
 """`transfusion_hf.evaluation`, text to text: against lm-eval with the language model."""
 
 import json
-import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
-import torch
+import tiny_text
 from test_processes import launch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from transfusion_hf import TransfusionForCausalLMAndDiffusion
 from transfusion_hf.evaluation import perplexity
 from transfusion_hf.evaluation.language_tasks import LLAMA2_SUITE, LmEvalTask
 from transfusion_hf.evaluation.perplexity import PerplexityTask
@@ -25,9 +22,6 @@ from lm_eval.tasks import TaskManager
 
 from transfusion_hf.evaluation.lm_eval_model import RecordedLM, TransfusionLM
 
-TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
-WORDS = "zwei kleine Füchse laufen über den breiten Fluss und the lazy dog sleeps under an old tree".split()
-IDS = {"image_start_token_id": 260, "image_token_id": 259, "image_end_token_id": 261}
 CHOICES = """
 task: tiny_choices
 dataset_path: json
@@ -54,26 +48,22 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return AutoTokenizer.from_pretrained(TINY)
+    return tiny_text.tokenizer()
 
 
 @pytest.fixture(scope="module")
 def language_model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=262, max_position_embeddings=64, initializer_range=0.3, **sizes)
-    return LlamaForCausalLM(config).eval()
+    return tiny_text.language_model()
 
 
 @pytest.fixture(scope="module")
 def converted(language_model):
-    return TransfusionForCausalLMAndDiffusion.from_causal_lm(language_model, latent_channels=3, **IDS)
+    return tiny_text.converted(language_model)
 
 
 @pytest.fixture(scope="module")
 def texts():
-    rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS, size)) for size in (3, 40, 1, 11, 70, 8)]
+    return tiny_text.texts()
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +73,9 @@ def task_files(tmp_path_factory):
     for name, size in (("choices", 24), ("others", 7)):
         rows = []
         for _ in range(size):
-            choices = [" ".join(rng.choice(WORDS, rng.integers(1, 4))) for _ in range(3)]
+            choices = [" ".join(rng.choice(tiny_text.WORDS, rng.integers(1, 4))) for _ in range(3)]
             label = int(rng.integers(3))
-            rows.append({"question": " ".join(rng.choice(WORDS, 5)), "choices": choices, "label": label})
+            rows.append({"question": " ".join(rng.choice(tiny_text.WORDS, 5)), "choices": choices, "label": label})
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data, more = folder / "choices.jsonl", ", {metric: acc_norm, aggregation: mean, higher_is_better: true}"
     (folder / "choices.yaml").write_text(CHOICES.format(data=data, more=more))
@@ -229,35 +219,92 @@ class Killed(BaseException):
     pass
 
 
-def test_tasks_that_were_killed_go_on_to_the_same_scores(converted, tokenizer, texts, task_files, tmp_path):
-    def results(folder):
-        tasks = [PerplexityTask(texts, "text"), LmEvalTask("suite", ["tiny_choices"], include_path=str(task_files))]
-        for task in tasks:
-            task.prepare(converted, tokenizer)
-        return [task.run(run_of(converted, tokenizer, folder, batch_size=5)) for task in tasks]
+@pytest.fixture(scope="module")
+def uninterrupted(converted, tokenizer, task_files, tmp_path_factory):
+    """The results of one process, their folder, and how many passes through the model they took."""
+    folder, calls = tmp_path_factory.mktemp("whole"), []
+    with converted.register_forward_pre_hook(lambda *_: calls.append(1)):
+        return results(converted, tokenizer, task_files, folder), folder, len(calls)
 
-    num_calls = []
-    counting = converted.register_forward_pre_hook(lambda *_: num_calls.append(1))
-    expected, total = results(tmp_path / "whole"), len(num_calls)
+
+def results(model, tokenizer, task_files, folder):
+    tasks = tiny_text.tasks(task_files)
+    for task in tasks:
+        task.prepare(model, tokenizer)
+    return [task.run(run_of(model, tokenizer, folder, batch_size=5)) for task in tasks]
+
+
+def assert_same_files(folder, expected):
+    files = sorted(file.relative_to(expected) for file in expected.rglob("*.jsonl"))
+    assert sorted(file.relative_to(folder) for file in folder.rglob("*.jsonl")) == files and len(files) == 3
+    for file in files:
+        assert (folder / file).read_bytes() == (expected / file).read_bytes()
+
+
+def test_tasks_that_were_killed_go_on_to_the_same_scores(converted, tokenizer, task_files, uninterrupted, tmp_path):
+    class Killed(BaseException):
+        pass
 
     def kill(*_):
-        num_calls.append(1)
-        if len(num_calls) == 8:
+        calls.append(1)
+        if len(calls) == 8:
             raise Killed
 
-    counting.remove()
-    num_runs, sum_of_calls = 0, 0
-    while num_runs < 10:
-        num_calls.clear()
-        hook = converted.register_forward_pre_hook(kill)
-        try:
-            found = results(tmp_path / "killed")
-            break
-        except Killed:
-            num_runs += 1
-        finally:
-            hook.remove()
-            sum_of_calls += len(num_calls)
-    assert found == expected and num_runs > 1 and sum_of_calls <= total + 3 * num_runs
-    for file in sorted((tmp_path / "whole").rglob("*.jsonl")):
-        assert (tmp_path / "killed" / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes()
+    expected, folder, num_calls = uninterrupted
+    found, num_kills, calls_of_all = None, 0, 0
+    while found is None:
+        calls: list[int] = []
+        with converted.register_forward_pre_hook(kill):
+            try:
+                found = results(converted, tokenizer, task_files, tmp_path)
+            except Killed:
+                num_kills += 1
+        calls_of_all += len(calls)
+    assert found == expected and 2 <= num_kills and calls_of_all <= num_calls + 4 * num_kills
+    assert_same_files(tmp_path, folder)
+
+
+def test_two_processes_give_the_scores_of_one(task_files, uninterrupted, tmp_path):
+    expected, folder, _ = uninterrupted
+    launch(tmp_path, 2, "text_scores.py", str(tmp_path), str(task_files))
+    for rank in range(2):
+        found = json.loads((tmp_path / f"results-{rank}.json").read_text())
+        assert found == json.loads(json.dumps([asdict(result) for result in expected]))
+    assert_same_files(tmp_path, folder)
+
+
+def test_lm_eval_finds_the_model_by_its_name(converted, tokenizer, task_files, tmp_path):
+    for part in (converted, tokenizer):
+        part.save_pretrained(tmp_path)
+    manager = TaskManager(include_path=str(task_files), include_defaults=False)
+    options = {"tasks": ["tiny_choices"], "task_manager": manager, "bootstrap_iters": 0, "device": "cpu"}
+    found = simple_evaluate("transfusion", f"pretrained={tmp_path},dtype=float32", **options)
+    expected = by_hand(TransfusionLM(converted, tokenizer=tokenizer), task_files, ["tiny_choices"])
+    for sample, own in zip(expected["tiny_choices"], found["samples"]["tiny_choices"], strict=True):
+        assert (own["acc"], own["acc_norm"]) == (sample["acc"], sample["acc_norm"])
+
+
+def test_tasks_that_cannot_run_are_refused_before_anything_is_scored(converted, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    absent = CHOICES.replace("json", "nobody/nothing").replace("dataset_kwargs", "metadata")
+    (tmp_path / "absent.yaml").write_text(absent.format(data="", more=""))
+    with pytest.raises(
+        FileNotFoundError, match=r"data \('nobody/nothing'\) of lm-eval's task `tiny_choices` .*`HF_HOME`"
+    ):
+        LmEvalTask("suite", ["tiny_choices"], include_path=str(tmp_path)).prepare(converted, tokenizer)
+    (tmp_path / "rows.jsonl").write_text('{"question": "a", "choices": ["a"], "label": 0}\n')
+    rolling = CHOICES.replace("multiple_choice", "loglikelihood_rolling").replace("tiny_choices", "tiny_rolling")
+    rolling = rolling.replace("metric: acc, aggregation: mean", "metric: word_perplexity")
+    (tmp_path / "rolling.yaml").write_text(rolling.format(data=tmp_path / "rows.jsonl", more=""))
+    with pytest.raises(ValueError, match="`tiny_rolling` is scored by word_perplexity, none a mean"):
+        LmEvalTask("suite", ["tiny_rolling"], include_path=str(tmp_path)).prepare(converted, tokenizer)
+
+
+@pytest.mark.slow
+def test_lm_eval_has_the_suite_of_llama_2(converted, tokenizer, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert {*LLAMA2_SUITE} <= {*TaskManager().all_subtasks}
+    with pytest.raises(ValueError, match="lm-eval has no task 'nonsense'"):
+        LmEvalTask(tasks=["nonsense"]).prepare(converted, tokenizer)
