@@ -34,7 +34,7 @@ _Row = dict[str, Any]  # or a sample
 _SPLITS = {"train", "training", "test", "testing", "eval", "evaluation", "validation", "valid", "val", "dev"}
 
 
-def load_rows(name: str, streaming: bool = False, split: str = "train") -> Any:
+def load_rows(name: str, streaming: bool = False, split: str = "train", config: str | None = None) -> Any:
     """
     Reads a dataset by `datasets`, map-style or, with `streaming` and if not of pictures, as a stream.
 
@@ -45,6 +45,7 @@ def load_rows(name: str, streaming: bool = False, split: str = "train") -> Any:
             - files of data (a pattern): Parquet, JSON, CSV …
             - another folder, or a repository of the Hub
         streaming (`bool`, defaults to `False`), split (`str`, defaults to `"train"`)
+        config (`str`, *optional*): Of a repository that has several, such as `"en"`.
 
     Raises:
         ValueError, FileNotFoundError: nothing matches `name`.
@@ -70,7 +71,7 @@ def load_rows(name: str, streaming: bool = False, split: str = "train") -> Any:
     if not is_folder and files:
         kwargs["data_files"] = {split: [escape(os.path.abspath(file)) for file in files]}
         return hf_datasets.load_dataset(os.path.dirname(os.path.abspath(files[0])), **kwargs)
-    return hf_datasets.load_dataset(name, **kwargs)
+    return hf_datasets.load_dataset(name, config, **kwargs)
 
 
 def _load_pictures(split: str, where: dict[str, Any], pictures: list[str] | None = None) -> Any:

@@ -2,14 +2,18 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+
+from ..data.dataset import load_rows
+from .run import Run, Score, Task, TaskResult, digest
 
 
 @dataclass
@@ -52,7 +56,6 @@ def rolling_windows(
         yield inputs[max(0, end - max_length) : end], list(ids[start:end])
 
 
-@torch.no_grad()
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -64,6 +67,7 @@ def perplexity(
 ) -> TextScore:
     """
     Scores each text on its own, after the beginning-of-sequence token (or that of the end, where there is none).
+    Special tokens that a text spells count as plain text.
 
     Args:
         model (`PreTrainedModel`): A Transfusion, or any causal language model.
@@ -80,18 +84,8 @@ def perplexity(
         ValueError: a longer window than the model has positions, a stride outside of 1 to `max_length`, no text, a
             tokenizer that begins texts with nothing.
     """
-    num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    max_length = int(min(4096, num_positions)) if max_length is None else max_length
-    if not 0 < max_length <= num_positions:
-        raise ValueError(f"`max_length` must be 1 to {num_positions}, the model's positions; got {max_length}.")
-    stride = max_length if stride is None else stride
-    if not 0 < stride <= max_length:
-        raise ValueError(f"`stride` must be 1 to `max_length`, {max_length}; got {stride}.")
-    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    if prefix is None:
-        raise ValueError(
-            "`tokenizer` has neither a beginning- nor an end-of-sequence token; the first needs a context."
-        )
+    max_length, stride = _window(model, max_length, stride)
+    prefix = _prefix(tokenizer)
     score = TextScore()
     windows = chain.from_iterable(
         rolling_windows(ids, prefix, max_length, stride) for ids in _tokenized(tokenizer, texts, max_tokens, score)
@@ -106,13 +100,38 @@ def perplexity(
     return score
 
 
+def _window(model: PreTrainedModel, max_length: int | None, stride: int | None) -> tuple[int, int]:
+    num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    max_length = int(min(4096, num_positions)) if max_length is None else max_length
+    if not 0 < max_length <= num_positions:
+        raise ValueError(f"`max_length` must be 1 to {num_positions}, the model's positions; got {max_length}.")
+    stride = max_length if stride is None else stride
+    if not 0 < stride <= max_length:
+        raise ValueError(f"`stride` must be 1 to `max_length`, {max_length}; got {stride}.")
+    return max_length, stride
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> int:
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if prefix is None:
+        raise ValueError(
+            "`tokenizer` has neither a beginning- nor an end-of-sequence token; the first needs a context."
+        )
+    return prefix
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # A text that spells a special token, such as `<image>`, is text all the same.
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
 def _tokenized(
     tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], max_tokens: int | None, score: TextScore
 ) -> Iterator[list[int]]:
     for text in texts:
         if max_tokens is not None and score.num_tokens >= max_tokens:
             return
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = _encode(tokenizer, text)
         if not ids:
             continue
         score.num_tokens += len(ids)
@@ -122,6 +141,7 @@ def _tokenized(
         yield ids
 
 
+@torch.no_grad()
 def _score(model: PreTrainedModel, windows: Sequence[tuple[list[int], list[int]]]) -> float:
     """The summed negative log-likelihood of the windows' targets, in float64."""
     inputs = [torch.tensor(ids, device=model.device) for ids, _ in windows]
@@ -132,3 +152,113 @@ def _score(model: PreTrainedModel, windows: Sequence[tuple[list[int], list[int]]
         own = row[len(ids) - len(targets) : len(ids)].float().log_softmax(-1)
         total -= own.gather(-1, torch.tensor(targets, device=own.device)[:, None]).double().sum().item()
     return total
+
+
+@dataclass
+class PerplexityTask(Task):
+    """
+    Perplexity of held-out text: per token, per word, and bits per byte (§4.2). The model may be any causal language
+    model, and the processor its tokenizer.
+
+    Args:
+        data (`str` or `list[str]`): Files (a pattern), a folder or a repository of the Hub, which is streamed; or the
+            texts.
+        name (`str`, defaults to `"perplexity"`): For example `"wikipedia"` or `"c4"`.
+        text_column (`str`, defaults to `"text"`)
+        split (`str`, defaults to `"validation"`), config (`str`, *optional*): Of a folder or repository, such as
+            `config="en"` for `allenai/c4`.
+        max_tokens (`int`, *optional*, defaults to 20,000,000): Stops after the text in which this many are reached.
+        num_samples (`int`, *optional*): Stops after so many texts.
+        max_length (`int`, *optional*), stride (`int`, *optional*): As in [`perplexity`].
+    """
+
+    data: str | list[str]
+    name: str = "perplexity"
+    text_column: str = "text"
+    split: str = "validation"
+    config: str | None = None
+    max_tokens: int | None = 20_000_000
+    num_samples: int | None = None
+    max_length: int | None = None
+    stride: int | None = None
+
+    modalities: ClassVar[str] = "text → text"
+
+    def prepare(self, model: PreTrainedModel, processor: Any) -> None:
+        """
+        Reads the texts.
+
+        Raises:
+            ValueError: no text, an unknown column or split, a window that does not fit the model.
+            FileNotFoundError, ConnectionError: no such data.
+        """
+        _window(model, self.max_length, self.stride)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        _prefix(tokenizer)
+        self._texts: list[str] = []
+        num_tokens, progress = 0, logging.tqdm(desc=f"{self.name}: read", unit=" tokens", total=self.max_tokens)
+        for text in self._read():
+            if not (count := len(_encode(tokenizer, text))):
+                continue
+            self._texts.append(text)
+            num_tokens += count
+            progress.update(count)
+            if num_tokens >= (self.max_tokens or math.inf) or len(self._texts) >= (self.num_samples or math.inf):
+                break
+        progress.close()
+        if not self._texts:
+            raise ValueError(f"`data` of the task `{self.name}` holds no text; got {self._source!r}.")
+
+    def run(self, run: Run) -> TaskResult:
+        tokenizer = getattr(run.processor, "tokenizer", run.processor)
+        max_length, stride = _window(run.model, self.max_length, self.stride)
+        settings = {
+            "data": self._source, "config": self.config, "split": self.split, "text_column": self.text_column,
+            "max_tokens": self.max_tokens, "num_samples": self.num_samples, "max_length": max_length, "stride": stride,
+        }  # fmt: skip
+        inputs = {"model": run.fingerprint, "prefix_token": _prefix(tokenizer), "texts": digest(*self._texts)}
+
+        def score(indices: list[int], texts: list[str]) -> list[dict[str, Any]]:
+            # A window fills a pass, and so no number depends on what else is scored with it.
+            return [asdict(_score_text(run.model, tokenizer, text, max_length, stride)) for text in texts]
+
+        lines = run.map(f"{self.name}/texts", self._texts, score, settings | inputs, batch_size=1)
+        names = ("nll", "num_tokens", "num_words", "num_bytes")
+        nll, tokens, words, num_bytes = ([line[name] for line in lines] for name in names)
+        scores = {
+            "perplexity": Score.of(_perplexity, nll, tokens),
+            "word perplexity": Score.of(_perplexity, nll, words),
+            "bits per byte": Score.of(_bits, nll, num_bytes),
+        }
+        counts = {"num_texts": len(lines), **{name: sum(line[name] for line in lines) for name in names[1:]}}
+        return TaskResult(scores, {**settings, **counts, "texts": inputs["texts"]})
+
+    @property
+    def _source(self) -> str:
+        return self.data if isinstance(self.data, str) else "texts that were passed"
+
+    def _read(self) -> Iterator[str]:
+        if not isinstance(self.data, str):
+            yield from self.data
+            return
+        for row in load_rows(self.data, streaming=True, split=self.split, config=self.config):
+            if self.text_column not in row:
+                raise ValueError(
+                    f"`text_column` is {self.text_column!r}, but the columns of {self.data} are {list(row)}; name one."
+                )
+            yield row[self.text_column] or ""
+
+
+def _score_text(model: PreTrainedModel, tokenizer: Any, text: str, max_length: int, stride: int) -> TextScore:
+    ids = _encode(tokenizer, text)
+    windows = rolling_windows(ids, _prefix(tokenizer), max_length, stride)
+    nll = sum(_score(model, [window]) for window in windows)
+    return TextScore(nll, len(ids), len(text.split()), len(text.encode()), 1)
+
+
+def _perplexity(nll: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+    return np.exp(nll.sum(axis) / counts.sum(axis))
+
+
+def _bits(nll: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+    return nll.sum(axis) / counts.sum(axis) / math.log(2)
