@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from transfusion_hf.evaluation import fid
 from transfusion_hf.evaluation.captioned import read_captioned
 from transfusion_hf.evaluation.cider import CaptionTask, cider, tokenize
 from transfusion_hf.evaluation.clip_score import CLIPScoreTask
@@ -379,19 +380,22 @@ def test_the_jackknife_covers_what_is_known():
     assert jackknife_interval(1.0, []) is None
 
 
-def extract(inception, files) -> np.ndarray:
-    extractor = FeatureExtractorInceptionV3("by hand", ["2048"], str(inception))
+def extract(inception, files, layer: str = "2048") -> np.ndarray:
+    extractor = FeatureExtractorInceptionV3("by hand", [layer], str(inception))
     pixels = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))).permute(2, 0, 1) for file in files]
     return torch.cat([extractor(image[None])[0] for image in pixels]).double().numpy()
 
 
+def drawings_of(run) -> list[Path]:
+    return sorted(run.output_dir.glob("drawings-*/images/*.png"))
+
+
 @pytest.mark.filterwarnings("ignore:FID of 4 pictures")
-def test_fid_is_that_of_torch_fidelity_by_hand_and_resumes(coco, model, processor, run, inception, tmp_path):
+def test_fid_is_that_of_torch_fidelity_by_hand(coco, model, processor, run, inception, clip, tmp_path):
     task = FIDTask(data=coco, inception=inception)
     task.prepare(model, processor)
     result = task.run(run)
-    folder = next(run.output_dir.glob("drawings-*"))
-    drawn = extract(inception, sorted(folder.glob("images/*.png")))
+    drawn = extract(inception, drawings_of(run))
     for i, (name, _, _) in enumerate(ROWS[1:]):  # resized to 8 along the short side, cropped to 8 × 8
         pixels = processor.image_processor(images=[Image.open(coco / "val2014" / name)])["pixel_values"]
         processor.image_processor.postprocess(pixels)[0].save(tmp_path / f"{i}.png")
@@ -399,22 +403,50 @@ def test_fid_is_that_of_torch_fidelity_by_hand_and_resumes(coco, model, processo
     expected = of_the_features(drawn, real)
     assert result.scores["FID"].value == pytest.approx(expected, rel=1e-4) and expected > 0
     assert result.scores["FID"].num_items == 4 and result.scores["FID"].interval is None
-    assert [verdict.picture.parent for verdict in result.verdicts] == [folder / "images"] * 4
+    assert [verdict.picture for verdict in result.verdicts] == drawings_of(run)
     assert result.settings["inception"]["published"] is False and json.dumps(result.settings)
 
-    lines = run.output_dir.joinpath("coco-fid", "references.jsonl")
-    lines.write_text("".join(lines.open().readlines()[:3]))
-    for file in (lines.with_suffix(".0.jsonl"), *run.output_dir.glob("coco-fid/distances*.jsonl")):
-        file.unlink(missing_ok=True)
-    again = FIDTask(data=coco, inception=inception)
-    again.prepare(model, processor)
-    assert again.run(run) == result
+    # With the same prompts, CLIP score takes the same drawings.
+    before = {file: file.stat().st_mtime_ns for file in drawings_of(run)}
+    shared = CLIPScoreTask(data=coco, clip=str(clip))
+    shared.prepare(model, processor)
+    assert [verdict.picture for verdict in shared.run(run).verdicts] == list(before)
+    assert {file: file.stat().st_mtime_ns for file in drawings_of(run)} == before
 
-    mu, sigma = statistics_of(real)
+
+@pytest.mark.filterwarnings("ignore:FID of 23 pictures")
+def test_fid_has_the_jackknifes_interval_and_resumes(model, processor, run, inception, monkeypatch, tmp_path):
+    monkeypatch.setattr(fid, "NUM_FEATURES", 64)  # an early layer of Inception, which takes less time
+    monkeypatch.setattr(fid, "BATCH_SIZE", 4)
+    pixels = np.random.default_rng(0).integers(0, 256, (23, 8, 8, 3), dtype=np.uint8)
+    rows = [{"image": Image.fromarray(image), "captions": f"noise {i}"} for i, image in enumerate(pixels)]
+    task = FIDTask(data=rows, inception=inception)
+    task.prepare(model, processor)
+    result = task.run(run)
+    for i, row in enumerate(rows):
+        row["image"].save(tmp_path / f"{i:02d}.png")
+    features = [extract(inception, files, "64") for files in (drawings_of(run), sorted(tmp_path.glob("*.png")))]
+    kept = [np.arange(23) % 10 != group for group in (-1, *range(10))]
+    value, *others = (of_the_features(*(rows[k] for rows in features)) for k in kept)
+    assert result.scores["FID"].value == pytest.approx(value, rel=1e-4)
+    assert result.scores["FID"].interval == pytest.approx(jackknife_interval(value, others), rel=1e-3)
+
+    folder = run.output_dir / "coco-fid"
+    for name, num_left in (("drawings", 5), ("references", 6), ("distances", 3)):
+        lines = folder.joinpath(f"{name}.jsonl").read_text().splitlines()
+        cut_off = "\n".join(lines[:num_left]) + "\n" + lines[num_left][:5]
+        folder.joinpath(f"{name}.0.jsonl").write_text(cut_off)
+        folder.joinpath(f"{name}.jsonl").unlink()
+    assert task.run(run) == result
+
+    mu, sigma = statistics_of(features[1])
     np.savez(tmp_path / "statistics.npz", mu=mu, sigma=sigma)
-    other = FIDTask(data=coco, inception=inception, statistics=tmp_path / "statistics.npz", name="fid-of-statistics")
+    other = FIDTask(data=rows, inception=inception, statistics=tmp_path / "statistics.npz", name="fid-of-statistics")
     other.prepare(model, processor)
-    assert other.run(run).scores["FID"].value == pytest.approx(expected, rel=1e-4)
+    given = other.run(run)
+    assert given.scores["FID"].value == pytest.approx(value, rel=1e-4)
+    assert not run.output_dir.joinpath("fid-of-statistics", "references").exists()
+    assert given.settings["references"] == "the statistics statistics.npz"
 
 
 def test_too_few_pictures_for_fid_are_counted(coco, model, processor, inception):
@@ -452,9 +484,8 @@ def test_clip_score_is_that_of_clip_by_hand(coco, model, processor, run, clip):
     task.prepare(model, processor)
     result = task.run(run)
     by_hand, texts = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
-    files = sorted(next(run.output_dir.glob("drawings-*")).glob("images/*.png"))
     values = []
-    for file, prompt in zip(files, read_captioned(long, "").prompts(), strict=True):
+    for file, prompt in zip(drawings_of(run), read_captioned(long, "").prompts(), strict=True):
         inputs = texts.tokenizer(prompt, return_tensors="pt", truncation=True, max_length=77)
         pixels = texts.image_processor(Image.open(file), return_tensors="pt")["pixel_values"]
         with torch.no_grad():
@@ -465,18 +496,6 @@ def test_clip_score_is_that_of_clip_by_hand(coco, model, processor, run, clip):
     assert [float(verdict.text.split("(")[-1][:-1]) for verdict in result.verdicts] == pytest.approx(values, abs=0.06)
     assert result.scores["CLIP score"].value == pytest.approx(np.mean(values), rel=1e-4)
     assert result.settings["clip"] == str(clip) and json.dumps(result.settings)
-
-
-@pytest.mark.filterwarnings("ignore:FID of 4 pictures")
-def test_fid_and_clip_score_share_their_drawings(coco, model, processor, run, clip, inception):
-    task = CLIPScoreTask(data=coco, clip=str(clip))
-    task.prepare(model, processor)
-    first = task.run(run)
-    drawn = {file: file.stat().st_mtime_ns for file in run.output_dir.glob("drawings-*/images/*")}
-    fid = FIDTask(data=coco, inception=inception)
-    fid.prepare(model, processor)
-    assert [verdict.picture for verdict in fid.run(run).verdicts] == [verdict.picture for verdict in first.verdicts]
-    assert drawn == {file: file.stat().st_mtime_ns for file in run.output_dir.glob("drawings-*/images/*")}
 
 
 def test_an_absent_clip_is_named_before_anything_is_drawn(coco, model, processor, tmp_path):

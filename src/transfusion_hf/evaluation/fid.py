@@ -88,16 +88,14 @@ class FIDTask(Task):
                 run, "references", pictures, made, lambda batch: as_the_model_sees(run.processor, batch)
             )
 
-        given = self._statistics and (self._statistics[0], _factor(self._statistics[1]))
-
         def distance(indices: list[int], left_out: list[int | None]) -> list[Result]:
             results = []
             for group in left_out:
                 kept = np.arange(len(files)) % NUM_GROUPS != (-1 if group is None else group)
-                results.append({"distance": _distance(moments(drawn[kept]), given or moments(real[kept]))})
+                results.append({"distance": _distance(moments(drawn[kept]), self._statistics or moments(real[kept]))})
             return results
 
-        # All, and without each group, if two items remain to each of them.
+        # All, and all but each group, if a group has two or more.
         groups = [None, *range(NUM_GROUPS if len(files) >= 2 * NUM_GROUPS else 0)]
         made_of |= {"references": references, "pictures": pictures.digest}
         value, *others = (line["distance"] for line in run.map(f"{self.name}/distances", groups, distance, made_of, 1))
@@ -120,11 +118,8 @@ class FIDTask(Task):
 
     def _references(self, processor: TransfusionProcessor) -> Result:
         if self._statistics is not None:
-            name = Path(self.statistics or "").name
-            return {
-                "references": f"statistics of {name}",
-                "statistics": digest([x.tolist() for x in self._statistics]),
-            }
+            file = Path(self.statistics or "")
+            return {"references": f"the statistics {file.name}", "sha256_of_statistics": _sha256(file)}
         images = processor.image_processor
         cropping = {"size": dict(images.size), "crop_size": dict(images.crop_size), "resample": int(images.resample)}
         what = "the pictures of the prompts, resized and cropped by the model's image processor, in 8 bits"
@@ -165,14 +160,14 @@ def load_inception(weights: str | os.PathLike | None = None) -> tuple[torch.nn.M
         if weights is not None:
             torch.load(weights, weights_only=True)  # torch-fidelity would run any code in it
         model = FeatureExtractorInceptionV3("inception-v3-compat", [str(NUM_FEATURES)], weights, verbose=False)
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
+        found = _sha256(file)
     except (OSError, RuntimeError, UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise OSError(
             f"FID needs Inception's weights, and `inception` {str(file)!r} gave none ({reason}); fetch `{WEIGHTS}` of "
             "torch-fidelity's release 0.2.0, and pass its path."
         ) from error
-    return model, {"file": file.name, "sha256": found[:16], "published": found.startswith("6726825d")}
+    return model, {"file": file.name, "sha256": found, "published": found.startswith("6726825d")}
 
 
 @torch.no_grad()
@@ -185,17 +180,14 @@ def inception_features(inception: torch.nn.Module, images: Sequence[Image.Image]
         return torch.cat([inception(batch.to(device))[0].cpu() for batch in batches]).numpy()
 
 
-def read_statistics(file: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
-    """
-    The mean and covariance of an `.npz`, in float64. Raises a `ValueError` or `OSError` unless it holds `mu` and
-    `sigma` of 2,048 features.
-    """
+def read_statistics(file: str | os.PathLike) -> Moments:
+    """Raises a `ValueError` or `OSError` unless `file` is an `.npz` that holds `mu` and `sigma` of 2,048 features."""
     with np.load(file) as arrays:
         shapes = {name: arrays[name].shape for name in arrays.files}
         wanted = {"mu": (NUM_FEATURES,), "sigma": (NUM_FEATURES, NUM_FEATURES)}
         if any(shapes.get(name) != shape for name, shape in wanted.items()):
             raise ValueError(f"`statistics` {str(file)!r} must hold arrays of shapes {wanted}; it holds {shapes}.")
-        return arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+        return arrays["mu"].astype(np.float64), _factor(arrays["sigma"])
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -238,3 +230,7 @@ def jackknife_interval(value: float, others: Sequence[float]) -> tuple[float, fl
         return None
     deviation = np.sqrt((len(others) - 1) * np.var(others))
     return max(0.0, float(value - STUDENT_T * deviation)), float(value + STUDENT_T * deviation)
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
