@@ -238,6 +238,10 @@ class Run:
         lines = self.map(f"{name}/images", items, draw, settings)
         return [folder / line["file"] for line in lines]
 
+    def drawn_with(self, name: str) -> Result:
+        """The settings of the drawings in `name`: for what is computed from them."""
+        return json.loads(Path(self.output_dir, name, "images.settings.json").read_text(encoding="utf-8"))
+
     def caption(
         self, name: str, pictures: Sequence[Any], settings: Result, prompt: str = "", max_new_tokens: int = 64
     ) -> list[str]:
@@ -292,12 +296,13 @@ def require_images(model: PreTrainedModel, task: str) -> None:
         )
 
 
-def open_picture(file: Path) -> Image.Image:
-    """Raises a `ValueError` that names the file, if it cannot be read."""
+def open_picture(picture: Any, name: Any = None) -> Image.Image:
+    """What [`read_picture`] takes. Raises a `ValueError` with `name`, by default the file's, if it cannot be read."""
     try:
-        return read_picture(file)
+        return read_picture(picture)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The picture {file} cannot be read ({error}); replace or remove it.") from error
+        what = f"The picture {name or picture} cannot be read ({error}); replace or remove it."
+        raise ValueError(what) from error
 
 
 def write_file(file: Path, text: str) -> None:
