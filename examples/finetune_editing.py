@@ -154,7 +154,9 @@ def to_dataset(edits: list[Edit]) -> Dataset:
     return Dataset.from_dict(rows, Features({COLUMNS[0]: Image(), COLUMNS[1]: Value("string"), COLUMNS[2]: Image()}))
 
 
-def build_model(instructions: list[str]) -> tuple[TransfusionForCausalLMAndDiffusion, TransfusionProcessor]:
+def build_model(
+    instructions: list[str], num_train_timesteps: int = 4000
+) -> tuple[TransfusionForCausalLMAndDiffusion, TransfusionProcessor]:
     """A new model of about 1.4M parameters for pictures of 32×32, and its processor. Its tokens are whole words."""
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -175,7 +177,7 @@ def build_model(instructions: list[str]) -> tuple[TransfusionForCausalLMAndDiffu
         # The model can learn what to change only where the noise hides the answer: √ᾱ is below 0.15 at 70 % of this
         # schedule's 4,000 timesteps, at 40 % of 1,000, and at 10 % of the cosine schedule's.
         beta_schedule="linear",
-        num_train_timesteps=4000,
+        num_train_timesteps=num_train_timesteps,
         pos_embed_type="sincos",
         diffusion_loss_weight=20.0,
     )

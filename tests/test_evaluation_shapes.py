@@ -1,6 +1,7 @@
 """`transfusion_hf.evaluation.shapes`: real scenes, planted mistakes, and the path from a model to its scores."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer, LlamaForCausalLM
 from transformers.utils.import_utils import BACKENDS_MAPPING, SCIPY_IMPORT_ERROR
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, new_transfusion
 from transfusion_hf.data.shapes import COLORS, KINDS, Box, Scene, ShapeGroup, ShapesDataset, draw_scene, sample_scene
 from transfusion_hf.evaluation.run import Run
 from transfusion_hf.evaluation.shapes import CATEGORIES, ShapesTask, judge, judge_caption, sample_scenes
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import train_shapes
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
 ONE_GROUP, TWO_GROUPS = ("single_object", "counting", "colors"), ("two_object", "position", "color_attr")
@@ -227,14 +231,17 @@ def test_a_run_that_was_cut_off_ends_with_the_same_result(model_and_processor, t
     assert results[0] == results[1]
 
 
-def test_what_cannot_be_judged_is_refused_before_anything_is_drawn(model_and_processor):
+def test_what_cannot_be_judged_is_refused_before_anything_is_drawn(model_and_processor, tmp_path):
     model, processor = model_and_processor
     ShapesTask().prepare(model, processor)
     small = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
     small_processor = AutoProcessor.from_pretrained(TINY)
-    with pytest.raises(ValueError, match=r"at least 32×32 pixels, and the model draws or is to caption \(8, 8\)"):
-        ShapesTask().prepare(small, small_processor)
-    with pytest.raises(ValueError, match=r"32×32 pixels, .* to caption \(16, 64\)"):
+    with pytest.raises(ValueError, match=r"at least 32×32 pixels; the size to draw .* is \(8, 8\)"):
+        ShapesTask(sizes=[(32, 32)]).prepare(small, small_processor)
+    with pytest.raises(ValueError, match=r"the size to draw .* is \(24, 32\)"):
+        ShapesTask(1).run(Run(model, processor, tmp_path, drawing={"height": 24}))
+    assert not [*tmp_path.iterdir()]
+    with pytest.raises(ValueError, match=r"32×32 pixels; a size of `sizes` is \(16, 64\)"):
         ShapesTask(sizes=[(32, 32), (16, 64)]).prepare(model, processor)
     with pytest.raises(ValueError, match=r"turns a picture of \(32, 48\) pixels in RGB into \(32, 32\) in RGB"):
         ShapesTask(sizes=[(32, 48)]).prepare(model, processor)
@@ -252,3 +259,16 @@ def test_scipy_is_asked_for_before_anything_is_drawn(model_and_processor, monkey
     monkeypatch.setitem(BACKENDS_MAPPING, "scipy", (lambda: False, SCIPY_IMPORT_ERROR))
     with pytest.raises(ImportError, match="requires the scipy library"):
         ShapesTask().prepare(*model_and_processor)
+
+
+def test_a_training_on_shapes_makes_a_model_that_can_be_judged(tmp_path):
+    arguments = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "true"]
+    train_shapes.main([*arguments, "--output_dir", str(tmp_path / "model")])
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "model").eval()
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    text = "two magenta triangles right of three cyan circles"
+    assert processor.tokenizer.decode(processor.tokenizer(text)["input_ids"], skip_special_tokens=True) == text
+    task = ShapesTask(1)
+    task.prepare(model, processor)
+    result = task.run(Run(model, processor, tmp_path / "evaluation", drawing={"num_inference_steps": 1}))
+    assert len(result.verdicts) == 7

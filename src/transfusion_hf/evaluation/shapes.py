@@ -32,6 +32,7 @@ from ..processing_transfusion import TransfusionProcessor
 from .run import Run, Score, Task, TaskResult, Verdict, digest, open_picture, require_images
 
 CATEGORIES = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+_DRAWN = "the size to draw (`height` and `width`, by default those of the model or of its generation config)"
 
 
 def sample_scenes(category: str, num_scenes: int, size: tuple[int, int] = (32, 32), seed: int = 1) -> list[Scene]:
@@ -141,15 +142,15 @@ class ShapesTask(Task):
         """
         requires_backends(read_shapes, "scipy")
         require_images(model, self.name)
-        _check_size(_drawing_size(model, {}))
+        _check_size(_drawing_size(model, {}), _DRAWN)
         for size in self._sizes(model):
-            _check_size(size)
+            _check_size(size, "a size of `sizes`")
             _check_processor(processor, size)
         self._pictures(model)
 
     def run(self, run: Run) -> TaskResult:
         drawn_size = _drawing_size(run.model, run.drawing)
-        _check_size(drawn_size)
+        _check_size(drawn_size, _DRAWN)
         scenes = {name: sample_scenes(name, self.num_samples, drawn_size, self.seed) for name in CATEGORIES}
         # One of each category in turn, so that any part of them is a fair sample.
         prompts = [scene.caption for scenes in zip(*scenes.values(), strict=True) for scene in scenes]
@@ -223,11 +224,11 @@ def _drawing_size(model: Any, drawing: dict[str, Any]) -> tuple[int, int]:
     return height, width
 
 
-def _check_size(size: tuple[int, int]) -> None:
+def _check_size(size: tuple[int, int], source: str) -> None:
     if min(size) < 32:
         raise ValueError(
-            f"The task `shapes` needs pictures of at least 32×32 pixels, and the model draws or is to caption {size}; "
-            "pass a larger `height` and `width` or `sizes`, or drop the task."
+            f"The task `shapes` needs pictures of at least 32×32 pixels; {source} is {size}. "
+            "Enlarge it, or drop the task."
         )
 
 
