@@ -155,7 +155,7 @@ def to_dataset(edits: list[Edit]) -> Dataset:
 
 
 def build_model(
-    instructions: list[str], num_train_timesteps: int = 4000
+    instructions: list[str], patch_size: int = 4, num_train_timesteps: int = 4000
 ) -> tuple[TransfusionForCausalLMAndDiffusion, TransfusionProcessor]:
     """A new model of about 1.4M parameters for pictures of 32×32, and its processor. Its tokens are whole words."""
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
@@ -170,7 +170,7 @@ def build_model(
         small_decoder(num_layers=6),  # to find a shape, recognise its kind, and compare it with the instruction
         latent_channels=3,
         sample_size=32,
-        patch_size=4,
+        patch_size=patch_size,
         # Most of an edited picture is a copy of the input image. That is easy to predict as x_0, and pictures drawn in
         # few steps stay sharp. With row and column embeddings a patch finds its counterpart at any instruction length.
         prediction_type="sample",

@@ -23,8 +23,8 @@ from transfusion_hf.training.checkpoints import resume_from
 @dataclass
 class ShapesTrainingArguments(EditingTrainingArguments):
     output_dir: str | None = "outputs/shapes"
-    max_steps: int = 1200
-    caption_first_probability: float = 0.8
+    max_steps: int = 2500
+    caption_first_probability: float = 0.7
     image_guidance_scale: float = 2.0
     num_inference_steps: int = 20
     num_train_timesteps: int = 1000
@@ -35,10 +35,8 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
     set_seed(args.seed)
     # Each sample is drawn when it is read, and none is read twice.
     train_set = ShapesDataset(args.max_steps * args.train_batch_size * args.world_size, seed=args.seed)
-    # 1,000 captions hold every word.
-    model, processor = build_model(
-        [train_set.scene(i % len(train_set)).caption for i in range(1000)], args.num_train_timesteps
-    )
+    words = [train_set.scene(i % len(train_set)).caption for i in range(1000)]  # surely all of them
+    model, processor = build_model(words, patch_size=8, num_train_timesteps=args.num_train_timesteps)
     trainer = TransfusionTrainer(
         model,
         args,

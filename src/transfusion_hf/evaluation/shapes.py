@@ -131,7 +131,7 @@ class ShapesTask(Task):
     num_samples: int = 100
     sizes: Sequence[tuple[int, int]] | None = None
     seed: int = 1
-    name: ClassVar[str] = "shapes"
+    name = "shapes"
     modalities: ClassVar[str] = "text ↔ image"
 
     def prepare(self, model: PreTrainedModel, processor: TransfusionProcessor) -> None:
@@ -151,7 +151,8 @@ class ShapesTask(Task):
     def run(self, run: Run) -> TaskResult:
         drawn_size = _drawing_size(run.model, run.drawing)
         _check_size(drawn_size, _DRAWN)
-        scenes = {name: sample_scenes(name, self.num_samples, drawn_size, self.seed) for name in CATEGORIES}
+        # Of one size, for the same prompts whatever size the model draws.
+        scenes = {name: sample_scenes(name, self.num_samples, seed=self.seed) for name in CATEGORIES}
         # One of each category in turn, so that any part of them is a fair sample.
         prompts = [scene.caption for scenes in zip(*scenes.values(), strict=True) for scene in scenes]
         files = run.draw(self.name, prompts)
@@ -169,8 +170,8 @@ class ShapesTask(Task):
         judged = run.map(f"{self.name}/judged", files, judge_files, settings)
         captions = self._caption(run)
         right = np.array([line["is_right"] for line in judged], dtype=np.float64).reshape(-1, len(CATEGORIES))
-        score = replace(Score.of(np.mean, right.mean(axis=-1)), num_items=right.size)
-        by_category = {name: Score.of(np.mean, right[:, i]) for i, name in enumerate(CATEGORIES)}
+        score = replace(Score.of(np.mean, right.mean(axis=-1).tolist()), num_items=right.size)
+        by_category = {name: Score.of(np.mean, right[:, i].tolist()) for i, name in enumerate(CATEGORIES)}
         by_category["captions"] = Score.of(np.mean, [bool(verdict.is_right) for verdict in captions])
         drawn = [
             Verdict(file, f"{line['category']}: {line['prompt']}; {line['text']}", line["is_right"])
