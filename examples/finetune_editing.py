@@ -154,7 +154,9 @@ def to_dataset(edits: list[Edit]) -> Dataset:
     return Dataset.from_dict(rows, Features({COLUMNS[0]: Image(), COLUMNS[1]: Value("string"), COLUMNS[2]: Image()}))
 
 
-def build_model(instructions: list[str]) -> tuple[TransfusionForCausalLMAndDiffusion, TransfusionProcessor]:
+def build_model(
+    instructions: list[str], patch_size: int = 4, num_train_timesteps: int = 4000
+) -> tuple[TransfusionForCausalLMAndDiffusion, TransfusionProcessor]:
     """A new model of about 1.4M parameters for pictures of 32×32, and its processor. Its tokens are whole words."""
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -168,14 +170,14 @@ def build_model(instructions: list[str]) -> tuple[TransfusionForCausalLMAndDiffu
         small_decoder(num_layers=6),  # to find a shape, recognise its kind, and compare it with the instruction
         latent_channels=3,
         sample_size=32,
-        patch_size=4,
+        patch_size=patch_size,
         # Most of an edited picture is a copy of the input image. That is easy to predict as x_0, and pictures drawn in
         # few steps stay sharp. With row and column embeddings a patch finds its counterpart at any instruction length.
         prediction_type="sample",
         # The model can learn what to change only where the noise hides the answer: √ᾱ is below 0.15 at 70 % of this
         # schedule's 4,000 timesteps, at 40 % of 1,000, and at 10 % of the cosine schedule's.
         beta_schedule="linear",
-        num_train_timesteps=4000,
+        num_train_timesteps=num_train_timesteps,
         pos_embed_type="sincos",
         diffusion_loss_weight=20.0,
     )

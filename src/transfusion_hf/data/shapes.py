@@ -74,7 +74,7 @@ class ShapeGroup:
         return f"{NUMBERS[self.count]} {self.color} {self.noun}"
 
 
-def _holds(relation: str, first: Sequence[Box], second: Sequence[Box]) -> bool:
+def holds(relation: str, first: Sequence[Box], second: Sequence[Box]) -> bool:
     """Whether it holds between any two boxes of `first` and `second`."""
     axis, first_is_low = RELATIONS[relation]
     low, high = (first, second) if first_is_low else (second, first)
@@ -203,7 +203,7 @@ def sample_scene(rng: np.random.Generator, height: int, width: int, num_groups: 
             for group, region in zip(groups, regions, strict=True)
         )
         # Left of and above at once would have two true captions: draw again.
-        if relation is None or [r for r in RELATIONS if _holds(r, *boxes)] == [relation]:
+        if relation is None or [r for r in RELATIONS if holds(r, *boxes)] == [relation]:
             return Scene(height, width, groups, relation, boxes)
 
 
@@ -291,7 +291,7 @@ def _check(shapes: list[Shape], groups: Sequence[ShapeGroup], relation: str | No
     def agreement(order: Sequence[Any]) -> list[list[bool]]:
         pairs = zip(groups, order, strict=True)
         agrees = [(g.color == color, g.kind == kind, g.count == len(boxes)) for g, ((color, kind), boxes) in pairs]
-        position = relation is None or _holds(relation, *(boxes for _, boxes in order))
+        position = relation is None or holds(relation, *(boxes for _, boxes in order))
         return [*map(list, zip(*agrees, strict=True)), [position]]
 
     best = max(map(agreement, permutations(found.items())), key=lambda aspects: sum(map(sum, aspects)))
