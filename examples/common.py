@@ -1,5 +1,6 @@
 """What the examples and benchmarks share: real digits with a small model for them, and the handling of flags."""
 
+import json
 import os
 import shlex
 import time
@@ -57,6 +58,16 @@ def load_split() -> tuple[list[dict], list[dict]]:
         for i in np.random.default_rng(0).permutation(len(pictures))
     ]
     return samples[:NUM_TRAIN], samples[NUM_TRAIN:]
+
+
+def save_pictures(samples: list[dict], folder: Path) -> None:
+    """A folder of pictures with their captions, as `datasets` reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, sample in enumerate(samples):
+        sample["image"].save(folder / f"{i:06d}.png")
+        lines.append(json.dumps({"file_name": f"{i:06d}.png", "text": sample["text"]}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
 
 
 def with_special_tokens(tokenizer: Tokenizer, **kwargs: str) -> PreTrainedTokenizerFast:

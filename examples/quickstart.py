@@ -24,6 +24,7 @@ from common import (
     plot_losses,
     plt,
     read,
+    save_pictures,
     say_next,
     share_read,
     train,
@@ -80,6 +81,7 @@ def main() -> None:
 
     train_set, held_out = load_split()
     model, processor = build_model(train_tokenizer(), args.vae)
+    save_pictures(held_out, args.output_dir / "held_out")
     sets = [train_set, held_out]
     if args.vae is not None:
         sets = [with_latents(model, processor, samples) for samples in sets]

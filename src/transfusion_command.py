@@ -8,6 +8,7 @@ The command line:
     transfusion app MODEL
     transfusion doctor MODEL [DATA]
     transfusion latents MODEL DATASET OUTPUT
+    transfusion evaluate MODEL --tasks shapes geneval
     transfusion train --tokenizer_name TOKENIZER --caption_dataset DATA --output_dir FOLDER
 """
 
@@ -26,6 +27,7 @@ CHAT_HELP = "End a line with Return to send it. `/image FILE` shows a picture, `
 DELEGATED = {
     "doctor": "Finds out why a model does not learn, or draws noise.",
     "latents": "Computes the latents of a dataset once, for training without the VAE.",
+    "evaluate": "Scores a model by the tasks of the paper's Table 1.",
     "train": "Trains a model by the paper's recipe, from arguments or a YAML file.",
 }
 

@@ -129,6 +129,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ..data import latents  # needs datasets, which the others do not
 
             latents.main(argv[1:])
+        elif argv[:1] == ["evaluate"]:
+            from . import evaluate
+
+            evaluate.main(argv[1:])
         elif argv[:1] == ["train"]:
             from . import train
 

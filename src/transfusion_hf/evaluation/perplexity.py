@@ -163,7 +163,7 @@ class PerplexityTask(Task):
     Args:
         data (`str` or `list[str]`): Files (a pattern), a folder or a repository of the Hub, which is streamed; or the
             texts.
-        name (`str`, defaults to `"perplexity"`): For example `"wikipedia"` or `"c4"`.
+        name (`str`, defaults to `"text"`): For example `"wikipedia"` or `"c4"`.
         text_column (`str`, defaults to `"text"`)
         split (`str`, defaults to `"validation"`), config (`str`, *optional*): Of a folder or repository, such as
             `config="en"` for `allenai/c4`.
@@ -172,8 +172,8 @@ class PerplexityTask(Task):
         max_length (`int`, *optional*), stride (`int`, *optional*): As in [`perplexity`].
     """
 
-    data: str | list[str]
-    name: str = "perplexity"
+    data: str | list[str] | None = None
+    name: str = "text"
     text_column: str = "text"
     split: str = "validation"
     config: str | None = None
@@ -192,6 +192,11 @@ class PerplexityTask(Task):
             ValueError: no text, an unknown column or split, a window that does not fit the model.
             FileNotFoundError, ConnectionError: no such data.
         """
+        if self.data is None:
+            raise ValueError(
+                f"The task `{self.name}` needs `data`: held-out texts, or files, a folder or a repository of the Hub with "
+                f"a column {self.text_column!r}; on the command line `--data {self.name}=PATH`."
+            )
         _window(model, self.max_length, self.stride)
         tokenizer = getattr(processor, "tokenizer", processor)
         _prefix(tokenizer)
@@ -239,7 +244,7 @@ class PerplexityTask(Task):
 
     def _read(self) -> Iterator[str]:
         if not isinstance(self.data, str):
-            yield from self.data
+            yield from self.data or []
             return
         for row in load_rows(self.data, streaming=True, split=self.split, config=self.config):
             if self.text_column not in row:

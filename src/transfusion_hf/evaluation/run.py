@@ -115,7 +115,7 @@ def fingerprint(model: PreTrainedModel) -> str:
     hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, weight in model.named_parameters():
         values = weight.detach().flatten()[:: max(1, weight.numel() // 1024)].float().cpu()
-        hashed.update(name.encode() + str(weight.dtype).encode() + values.numpy().tobytes())
+        hashed.update(name.encode() + values.numpy().tobytes())
     return hashed.hexdigest()[:16]
 
 

@@ -1,0 +1,92 @@
+"""The report: `report.md` in the form of the paper's Table 1, and a grid of pictures where a task judges some."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .run import Verdict, open_picture, write_file
+
+# Of Transfusion 7B after 0.5T tokens (Table 3, arXiv 2408.11039); GenEval after 2T (Table 9).
+PAPER = {
+    ("wikipedia", "perplexity"): 4.28,
+    ("c4", "perplexity"): 7.72,
+    ("llama2-suite", "accuracy"): 61.5,
+    ("coco-captions", "CIDEr"): 27.2,
+    ("coco-fid", "FID"): 16.8,
+    ("clip-score", "CLIP score"): 25.5,
+    ("geneval", "score"): 0.63,
+}
+_LOWER_IS_BETTER = ("perplexity", "word perplexity", "bits per byte", "FID")
+_GRID = (5, 8)  # rows and columns
+
+
+def write_report(results: dict[str, Any], task: str, verdicts: Sequence[Verdict], output_dir: Path) -> None:
+    """Writes the table of all tasks, and the grid of `task`."""
+    if verdicts:
+        _plot_grid(verdicts, output_dir / task / "grid.png")
+    model = results["model"]
+    lines = [
+        f"# Evaluation of {model['name']}",
+        "",
+        f"{model['num_parameters'] / 1e6:,.1f}M parameters, {model['dtype']}, fingerprint `{model['fingerprint']}`; "
+        + ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+        + ".",
+        "",
+        *_table(results["tasks"]),
+        "",
+        "Intervals: 95 %. Paper: Transfusion 7B after 0.5T tokens (Table 3), GenEval after 2T (Table 9).",
+    ]
+    for name, result in results["tasks"].items():
+        lines += ["", f"## {name}", "", *_details(result)]
+        if (output_dir / name / "grid.png").is_file():
+            lines += ["", f"![drawings, with what the judge said]({name}/grid.png)"]
+    write_file(output_dir / "report.md", "\n".join(lines) + "\n")
+
+
+def _table(tasks: dict[str, Any]) -> list[str]:
+    lines = ["| in → out | benchmark | metric | value | interval | items | paper |", "|---|---|---|--:|---|--:|--:|"]
+    for task, result in tasks.items():
+        metric, score = next(iter(result["scores"].items()))
+        arrow = "↓" if metric in _LOWER_IS_BETTER else "↑"
+        cells = [result["modalities"], task, f"{metric} {arrow}", _number(score["value"]), _interval(score)]
+        lines.append(_row(*cells, f"{score['num_items']:,}", str(PAPER.get((task, metric), ""))))
+    return lines
+
+
+def _details(result: dict[str, Any]) -> list[str]:
+    lines = ["| metric | value | interval | items |", "|---|--:|---|--:|"]
+    for metric, score in result["scores"].items():
+        lines.append(_row(metric, _number(score["value"]), _interval(score), f"{score['num_items']:,}"))
+    return [*lines, "", *(f"- {name}: {value}" for name, value in result["settings"].items())]
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _interval(score: dict[str, Any]) -> str:
+    return "" if score["interval"] is None else " to ".join(map(_number, score["interval"]))
+
+
+def _plot_grid(verdicts: Sequence[Verdict], file: Path) -> None:
+    """Evenly spaced among all, so that the grid is no selection."""
+    rows, columns = _GRID
+    chosen = [verdicts[i * len(verdicts) // (rows * columns)] for i in range(min(rows * columns, len(verdicts)))]
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(1.9 * columns, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, verdict in zip(axes, chosen, strict=False):
+        axis.imshow(open_picture(verdict.picture))
+        color = {None: "black", True: "darkgreen", False: "firebrick"}[verdict.is_right]
+        axis.set_title(fill(verdict.text, 24), fontsize=8, color=color)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
