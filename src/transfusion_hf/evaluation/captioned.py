@@ -64,7 +64,11 @@ class CaptionedPictures(Sequence):
             captions=[self.captions[i] for i in chosen],
             pictures=lambda index: self.pictures(chosen[index]),
             identities=[self.identities[i] for i in chosen],
-            settings={**self.settings, "choice": f"{num_samples} of {len(self)} pictures, seed {seed}"},
+            settings={
+                **self.settings,
+                "num_pictures": num_samples,
+                "choice": f"{num_samples} of {len(self)} pictures, seed {seed}",
+            },
         )
 
     def prompts(self, seed: int = 0) -> list[str]:

@@ -68,8 +68,8 @@ class LmEvalTask(Task):
             return self._manager.load([name])["tasks"]
         except KeyError as error:
             raise ValueError(
-                f"lm-eval has no task {name!r} (`lm-eval ls tasks` lists its own); correct `tasks`, or set "
-                "`include_path` to the folder of its task file."
+                f"`tasks` names {name!r}, which is none of `transfusion_hf.evaluation.TASKS` and no task of lm-eval "
+                "(`lm-eval ls tasks` lists those); correct it, or set `include_path` to the folder of its task file."
             ) from error
         except OSError as error:
             entry = self._manager.task_index.get(name)

@@ -194,8 +194,8 @@ class PerplexityTask(Task):
         """
         if self.data is None:
             raise ValueError(
-                f"The task `{self.name}` needs `data`: held-out texts, or files, a folder or a repository of the Hub with "
-                f"a column {self.text_column!r}; on the command line `--data {self.name}=PATH`."
+                f"The task `{self.name}` needs `data`: held-out texts, or files, a folder or a repository of the Hub "
+                f"with a column {self.text_column!r}; on the command line `--data {self.name}=PATH`."
             )
         _window(model, self.max_length, self.stride)
         tokenizer = getattr(processor, "tokenizer", processor)

@@ -42,7 +42,7 @@ def write_report(results: dict[str, Any], task: str, verdicts: Sequence[Verdict]
     for name, result in results["tasks"].items():
         lines += ["", f"## {name}", "", *_details(result)]
         if (output_dir / name / "grid.png").is_file():
-            lines += ["", f"![drawings, with what the judge said]({name}/grid.png)"]
+            lines += ["", f"![pictures, with what the judge said]({name}/grid.png)"]
     write_file(output_dir / "report.md", "\n".join(lines) + "\n")
 
 
@@ -85,7 +85,7 @@ def _plot_grid(verdicts: Sequence[Verdict], file: Path) -> None:
     for axis in axes:
         axis.axis("off")
     for axis, verdict in zip(axes, chosen, strict=False):
-        axis.imshow(open_picture(verdict.picture))
+        axis.imshow(open_picture(verdict.picture).convert("RGB"))
         color = {None: "black", True: "darkgreen", False: "firebrick"}[verdict.is_right]
         axis.set_title(fill(verdict.text, 24), fontsize=8, color=color)
     file.parent.mkdir(parents=True, exist_ok=True)
