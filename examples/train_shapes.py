@@ -5,8 +5,10 @@ then judges with their exact checker.
     OMP_NUM_THREADS=2 python examples/train_shapes.py
     transfusion evaluate outputs/shapes --tasks shapes
 
-The model is that of `examples/finetune_editing.py`, with about 1.4M parameters and whole words as tokens. It takes all
-arguments of transformers' `TrainingArguments`; `--resume_from_checkpoint true` continues a run.
+The model is that of `examples/finetune_editing.py`, with about 1.4M parameters and whole words as tokens, but with
+patches of 8×8, which make a step cheaper. After 2,000 steps colors are right and kinds, numbers and positions often
+wrong; train longer for more. It takes all arguments of transformers' `TrainingArguments`;
+`--resume_from_checkpoint true` continues a run.
 """
 
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from transfusion_hf.training.checkpoints import resume_from
 @dataclass
 class ShapesTrainingArguments(EditingTrainingArguments):
     output_dir: str | None = "outputs/shapes"
-    max_steps: int = 2500
+    max_steps: int = 2000
     caption_first_probability: float = 0.7
     image_guidance_scale: float = 2.0
     num_inference_steps: int = 20
