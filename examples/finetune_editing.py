@@ -28,26 +28,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ema_callbacks, plot_losses, plt, say_next, small_decoder, with_special_tokens
+from common import ShapesTrainingArguments, build_shapes_model, ema_callbacks, plot_losses, plt, say_next
 from datasets import Dataset, Features, Image, Value
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForMultimodalLM,
     AutoProcessor,
     HfArgumentParser,
-    PreTrainedTokenizerFast,
-    TrainingArguments,
     set_seed,
 )
 
 from transfusion_hf import (
     TransfusionDataCollator,
-    TransfusionForCausalLMAndDiffusion,
-    TransfusionProcessor,
     TransfusionTrainer,
-    new_transfusion,
 )
 from transfusion_hf.data.dataset import TransfusionDataset, load_rows
 from transfusion_hf.data.shapes import COLORS, KINDS, Edit, check_scene, draw_scene, sample_edit
@@ -88,22 +82,11 @@ class DataArguments:
 
 
 @dataclass
-class EditingTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for the shapes. Large models need a learning rate of about 1e-5."""
+class EditingTrainingArguments(ShapesTrainingArguments):
+    """Large models need a learning rate of about 1e-5."""
 
     output_dir: str | None = "outputs/editing"
-    learning_rate: float = 2e-3
-    lr_scheduler_type: str = "cosine"
-    warmup_steps: float = 100
     max_steps: int = 4000
-    per_device_train_batch_size: int = 32
-    adam_beta2: float = 0.95
-    weight_decay: float = 0.1
-    save_strategy: str = "no"
-    logging_steps: float = 20
-    report_to: str = "none"
-    remove_unused_columns: bool = False
-    ddp_find_unused_parameters: bool | None = False
     ema_decay: float | None = field(default=None, metadata={"help": "Average the weights, for example with 0.999."})
 
 
@@ -154,38 +137,9 @@ def to_dataset(edits: list[Edit]) -> Dataset:
     return Dataset.from_dict(rows, Features({COLUMNS[0]: Image(), COLUMNS[1]: Value("string"), COLUMNS[2]: Image()}))
 
 
-def build_model(
-    instructions: list[str], patch_size: int = 4, num_train_timesteps: int = 4000
-) -> tuple[TransfusionForCausalLMAndDiffusion, TransfusionProcessor]:
-    """A new model of about 1.4M parameters for pictures of 32×32, and its processor. Its tokens are whole words."""
-    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special_tokens = ["<pad>", "<s>", "</s>", "<unk>"]
-    words.train_from_iterator(
-        instructions, trainers.WordLevelTrainer(special_tokens=special_tokens, show_progress=False)
-    )
-    tokenizer: PreTrainedTokenizerFast = with_special_tokens(words, unk_token="<unk>")
-    return new_transfusion(
-        tokenizer,
-        small_decoder(num_layers=6),  # to find a shape, recognise its kind, and compare it with the instruction
-        latent_channels=3,
-        sample_size=32,
-        patch_size=patch_size,
-        # Most of an edited picture is a copy of the input image. That is easy to predict as x_0, and pictures drawn in
-        # few steps stay sharp. With row and column embeddings a patch finds its counterpart at any instruction length.
-        prediction_type="sample",
-        # The model can learn what to change only where the noise hides the answer: √ᾱ is below 0.15 at 70 % of this
-        # schedule's 4,000 timesteps, at 40 % of 1,000, and at 10 % of the cosine schedule's.
-        beta_schedule="linear",
-        num_train_timesteps=num_train_timesteps,
-        pos_embed_type="sincos",
-        diffusion_loss_weight=20.0,
-    )
-
-
 def load_model(args: ModelArguments, instructions: list[str]) -> tuple[Any, Any]:
     if args.model_name_or_path is None:
-        return build_model(instructions)
+        return build_shapes_model(instructions)
     model = AutoModelForMultimodalLM.from_pretrained(args.model_name_or_path)
     return model, AutoProcessor.from_pretrained(args.model_name_or_path)
 

@@ -13,8 +13,7 @@ wrong; train longer for more. It takes all arguments of transformers' `TrainingA
 
 from dataclasses import dataclass
 
-from common import say_next
-from finetune_editing import EditingTrainingArguments, build_model
+from common import ShapesTrainingArguments, build_shapes_model, say_next
 from transformers import HfArgumentParser, set_seed
 
 from transfusion_hf import TransfusionDataCollator, TransfusionTrainer
@@ -23,9 +22,7 @@ from transfusion_hf.training.checkpoints import resume_from
 
 
 @dataclass
-class ShapesTrainingArguments(EditingTrainingArguments):
-    output_dir: str | None = "outputs/shapes"
-    max_steps: int = 2000
+class Arguments(ShapesTrainingArguments):
     caption_first_probability: float = 0.7
     image_guidance_scale: float = 2.0
     num_inference_steps: int = 20
@@ -33,12 +30,12 @@ class ShapesTrainingArguments(EditingTrainingArguments):
 
 
 def main(argv: list[str] | None = None) -> TransfusionTrainer:
-    (args,) = HfArgumentParser((ShapesTrainingArguments,)).parse_args_into_dataclasses(args=argv)
+    (args,) = HfArgumentParser((Arguments,)).parse_args_into_dataclasses(args=argv)
     set_seed(args.seed)
     # Each sample is drawn when it is read, and none is read twice.
     train_set = ShapesDataset(args.max_steps * args.train_batch_size * args.world_size, seed=args.seed)
     words = [train_set.scene(i % len(train_set)).caption for i in range(1000)]  # surely all of them
-    model, processor = build_model(words, patch_size=8, num_train_timesteps=args.num_train_timesteps)
+    model, processor = build_shapes_model(words, patch_size=8, num_train_timesteps=args.num_train_timesteps)
     trainer = TransfusionTrainer(
         model,
         args,
