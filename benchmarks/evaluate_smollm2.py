@@ -81,12 +81,9 @@ def report(results: dict[str, TaskResult], args: argparse.Namespace) -> str:
         f"{found['num_tokens']:,} tokens, {found['num_words']:,} words and {found['num_bytes']:,} bytes. Windows of "
         f"{found['max_length']:,} tokens. In parentheses, the 95 % bootstrap interval over the articles."
     )
-    end = (
-        f"Largest relative difference between the rows: {error:.1g}. It is not zero because the conversion can also "
-        "predict an image token."
-    )
+    end = f"Largest relative difference between the rows: {error:.1g}."
     title, table = "# Perplexity of SmolLM2 before and after its conversion", "\n".join(rows)
-    return f"{title}\n\n{fill(what, 119, break_on_hyphens=False)}\n\n{table}\n\n{fill(end, 119, break_on_hyphens=False)}\n"
+    return f"{title}\n\n{fill(what, 119, break_on_hyphens=False)}\n\n{table}\n\n{end}\n"
 
 
 def main(argv: list[str] | None = None) -> None:
