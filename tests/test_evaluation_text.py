@@ -142,7 +142,7 @@ def test_texts_are_streamed_from_files_until_the_limit(converted, tokenizer, tmp
     (tmp_path / "pages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = str(tmp_path / "*.jsonl")
     size = len(tokenizer("page number 0", add_special_tokens=False)["input_ids"])
-    for limit in ({"max_tokens": 2 * size + 1}, {"num_samples": 3}):
+    for limit in ({"max_tokens": 3 * size}, {"num_samples": 3}):
         task = PerplexityTask(data, text_column="page", **limit)
         task.prepare(converted, tokenizer)
         settings = task.run(run_of(converted, tokenizer, tmp_path / str(limit))).settings
@@ -252,7 +252,7 @@ def test_tasks_that_were_killed_go_on_to_the_same_scores(converted, tokenizer, t
 
     expected, folder, num_calls = uninterrupted
     found, num_kills, calls_of_all = None, 0, 0
-    while found is None:
+    while found is None and num_kills < 20:
         calls: list[int] = []
         with converted.register_forward_pre_hook(kill):
             try:
