@@ -142,7 +142,7 @@ class Run:
 
     @cached_property
     def state(self) -> PartialState:
-        return PartialState()
+        return PartialState(cpu=self.model.device.type == "cpu")  # or processes on CPUs would not find each other
 
     def map(
         self,
