@@ -40,8 +40,13 @@ from transformers import (
 )
 
 import transfusion_command
-from transfusion_hf import TransfusionDataCollator, TransfusionTrainer, configuration_transfusion
-from transfusion_hf.cli import train
+from transfusion_hf import (
+    TransfusionDataCollator,
+    TransfusionTrainer,
+    configuration_transfusion,
+    new_transfusion,
+)
+from transfusion_hf.cli import evaluate, train
 from transfusion_hf.conversion.causal_lm import convert_causal_lm
 from transfusion_hf.hub.card import make_model_card
 
@@ -65,6 +70,7 @@ NOT_RUN = {
     "--tp_size 8": "8 processes; test_processes.py has two",
     "examples/train_vae.py --train_dir photos": "the weights of VGG-16 and of MoCo; test_train_vae.py makes its own",
     "transfusion app": "a server; test_app.py runs it",
+    "--tasks wikipedia c4": "the weights of the judges; test_evaluation_*.py make their own",
 }
 # Behind the printed arguments: less of the same.
 LESS = {
@@ -72,6 +78,7 @@ LESS = {
     "edit": "--num_inference_steps 2",
     "chat": "--max_new_tokens 4 --num_inference_steps 2",
     "doctor": "--no_overfit",
+    "evaluate": "--num_samples 2 --num_inference_steps 2",
     "examples/finetune_editing.py": "--num_held_out 2 --num_train_edits 8 --num_inference_steps 2",
 }
 # How those scripts read their arguments.
@@ -136,6 +143,13 @@ def save_model(folder: Path) -> None:
     load_processor().save_pretrained(folder)
 
 
+def save_shapes_model(folder: Path) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, processor = new_transfusion(byte_tokenizer(), LlamaConfig(**sizes), sample_size=32, patch_size=8)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def save_tokenizer(folder: Path) -> None:
     byte_tokenizer().save_pretrained(folder)
 
@@ -180,6 +194,7 @@ def save_rows(folder: Path, **columns: Any) -> None:
 FILES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "outputs/quickstart/model": ("outputs/quickstart/model", save_model),
     "MODEL": ("MODEL", save_model),
+    "outputs/shapes": ("outputs/shapes", save_shapes_model),
     "someone/digits": ("someone/digits", save_model),
     "HuggingFaceTB/SmolLM2-135M": ("HuggingFaceTB/SmolLM2-135M", save_language_model),
     "ORIGINAL": ("ORIGINAL", save_tokenizer),
@@ -307,7 +322,10 @@ class Page:
     def transfusion(self, command: str, *words: str) -> None:
         argv = [command, *words]
         if not is_run(shlex.join(["transfusion", *argv])):
-            transfusion_command.parse_args(argv)
+            if command == "evaluate":
+                evaluate.read_tasks(evaluate.parse_args(words))
+            else:
+                transfusion_command.parse_args(argv)
             return
         self.monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/quit\n"))
         assert transfusion_command.main([*argv, *LESS.get(command, "").split()]) == 0, shlex.join(argv)

@@ -418,6 +418,7 @@ def test_fid_is_that_of_torch_fidelity_by_hand(coco, model, processor, run, ince
 
 
 @pytest.mark.filterwarnings("ignore:FID of 23 pictures")
+@pytest.mark.slow  # eleven distances of 2,048 features
 def test_fid_has_the_jackknifes_interval_and_resumes(model, processor, run, inception, monkeypatch, tmp_path):
     monkeypatch.setattr(fid, "NUM_FEATURES", 64)  # an early layer of Inception, which takes less time
     monkeypatch.setattr(fid, "BATCH_SIZE", 4)

@@ -264,6 +264,7 @@ def test_tasks_that_were_killed_go_on_to_the_same_scores(converted, tokenizer, t
     assert_same_files(tmp_path, folder)
 
 
+@pytest.mark.slow  # test_evaluation_table.py has two processes, too
 def test_two_processes_give_the_scores_of_one(task_files, uninterrupted, tmp_path):
     expected, folder, _ = uninterrupted
     launch(tmp_path, 2, "text_scores.py", str(tmp_path), str(task_files))

@@ -69,6 +69,18 @@ def test_quickstart_draws_and_reads_digits(quickstart_folder):
 
 
 @pytest.mark.slow
+def test_the_evaluation_reads_as_many_digits_as_the_quickstart(quickstart_folder):
+    file = quickstart_folder.parent / "evaluation" / "digits" / "results.json"
+    if not file.is_file():
+        pytest.skip("`make evaluate` has not run")
+    scores = json.loads(file.read_text())["tasks"]["captions"]["scores"]
+    found = scores["equal to a reference"]
+    assert found["num_items"] == 297
+    expected = json.loads((quickstart_folder / "results.json").read_text())["caption_accuracy"]
+    assert found["value"] == pytest.approx(expected, abs=0.004)  # one digit, by rounding
+
+
+@pytest.mark.slow
 def test_quickstart_draws_and_reads_digits_in_the_latents_of_a_vae_trained_before(tmp_path):
     run(ROOT / "examples" / "train_vae.py", "--digits", "--output_dir", tmp_path / "vae", OMP_NUM_THREADS="1")
     assert json.loads((tmp_path / "vae" / "results.json").read_text())["digit_accuracy"] >= 0.97

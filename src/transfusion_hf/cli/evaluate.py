@@ -23,11 +23,11 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
-from ..evaluation import TASKS, evaluate, make_task
+from ..evaluation import TASKS, Task, evaluate, make_task
 from ..processing_transfusion import TransfusionProcessor
 
 
-def _parser() -> argparse.ArgumentParser:
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("transfusion evaluate", description=__doc__, formatter_class=raw)
     parser.add_argument("model", help="a folder or a repository of the Hub")
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", **pairs, help="of judges: clip, inception, detector")
     parser.add_argument("--set", **pairs, help="other options of a task, for example `wikipedia.max_tokens=100000`")
     parser.add_argument("--num_samples", type=int, help="texts, pictures or prompts of each task; default: all")
-    parser.add_argument("-o", "--output_dir", type=Path, default=Path("outputs/evaluation"))
+    parser.add_argument("-o", "--output_dir", type=Path, help="default: outputs/evaluation/ and the model's name")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_inference_steps", type=int)
@@ -46,7 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scheduler", help="a class of diffusers, for example 'DDIMScheduler'")
     parser.add_argument("--device", help="default: 'cuda' where there is a GPU, else 'cpu'")
     parser.add_argument("--dtype", default="auto", help="for example 'bfloat16'; default: the checkpoint's")
-    return parser
+    args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or Path("outputs/evaluation", args.model.strip("./").replace("/", "--"))
+    return args
+
+
+def read_tasks(args: argparse.Namespace) -> list[Task]:
+    options = _options(args)
+    return [make_task(task, **options[task]) for task in args.tasks]
 
 
 def _pairs(option: str, given: Sequence[str]) -> dict[str, Any]:
@@ -96,9 +103,8 @@ def _set(options: dict[str, dict[str, Any]], option: str, name: str, tasks: list
 
 
 def main(argv: Sequence[str]) -> dict[str, Any]:
-    args = _parser().parse_args(argv)
-    options = _options(args)
-    tasks = [make_task(task, **options[task]) for task in args.tasks]
+    args = parse_args(argv)
+    tasks = read_tasks(args)
     state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     device = args.device if args.device and state.num_processes == 1 else state.device
     is_ours = AutoConfig.from_pretrained(args.model).model_type == "transfusion"

@@ -59,7 +59,7 @@ def evaluate(
     model: PreTrainedModel,
     processor: TransfusionProcessor,
     tasks: Iterable[str | Task],
-    output_dir: str | Path = "outputs/evaluation",
+    output_dir: str | Path,
     batch_size: int = 8,
     seed: int = 0,
     drawing: dict[str, Any] | None = None,
