@@ -5,6 +5,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from .run import Verdict, open_picture, write_file
@@ -76,17 +77,19 @@ def _interval(score: dict[str, Any]) -> str:
 
 
 def _plot_grid(verdicts: Sequence[Verdict], file: Path) -> None:
-    """Evenly spaced among all, so that the grid is no selection."""
+    """Of a seeded choice among all, in their order."""
     rows, columns = _GRID
-    chosen = [verdicts[i * len(verdicts) // (rows * columns)] for i in range(min(rows * columns, len(verdicts)))]
+    order = np.random.default_rng(0).permutation(len(verdicts))[: rows * columns]
+    chosen = [verdicts[i] for i in sorted(order)]
     rows = -(-len(chosen) // columns)
     figure = Figure(figsize=(1.9 * columns, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axis in axes:
-        axis.axis("off")
+        axis.set(xticks=[], yticks=[], frame_on=False)
     for axis, verdict in zip(axes, chosen, strict=False):
         axis.imshow(open_picture(verdict.picture).convert("RGB"))
         color = {None: "black", True: "darkgreen", False: "firebrick"}[verdict.is_right]
+        axis.set_frame_on(True)  # or a white picture would have no edge
         axis.set_title(fill(verdict.text, 24), fontsize=8, color=color)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
