@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from make_tiny_transfusion import byte_tokenizer
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
@@ -40,6 +41,7 @@ from transfusion_hf.evaluation.geneval import (
     read_metadata,
     relations,
 )
+from transfusion_hf.evaluation.judges import load_clip
 from transfusion_hf.evaluation.run import Run
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -207,17 +209,17 @@ def test_reasons_say_what_was_expected_and_what_was_found():
         return decide({"include": include, "exclude": list(exclude)}, keep(found, 0.3), colors_of)
 
     assert reasons(dogs(0.9), [one]) == []
-    assert reasons(dogs(0.9), [{"class": "dog", "count": 2}]) == ["expected 2 dogs, found 1"]
+    assert reasons(dogs(0.9), [{"class": "dog", "count": 2}]) == ["expected 2 × dog, found 1"]
     assert reasons([], [{"class": "bench", "count": 2}, {"class": "knife", "count": 3}]) == [
-        "expected 2 benches, found 0", "expected 3 knives, found 0",
+        "expected 2 × bench, found 0", "expected 3 × knife, found 0",
     ]  # fmt: skip
     assert reasons(dogs(0.9, 0.8), [one], [{"class": "dog", "count": 2}]) == [
-        "expected fewer than 2 dogs, found 2",
+        "expected fewer than 2 × dog, found 2",
     ]  # fmt: skip
     assert reasons(dogs(0.9, 0.8), [one], [{"class": "dog", "count": 3}]) == []
     two_blue = {"class": "dog", "count": 2, "color": "blue"}
     assert reasons(dogs(0.9, 0.8), [two_blue], colors_of=lambda found: ["blue", "red"]) == [
-        "expected 2 blue dogs, found blue and red",
+        "expected 2 × blue dog, found blue and red",
     ]  # fmt: skip
     left = {**one, "position": ["left of", 0]}
     target = {"class": "cat", "count": 1}
@@ -375,7 +377,7 @@ def test_pictures_become_scores_of_the_six_tasks_and_their_mean(model, processor
     assert result.scores["two_object"].num_items == 3 and result.scores["score"].num_items == 18
     assert result.settings["detector"] == "FakeDetector"
     assert [verdict.is_right for verdict in result.verdicts] == expected
-    assert result.verdicts[24].text == "two dogs 0: expected 2 dogs, found 1"
+    assert result.verdicts[24].text == "two dogs 0: expected 2 × dog, found 1"
     assert lines[0]["detections"][-2] == {"label": "dog", "score": 0.95, "box": [0, 0, 2, 8]}
     best, second = [d for d in lines[36]["detections"] if d["label"] == "dog"]
     assert best["color"] in ("red", "blue") and "color" not in second
@@ -399,11 +401,11 @@ def test_a_killed_judgement_goes_on_and_other_pictures_are_refused(model, proces
 def test_the_intervals_resample_prompts_within_their_tasks():
     # All four pictures of a prompt agree: 2 prompts of 4 are right, not 8 pictures of 16.
     columns = [[0.0, 0.0, 1.0, 1.0]] + [[1.0, 1.0]] * 5
-    score = geneval.Score.of(geneval._mean_of_means, *columns, paired=False)
+    score = geneval.Score.of(geneval.mean_of_means, *columns, paired=False)
     assert score.value == pytest.approx(5.5 / 6) and score.num_items == 14
     # A task alone spans 0 to 1; as one of six, a sixth of that; the others cannot change places with it.
     assert score.interval == pytest.approx((5 / 6, 1.0))
-    assert geneval.Score.of(geneval._mean_of_means, [1.0], [0.0, 1.0], paired=False).interval is None
+    assert geneval.Score.of(geneval.mean_of_means, [1.0], [0.0, 1.0], paired=False).interval is None
 
 
 def test_num_samples_takes_the_first_prompts_of_each_task_alike(model, processor):
@@ -457,21 +459,62 @@ def test_what_is_absent_is_named_before_anything_is_drawn(model, processor, dete
         prepare(detector=str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"hf download openai/clip-vit-large-patch14.*--weights clip=PATH"):
         prepare(clip=str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"`clip` must name a CLIPModel.*'mask2former'"):
+    with pytest.raises(ValueError, match=r"`clip` .* holds a model of type 'mask2former'; pass a CLIPModel"):
         prepare(clip=detector_folder)
     other = shutil.copytree(detector_folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["id2label"]["16"] = "wolf"
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="lacks 1 of COCO's 80 classes, such as 'dog'"):
+    with pytest.raises(ValueError, match="other classes than COCO's 80: they differ in dog, wolf"):
         prepare(detector=str(other))
+    with pytest.raises(ValueError, match=r"`data` .* is empty"):
+        prepare(data=[])
+    for name in ("num_samples", "num_images_per_prompt", "detector_size"):
+        with pytest.raises(ValueError, match=f"`{name}` must be at least 1; got 0"):
+            prepare(**{name: 0})
+
+
+def test_half_a_judge_is_refused_and_not_filled_with_random_numbers(
+    model, processor, detector_folder, clip_folder, tmp_path
+):
+    def cut(source, name, *gone):
+        folder = shutil.copytree(source, tmp_path / name)
+        weights = load_file(folder / "model.safetensors")
+        kept = {key: x for key, x in weights.items() if not key.startswith(gone)}
+        assert len(kept) < len(weights)
+        save_file(kept, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    with pytest.raises(
+        ValueError, match=r"`detector` .* lacks 2 of the model's weights, such as class_predictor\.bias"
+    ):
+        GenEvalTask(ROWS, cut(detector_folder, "detector", "class_predictor"), FakeClip()).prepare(model, processor)
+    with pytest.raises(ValueError, match=r"`clip` .* lacks \d+ of the model's weights, such as text_model"):
+        load_clip(cut(clip_folder, "clip", "text_model"))
+    broken = shutil.copytree(clip_folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(FileNotFoundError, match=r"`clip`: CLIPModel .* cannot be loaded from"):
+        load_clip(broken)
+    unread = shutil.copytree(clip_folder, tmp_path / "unread")
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
+        (unread / name).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="has no tokenizer"):
+        load_clip(unread)
+
+
+def test_a_gray_picture_is_judged_in_colors(model, processor, tmp_path):
+    seen = []
+    task = GenEvalTask(ROWS[:1], lambda picture: seen.append(picture.mode) or [], FakeClip())
+    task.prepare(model, processor)
+    Image.new("L", (16, 16)).save(file := tmp_path / "gray.png")
+    task._judge([0], [(file, ROWS[0])])
+    assert seen == ["RGB"]
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ('{"tag": ', "Line 2 of .*is not JSON"),
-        ("", "Line 2 of .*is not JSON"),
         ("[1]", r"Line 2 of .*a JSON object; got \[1\]"),
         (json.dumps({**ROWS[0], "tag": "colour"}), "Line 2 of .*`tag` must be .*'colour'"),
         (json.dumps({**ROWS[0], "prompt": ""}), "Line 2 of .*`prompt`.*got ''"),

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForMultimodalLM, LlamaConfig, LlamaForCausalLM
+from tokenizers.normalizers import Lowercase
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import AutoModelForMultimodalLM, LlamaConfig, LlamaForCausalLM, TorchAoConfig
 
 from transfusion_hf import TransfusionProcessor
 from transfusion_hf.evaluation.run import Run, Score, digest, fingerprint, open_picture, require_images
@@ -157,6 +159,54 @@ def test_drawings_are_those_of_generate_with_the_seed_on_disk(run, model, proces
     assert np.array_equal(np.asarray(Image.open(file)), np.asarray(image))
 
 
+def test_a_lost_drawing_is_drawn_again(run, tmp_path):
+    files = run.draw("x", PROMPTS)
+    before = [file.read_bytes() for file in files]
+    files[3].unlink()
+    assert [file.read_bytes() for file in run.draw("x", PROMPTS)] == before
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [("a <image> of", "Prompt 1, 'a <image> of', holds <image>"), ("long " * 300, r"Prompt 1, .* has \d+ tokens")],
+)
+def test_a_prompt_that_cannot_be_drawn_is_named_before_the_first_is(run, tmp_path, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        run.draw("x", ["a seven", prompt])
+    assert not [*tmp_path.iterdir()]
+
+
+def test_processor_tokenizer_and_generation_config_are_settings(run, processor, tmp_path):
+    pictures = [Image.linear_gradient("L").resize((16, 16)).convert("RGB")]
+    model = AutoModelForMultimodalLM.from_pretrained(TINY)
+    run.model = model
+    run.caption("x", pictures, {}, max_new_tokens=2)
+    run.draw("x", ["a"])
+
+    def refuses(name, **changes):
+        other = Run(**{"model": model, "processor": processor, "output_dir": tmp_path, "drawing": STEPS, **changes})
+        for work in (lambda: other.caption("x", pictures, {}, max_new_tokens=2), lambda: other.draw("x", ["a"])):
+            with pytest.raises(ValueError, match=f"`{name}` is"):
+                work()
+
+    changed = TransfusionProcessor.from_pretrained(TINY)
+    changed.image_processor.image_mean = [0.25]
+    refuses("image_processor", processor=changed)
+    changed = TransfusionProcessor.from_pretrained(TINY)
+    changed.tokenizer.backend_tokenizer.normalizer = Lowercase()
+    refuses("tokenizer", processor=changed)
+    model.generation_config.image_guidance_scale = 2.5
+    refuses("generation_config")
+
+
+def test_captions_are_greedy_whatever_the_generation_config_says(run, processor, tmp_path):
+    pictures = [Image.linear_gradient("L").resize((16, 16)).convert("RGB").rotate(90 * i) for i in range(3)]
+    expected = run.caption("x", pictures, {}, max_new_tokens=9)
+    model = AutoModelForMultimodalLM.from_pretrained(TINY)
+    model.generation_config.update(num_beams=3, repetition_penalty=5.0, no_repeat_ngram_size=1, min_new_tokens=9)
+    assert Run(model, processor, tmp_path / "other").caption("x", pictures, {}, max_new_tokens=9) == expected
+
+
 def test_captions_are_greedy_and_those_of_generate(run, model, processor, tmp_path):
     pictures = [Image.linear_gradient("L").resize((16, 16)).convert("RGB").rotate(90 * i) for i in range(3)]
     captions = run.caption("x", pictures, {}, prompt="what?", max_new_tokens=5)
@@ -173,10 +223,18 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_name(model, tmp_path):
     model.save_pretrained(tmp_path)
     other = AutoModelForMultimodalLM.from_pretrained(tmp_path)
     assert fingerprint(other) == fingerprint(model)
-    with torch.no_grad():
-        next(other.parameters()).flatten()[0] += 1
-    assert fingerprint(other) != fingerprint(model)
+    for place in (0, 1, 7, -1):
+        with torch.no_grad():
+            next(other.parameters()).flatten()[place] += 1
+        assert fingerprint(other) != fingerprint(model)
+        other.load_state_dict(model.state_dict())
     assert fingerprint(AutoModelForMultimodalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)) != fingerprint(model)
+
+
+def test_a_quantised_model_has_a_fingerprint_of_its_own(model):
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    quantised = [AutoModelForMultimodalLM.from_pretrained(TINY, quantization_config=config) for _ in range(2)]
+    assert fingerprint(quantised[0]) == fingerprint(quantised[1]) != fingerprint(model)
 
 
 def test_an_interval_of_a_share_is_the_binomials():

@@ -1,6 +1,7 @@
 """`evaluate` and `transfusion evaluate`: from tasks to `results.json`, `report.md` and grids."""
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from test_processes import launch
 from transformers import AutoModelForMultimodalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -15,7 +17,8 @@ from transformers import AutoModelForMultimodalLM, AutoTokenizer, LlamaConfig, L
 import transfusion_command
 from transfusion_hf import TransfusionProcessor
 from transfusion_hf.evaluation import TASKS, Run, Score, Task, TaskResult, Verdict, evaluate, make_task
-from transfusion_hf.evaluation.report import PAPER
+from transfusion_hf.evaluation.language_tasks import LLAMA2_SUITE
+from transfusion_hf.evaluation.report import PAPER, _paper
 from transfusion_hf.hub import make_model_card
 
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
@@ -86,6 +89,52 @@ def test_the_table_is_written_and_returned(model, processor, tmp_path):
     assert "- judge: the mean" in report and "(bright/grid.png)" in report
     assert Image.open(tmp_path / "bright" / "grid.png").width > 1000
     assert f"{score['value']:.4g}" in make_model_card(model.config, "someone/digits", results=results).text
+
+
+def test_signs_of_mathematics_and_tables_do_not_break_a_report(model, processor, tmp_path):
+    prompts = (r"a sign: $\5 or $ 6 each", "from $5 to $10_", "a | b", "<b> & `c`")
+    evaluate(model, processor, [Brightness("bright", prompts)], tmp_path, drawing=STEPS)
+    assert (tmp_path / "bright" / "grid.png").is_file()
+
+
+def test_the_papers_value_stands_beside_the_papers_benchmark_alone():
+    assert _paper("llama2-suite", "accuracy", {"tasks": dict.fromkeys(LLAMA2_SUITE)}) == "0.615"
+    assert _paper("llama2-suite", "accuracy", {"tasks": {"boolq": {}}}) == ""
+    assert _paper("coco-captions", "CIDEr", {"split": "test"}) == "27.2"
+    assert _paper("coco-captions", "CIDEr", {"split": "train"}) == ""
+    assert _paper("coco-captions", "CIDEr (words)", {"split": "test"}) == ""
+    assert _paper("wikipedia", "perplexity", {}) == "4.28"
+
+
+def test_a_model_of_nan_has_no_scores(processor, data, tmp_path):
+    model = AutoModelForMultimodalLM.from_pretrained(TINY)
+    model.lm_head.weight.data[:] = math.nan
+    with pytest.raises(ValueError, match="log-likelihood nan; look for NaN in its weights"):
+        evaluate(model, processor, [make_task("text", data=["a text"])], tmp_path)
+
+    class NoNumber(Brightness):
+        def run(self, run):
+            return TaskResult({"brightness": Score(math.nan, None, 1)}, {})
+
+    with pytest.raises(ValueError, match="The task `bright`: brightness is nan"):
+        evaluate(model, processor, [NoNumber("bright")], tmp_path)
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_texts_without_blanks_have_no_perplexity_per_word(model, processor, tmp_path):
+    text = "これは空白のない文です。" * 9
+    results = evaluate(model, processor, [make_task("text", data=[text, text[:50]])], tmp_path)
+    assert [*results["tasks"]["text"]["scores"]] == ["perplexity", "bits per byte"]
+
+
+def test_two_runs_at_the_same_time_keep_both_tasks(model, processor, tmp_path):
+    class Slow(Brightness):
+        def run(self, run):
+            evaluate(model, processor, [Brightness("quick")], tmp_path, drawing=STEPS)
+            return super().run(run)
+
+    results = evaluate(model, processor, [Slow("slow")], tmp_path, drawing=STEPS)
+    assert {*results["tasks"]} == {"quick", "slow"}
 
 
 def test_tasks_are_prepared_before_the_first_runs(model, processor, tmp_path):
@@ -164,6 +213,16 @@ def test_what_cannot_be_a_task_is_refused(model, processor, tmp_path):
         evaluate(model, processor, [], tmp_path)
     with pytest.raises(ValueError, match="`tasks` names 'one' twice"):
         evaluate(model, processor, [Brightness("one"), Brightness("one")], tmp_path)
+    for number in (0, -3):
+        with pytest.raises(ValueError, match=f"`num_samples` must be at least 1; got {number}"):
+            evaluate(model, processor, [make_task("text", data=["a"], num_samples=number)], tmp_path)
+    with pytest.raises(ValueError, match="`batch_size` must be at least 1; got 0"):
+        evaluate(model, processor, [make_task("text", data=["a"])], tmp_path, batch_size=0)
+    with pytest.raises(ValueError, match=r"`stride` of the task `text` must be int \| None; got 'abc'"):
+        make_task("text", stride="abc")
+    assert make_task("llama2-suite", tasks="boolq,piqa").tasks == ["boolq", "piqa"]
+    task = make_task("/somewhere/mine.yaml")
+    assert (task.name, task.tasks) == ("mine", ["/somewhere/mine.yaml"])
     with pytest.raises(ValueError, match="The task `shapes` has no option `clip`; it has num_samples, "):
         make_task("shapes", clip="somewhere")
     assert not [*tmp_path.glob("*/*")]
@@ -204,6 +263,20 @@ def test_a_language_model_is_evaluated_by_the_same_command(data, tmp_path):
     assert command(tmp_path / "model", "--tasks", "captions", *words) == 1
 
 
+def test_an_adapter_is_evaluated_with_its_base(model, data, tmp_path):
+    base = AutoModelForMultimodalLM.from_pretrained(TINY)
+    adapted = get_peft_model(base, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    adapted.peft_config["default"].base_model_name_or_path = str(TINY)
+    adapted.save_pretrained(tmp_path / "adapter")
+    scores = []
+    for name in (TINY, tmp_path / "adapter"):
+        words = ["-o", tmp_path / f"out{len(scores)}", "--device", "cpu", "--data", f"text={data / 'texts.jsonl'}"]
+        assert command(name, "--tasks", "text", *words) == 0
+        results = json.loads((words[1] / "results.json").read_text())
+        scores.append(results["tasks"]["text"]["scores"]["perplexity"]["value"])
+    assert scores[0] != scores[1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -211,11 +284,16 @@ def test_a_language_model_is_evaluated_by_the_same_command(data, tmp_path):
         (["--tasks", "shapes", "--weights", "clip=x"], "`--weights clip=…` belongs to none"),
         (["--tasks", "shapes", "--set", "num_samples=3"], "`--set num_samples=…` belongs to none"),
         (["--tasks", "shapes", "--set", "shapes.depth=3"], "has no option `depth`"),
+        (["--tasks", "shapes", "--dtype", "bf16"], "`--dtype` must be 'auto' or a type of torch"),
+        (["--tasks", "text", "--data", "text=nothing.jsonl"], "The task `text` cannot read `data` 'nothing.jsonl'"),
         (["--tasks", "shapes", "--data", "x"], "`--data` takes NAME=VALUE; got 'x'."),
         (["--tasks", "wikipedia"], "The task `wikipedia` needs `data`: held-out texts"),
         (["--tasks", "geneval"], "Fetch `prompts/evaluation_metadata.jsonl`"),
         (["--tasks", "captions"], "The task `captions` needs `data`"),
-        (["--tasks", "clip-score", "--weights", "clip=nowhere"], "The task `clip-score` needs a CLIP"),
+        (
+            ["--tasks", "clip-score", "--weights", "clip=nowhere"],
+            "`clip`: CLIPModel and its processor cannot be loaded",
+        ),
         (["--tasks", "shapes"], "The task `shapes` needs pictures of at least 32×32 pixels"),
     ],
 )

@@ -128,9 +128,9 @@ def test_the_scores_of_texts_are_those_of_all_texts_together(converted, tokenize
     task.prepare(converted, tokenizer)
     result = task.run(run_of(converted, tokenizer, tmp_path))
     whole = perplexity(converted, tokenizer, texts, 48, 16)
-    assert list(result.scores) == ["perplexity", "word perplexity", "bits per byte"]
+    assert list(result.scores) == ["perplexity", "bits per byte", "word perplexity"]
     found = [score.value for score in result.scores.values()]
-    assert found == pytest.approx([whole.perplexity, whole.word_perplexity, whole.bits_per_byte], rel=1e-5)
+    assert found == pytest.approx([whole.perplexity, whole.bits_per_byte, whole.word_perplexity], rel=1e-5)
     for score in result.scores.values():
         assert score.interval[0] < score.value < score.interval[1] and score.num_items == len(texts)
     settings = {"max_length": 48, "stride": 16, "num_tokens": whole.num_tokens, "num_words": whole.num_words}
@@ -153,7 +153,7 @@ def test_texts_are_streamed_from_files_until_the_limit(converted, tokenizer, tmp
         PerplexityTask(["", ""], name="c4").prepare(converted, tokenizer)
     with pytest.raises(ValueError, match="`max_length` must be 1 to 64"):
         PerplexityTask(data, max_length=65).prepare(converted, tokenizer)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
+    with pytest.raises(ValueError, match=r"The task `text` cannot read `data` .*nowhere"):
         PerplexityTask(str(tmp_path / "nowhere*.jsonl")).prepare(converted, tokenizer)
 
 

@@ -13,6 +13,7 @@ where it stopped. For text alone MODEL may be any causal language model, to comp
 
 import argparse
 import ast
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -22,9 +23,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..evaluation import TASKS, Task, evaluate, make_task
+from ..evaluation.report import COCO
 from ..processing_transfusion import TransfusionProcessor
+from .main import check_dtype
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -43,6 +47,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num_inference_steps", type=int)
     parser.add_argument("--guidance_scale", type=float)
+    parser.add_argument("--negative_prompt", help="what not to draw")
     parser.add_argument("--scheduler", help="a class of diffusers, for example 'DDIMScheduler'")
     parser.add_argument("--device", help="default: 'cuda' where there is a GPU, else 'cpu'")
     parser.add_argument("--dtype", default="auto", help="for example 'bfloat16'; default: the checkpoint's")
@@ -70,7 +75,7 @@ def _options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """For each task the fields that are set. Raises a `ValueError` for a name that belongs to none."""
     options: dict[str, dict[str, Any]] = {task: {} for task in args.tasks}
     for name, value in _pairs("data", args.data).items():
-        tasks = [task for task in args.tasks if name == task or (name == "coco" and task in _COCO)]
+        tasks = [task for task in args.tasks if name == task or (name == "coco" and task in COCO)]
         _set(options, "data", name, tasks, "data", value)
     for name, value in _pairs("weights", args.weights).items():
         tasks = [task for task in args.tasks if name in _fields(task)]
@@ -88,9 +93,6 @@ def _options(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return options
 
 
-_COCO = ("coco-captions", "coco-fid", "clip-score")
-
-
 def _fields(task: str) -> list[str]:
     return [field.name for field in fields(TASKS[task])] if task in TASKS else []
 
@@ -105,13 +107,17 @@ def _set(options: dict[str, dict[str, Any]], option: str, name: str, tasks: list
 def main(argv: Sequence[str]) -> dict[str, Any]:
     args = parse_args(argv)
     tasks = read_tasks(args)
+    check_dtype(args.dtype)
     state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
     device = args.device if args.device and state.num_processes == 1 else state.device
-    is_ours = AutoConfig.from_pretrained(args.model).model_type == "transfusion"
+    base = args.model
+    if (adapter := find_adapter_config_file(args.model)) is not None:
+        base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    is_ours = AutoConfig.from_pretrained(base).model_type == "transfusion"
     auto = AutoModelForMultimodalLM if is_ours else AutoModelForCausalLM
     model = auto.from_pretrained(args.model, dtype=args.dtype).to(device)
-    processor = (TransfusionProcessor if is_ours else AutoTokenizer).from_pretrained(args.model)
-    names = ("num_inference_steps", "guidance_scale", "scheduler")
+    processor = TransfusionProcessor.from_pretrained(args.model) if is_ours else AutoTokenizer.from_pretrained(base)
+    names = ("num_inference_steps", "guidance_scale", "negative_prompt", "scheduler")
     drawing = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     results = evaluate(model, processor, tasks, args.output_dir, args.batch_size, args.seed, drawing)
     if state.is_main_process:

@@ -91,14 +91,18 @@ def _chat(args: argparse.Namespace, model: Any, processor: Any, kwargs: dict[str
         messages += [question, {"role": "assistant", "content": answer}]
 
 
+def check_dtype(dtype: str) -> None:
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`--dtype` must be 'auto' or a type of torch such as 'bfloat16'; got {dtype!r}.")
+
+
 def _run(args: argparse.Namespace) -> None:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.command == "app":
         from .app import launch_app  # needs Gradio, which the others do not
     if "output" in args and args.output.suffix.lower() not in Image.registered_extensions():
         raise ValueError(f"`--output` {args.output} has no image suffix; name it, for example, drawing.png.")
-    if args.dtype != "auto" and not isinstance(getattr(torch, args.dtype, None), torch.dtype):
-        raise ValueError(f"`--dtype` must be 'auto' or a type of torch such as 'bfloat16'; got {args.dtype!r}.")
+    check_dtype(args.dtype)
     model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
     processor = TransfusionProcessor.from_pretrained(args.model)
     if args.command == "app":

@@ -107,14 +107,19 @@ def _read_text(row: _Row, column: str, image_token: str) -> str:
     return text
 
 
+def decoded(value: Any) -> Any:
+    """An image column's value for `read_picture`, also one in an archive, or somewhere else that `datasets` reads."""
+    row = {"bytes": None, "path": value} if isinstance(value, str) else value
+    if isinstance(row, dict) and row.get("bytes") is None and not os.path.isfile(row["path"]):
+        return hf_datasets.Image().decode_example(row)
+    return row
+
+
 def _read_image(value: Any, column: str) -> Image.Image:
     if value is None:
         raise _BrokenRowError(f"`{column}` is empty")
     try:
-        row = {"bytes": None, "path": value} if isinstance(value, str) else value
-        if isinstance(row, dict) and row.get("bytes") is None and not os.path.isfile(row["path"]):
-            row = hf_datasets.Image().decode_example(row)  # in an archive, or somewhere else
-        image = read_picture(row)
+        image = read_picture(decoded(value))
     except Exception as error:
         cause = error.__cause__ or error
         raise _BrokenRowError(f"`{column}` cannot be read: {type(cause).__name__}: {cause}") from error

@@ -44,9 +44,12 @@ class CaptionedPictures(Sequence):
         return len(self.captions)
 
     def __getitem__(self, index: Any) -> Any:
+        from ..data.dataset import decoded
+
         picture = self.pictures(index)
         path = picture.get("path") if isinstance(picture, dict) else picture
-        return open_picture(picture, path if isinstance(path, (str, Path)) else f"{index} of `data`")
+        name = path if isinstance(path, (str, Path)) else f"with the caption {self.captions[index][0]!r}"
+        return open_picture(decoded(picture), name)
 
     @property
     def digest(self) -> str:
@@ -90,7 +93,9 @@ def as_the_model_sees(processor: TransfusionProcessor, pictures: Iterable[Image.
         yield images.postprocess(images(images=[picture], return_tensors="pt")["pixel_values"])[0]
 
 
-def read_captioned(data: Any, task: str, split: str | None = None, coco_split: str = "test") -> CaptionedPictures:
+def read_captioned(
+    data: Any, task: str, split: str | None = None, coco_split: str = "test", are_read: bool = True
+) -> CaptionedPictures:
     """
     Args:
         data (`str`, path or `Sequence`):
@@ -101,6 +106,7 @@ def read_captioned(data: Any, task: str, split: str | None = None, coco_split: s
         task (`str`): For errors.
         split (`str`, *optional*): One of Karpathy's (`"val"`, `"test"` …), or `"val2014"` for all pictures of that
             folder; defaults to `coco_split`. Elsewhere one of `datasets`; defaults to `"train"`.
+        are_read (`bool`, defaults to `True`): Whether COCO's pictures must be there, or captions are enough.
 
     Raises:
         ValueError, OSError: there is no data, or a row without a picture or a caption.
@@ -114,7 +120,10 @@ def read_captioned(data: Any, task: str, split: str | None = None, coco_split: s
         folder = Path(data)
         is_coco = folder.joinpath(KARPATHY).is_file() or folder.joinpath("val2014").is_dir()
         split = split or (coco_split if is_coco else "train")
-        found, source = (_read_coco(folder, split) if is_coco else _read_rows(str(data), task, split)), str(data)
+        found, source = (
+            (_read_coco(folder, split, are_read) if is_coco else _read_rows(str(data), task, split)),
+            str(data),
+        )
     for i, captions in enumerate(found.captions):
         if not captions or not all(isinstance(text, str) and text.strip() for text in captions):
             raise ValueError(f"Picture {i} of `data` ({source}) has an empty caption or none; add one or remove it.")
@@ -124,22 +133,29 @@ def read_captioned(data: Any, task: str, split: str | None = None, coco_split: s
     return found
 
 
-def _read_coco(folder: Path, split: str) -> CaptionedPictures:
+def _read_coco(folder: Path, split: str, are_read: bool) -> CaptionedPictures:
     file, pictures = folder / KARPATHY, folder / "val2014"
     for path, source in ((file, "Karpathy's `caption_datasets.zip`"), (pictures, "COCO's `val2014.zip`")):
-        if not path.exists():
+        if not path.exists() and (are_read or path == file):
             raise FileNotFoundError(f"{path} is not there; unpack {source} into {folder}.")
-    rows = [row for row in json.loads(file.read_text(encoding="utf-8"))["images"] if row["filepath"] == "val2014"]
-    if split != "val2014":
-        rows = [row for row in rows if row["split"] == split]
+    try:
+        rows = [row for row in json.loads(file.read_text(encoding="utf-8"))["images"] if row["filepath"] == "val2014"]
+        rows = [row for row in rows if split in ("val2014", row["split"])]
+        names = [row["filename"] for row in rows]
+        captions = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not Karpathy's `{KARPATHY}` ({type(error).__name__}: {error}); unpack it again from "
+            "`caption_datasets.zip`."
+        ) from error
+    if not are_read:
+        return CaptionedPictures(captions, lambda i: pictures / names[i], [*names])
     sizes = {entry.name: entry.stat().st_size for entry in os.scandir(pictures)}
-    names = [row["filename"] for row in rows]
-    if absent := [name for name in names if name not in sizes]:
+    if absent := [name for name in names if not sizes.get(name)]:
         raise FileNotFoundError(
-            f"{len(absent)} of {len(names)} pictures are not in {pictures}, the first is {absent[0]}; unpack all of "
-            "COCO's `val2014.zip` there."
+            f"{len(absent)} of {len(names)} pictures are not in {pictures} or empty, the first is {absent[0]}; "
+            "unpack all of COCO's `val2014.zip` there."
         )
-    captions = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
     return CaptionedPictures(captions, lambda i: pictures / names[i], [[name, sizes[name]] for name in names])
 
 
@@ -156,11 +172,9 @@ def _read_rows(name: str, task: str, split: str) -> CaptionedPictures:
             f"`data` {name!r} needs the columns `image` and one of {', '.join(CAPTION_COLUMNS)}; it has "
             f"{', '.join(rows.column_names)}."
         )
-    identities: list[Any] = list(range(len(rows)))
     if isinstance(rows.features["image"], hf_datasets.Image):
         rows = rows.cast_column("image", hf_datasets.Image(decode=False))
-        paths = rows.select_columns(["image"]).flatten()["image.path"]  # without the bytes, which may be gigabytes
-        identities = [_identity(path) for path in paths]
+    identities = [_identity(row["image"]) for row in rows.select_columns(["image"])]  # row by row: may be gigabytes
     captions = [_listed(captions) for captions in rows[column]]
     return CaptionedPictures(captions, lambda i: rows[i]["image"], identities)
 
@@ -175,7 +189,7 @@ def _read_sequence(rows: Sequence[Any]) -> CaptionedPictures:
 
 
 def _listed(captions: Any) -> list[str]:
-    return [captions] if isinstance(captions, str) else list(captions or [])
+    return list(captions) if isinstance(captions, (list, tuple)) else [captions]
 
 
 def _identity(picture: Any) -> Any:

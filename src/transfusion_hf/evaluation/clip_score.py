@@ -1,5 +1,6 @@
 """Text to image: CLIP score (Table 1, arXiv 2408.11039)."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ from transformers import CLIPModel, CLIPProcessor, PreTrainedModel
 
 from ..processing_transfusion import TransfusionProcessor
 from .captioned import PROMPTS, draw_prompts, read_captioned
+from .judges import CLIP, load_clip
 from .run import Result, Run, Score, Task, TaskResult, Verdict, digest, fingerprint, open_picture, require_images
 
 
@@ -32,7 +34,7 @@ class CLIPScoreTask(Task):
     """
 
     data: Any = None
-    clip: str = "openai/clip-vit-large-patch14"
+    clip: str | os.PathLike = CLIP
     num_samples: int | None = 30_000
     split: str | None = None
     name: str = "clip-score"
@@ -41,8 +43,9 @@ class CLIPScoreTask(Task):
 
     def prepare(self, model: PreTrainedModel, processor: TransfusionProcessor) -> None:
         require_images(model, self.name)
-        self._model, self._processor = load_clip(self.clip, self.name)
-        self._pictures = read_captioned(self.data, self.name, self.split, "val2014").sample(self.num_samples)
+        self._model, self._processor = load_clip(self.clip)
+        pictures = read_captioned(self.data, self.name, self.split, "val2014", are_read=False)
+        self._pictures = pictures.sample(self.num_samples)
 
     def run(self, run: Run) -> TaskResult:
         prompts = self._pictures.prompts()
@@ -63,7 +66,7 @@ class CLIPScoreTask(Task):
             **self._pictures.settings,
             "prompts": PROMPTS,
             "drawing": drawn_with,
-            "clip": self.clip,
+            "clip": str(self.clip),
             "clip_revision": getattr(model.config, "_commit_hash", None),
             "clip_fingerprint": settings["clip"],
             "score": f"100 × cosine, float32; prompts cut to {_max_length(model)} tokens",
@@ -72,18 +75,6 @@ class CLIPScoreTask(Task):
         }
         verdicts = [Verdict(file, f"{prompt} ({value:.1f})") for file, prompt, value in shown]
         return TaskResult({"CLIP score": Score.of(np.mean, values)}, settings, verdicts)
-
-
-def load_clip(clip: str, task: str) -> tuple[CLIPModel, CLIPProcessor]:
-    """In float32, on the CPU. Raises an `OSError` that says what to fetch."""
-    try:
-        model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
-        return model.eval(), CLIPProcessor.from_pretrained(clip)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"The task `{task}` needs a CLIP of transformers, and `clip` {clip!r} gave none ({error}); pass a folder "
-            "with its `config.json`, `model.safetensors`, tokenizer and image processor, or a repository of the Hub."
-        ) from error
 
 
 @torch.no_grad()

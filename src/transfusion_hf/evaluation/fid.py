@@ -63,7 +63,9 @@ class FIDTask(Task):
         require_images(model, self.name)
         self._inception, self._weights = load_inception(self.inception)
         self._statistics = None if self.statistics is None else read_statistics(self.statistics)
-        self._pictures = read_captioned(self.data, self.name, self.split, "val2014").sample(self.num_samples)
+        are_read = self.statistics is None
+        pictures = read_captioned(self.data, self.name, self.split, "val2014", are_read)
+        self._pictures = pictures.sample(self.num_samples)
         count = len(self._pictures)
         if count < 2:
             raise ValueError(
@@ -78,15 +80,15 @@ class FIDTask(Task):
 
     def run(self, run: Run) -> TaskResult:
         pictures, prompts = self._pictures, self._pictures.prompts()
-        files, drawn_with = draw_prompts(run, prompts)
-        made_of: Result = {"drawings": digest(drawn_with), "weights": self._weights}
-        drawn = self._features(run, "drawings", files, made_of, lambda batch: map(open_picture, batch))
-        references = self._references(run.processor)
+        references = self._references(run.processor)  # before the drawings: one of them may be broken
         if self._statistics is None:
             made = {"references": references, "pictures": pictures.digest, "weights": self._weights}
             real = self._features(
                 run, "references", pictures, made, lambda batch: as_the_model_sees(run.processor, batch)
             )
+        files, drawn_with = draw_prompts(run, prompts)
+        made_of: Result = {"drawings": digest(drawn_with), "weights": self._weights}
+        drawn = self._features(run, "drawings", files, made_of, lambda batch: map(open_picture, batch))
 
         def distance(indices: list[int], left_out: list[int | None]) -> list[Result]:
             results = []
@@ -161,8 +163,8 @@ def load_inception(weights: str | os.PathLike | None = None) -> tuple[torch.nn.M
             torch.load(weights, weights_only=True)  # torch-fidelity would run any code in it
         model = FeatureExtractorInceptionV3("inception-v3-compat", [str(NUM_FEATURES)], weights, verbose=False)
         found = _sha256(file)
-    except (OSError, RuntimeError, UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
+    except (OSError, EOFError, RuntimeError, TypeError, AttributeError, UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise OSError(
             f"FID needs Inception's weights, and `inception` {str(file)!r} gave none ({reason}); fetch `{WEIGHTS}` of "
             "torch-fidelity's release 0.2.0, and pass its path."
@@ -181,13 +183,21 @@ def inception_features(inception: torch.nn.Module, images: Sequence[Image.Image]
 
 
 def read_statistics(file: str | os.PathLike) -> Moments:
-    """Raises a `ValueError` or `OSError` unless `file` is an `.npz` that holds `mu` and `sigma` of 2,048 features."""
-    with np.load(file) as arrays:
-        shapes = {name: arrays[name].shape for name in arrays.files}
-        wanted = {"mu": (NUM_FEATURES,), "sigma": (NUM_FEATURES, NUM_FEATURES)}
-        if any(shapes.get(name) != shape for name, shape in wanted.items()):
-            raise ValueError(f"`statistics` {str(file)!r} must hold arrays of shapes {wanted}; it holds {shapes}.")
-        return arrays["mu"].astype(np.float64), _factor(arrays["sigma"])
+    """Raises a `ValueError` unless `file` is an `.npz` with mean `mu` and covariance `sigma` of 2,048 features."""
+    wanted = {"mu": (NUM_FEATURES,), "sigma": (NUM_FEATURES, NUM_FEATURES)}
+    try:
+        with np.load(file) as arrays:
+            mu, sigma = (arrays[name].astype(np.float64) for name in wanted)
+    except (OSError, EOFError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"`statistics` {str(file)!r} is no `.npz` with `mu` and `sigma` ({error}).") from error
+    found = {"mu": mu.shape, "sigma": sigma.shape}
+    if found != wanted:
+        raise ValueError(f"`statistics` {str(file)!r} must hold arrays of shapes {wanted}; it holds {found}.")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all() and np.allclose(sigma, sigma.T)):
+        raise ValueError(f"`statistics` {str(file)!r}: `sigma` is not symmetric, or a number is not finite.")
+    if (lowest := np.linalg.eigvalsh(sigma)[0]) < -1e-3 * np.trace(sigma):
+        raise ValueError(f"`statistics` {str(file)!r}: `sigma` is no covariance, with the eigenvalue {lowest:.3g}.")
+    return mu, _factor(sigma)
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
@@ -218,7 +228,7 @@ def _distance(one: Moments, other: Moments) -> float:
     (mean1, factor1), (mean2, factor2) = one, other
     overlap = np.linalg.svd(factor1 @ factor2.T, compute_uv=False).sum()
     squares = (np.square(x).sum() for x in (mean1 - mean2, factor1, factor2))
-    return max(0.0, float(sum(squares) - 2 * overlap))
+    return float(np.maximum(0.0, sum(squares) - 2 * overlap))  # NaN stays NaN
 
 
 def jackknife_interval(value: float, others: Sequence[float]) -> tuple[float, float] | None:

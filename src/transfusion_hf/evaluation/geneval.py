@@ -7,6 +7,7 @@ Boxes are corners (x1, y1, x2, y2) in pixels; y grows downwards, and x2 and y2 l
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,15 +21,24 @@ from PIL import Image
 from torchvision.ops import masks_to_boxes
 from transformers import (
     AutoImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
     Mask2FormerForUniversalSegmentation,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from ..processing_transfusion import TransfusionProcessor
-from .run import Run, Score, Task, TaskResult, Verdict, digest, fingerprint, open_picture, require_images
+from .judges import CLIP, load_clip, load_judge
+from .run import (
+    Run,
+    Score,
+    Task,
+    TaskResult,
+    Verdict,
+    digest,
+    fingerprint,
+    mean_of_means,
+    open_picture,
+    require_images,
+)
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
@@ -50,12 +60,8 @@ CLASS_OF_LABEL = {name: name for name in CLASSES} | {
     "aeroplane": "airplane", "sofa": "couch", "pottedplant": "potted plant", "diningtable": "dining table",
     "tvmonitor": "tv",
 }  # fmt: skip
-_PLURALS = {"person": "people", "knife": "knives", "computer mouse": "computer mice"} | {
-    name: name for name in ("sheep", "skis", "broccoli", "scissors")
-}
 MAX_OBJECTS = 16
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
-CLIP = "openai/clip-vit-large-patch14"
 
 Box = tuple[float, float, float, float]
 
@@ -166,8 +172,7 @@ def _failure(
 
 
 def _number_of(count: int, label: str, color: str | None = None) -> str:
-    plural = _PLURALS.get(label) or label + ("es" if label.endswith(("s", "x", "ch", "sh")) else "s")
-    return " ".join(filter(None, (str(count), color, label if count == 1 else plural)))
+    return f"{count} × {label if color is None else f'{color} {label}'}"
 
 
 def crop(picture: Image.Image, detection: Detection) -> Image.Image:
@@ -175,8 +180,7 @@ def crop(picture: Image.Image, detection: Detection) -> Image.Image:
     if detection.mask is not None:
         grey = Image.new("RGB", picture.size, "#999")
         picture = Image.composite(picture, grey, Image.fromarray(detection.mask))
-    x1, y1, x2, y2 = map(round, detection.box)
-    return picture.crop((x1, y1, x2, y2))
+    return picture.crop(detection.box)
 
 
 class Mask2FormerDetector:
@@ -196,22 +200,24 @@ class Mask2FormerDetector:
         ValueError: they are of another model or of other classes than COCO's.
     """
 
-    def __init__(self, name: str, shortest_edge: int = 800) -> None:
+    def __init__(self, name: str | os.PathLike, shortest_edge: int = 800) -> None:
         models = (Mask2FormerForUniversalSegmentation, AutoImageProcessor)
-        self.model, self.processor = _load("detector", name, DETECTOR, *models)
-        self.size = {"shortest_edge": shortest_edge, "longest_edge": shortest_edge * 1333 // 800}
+        self.model, self.processor = load_judge("detector", name, DETECTOR, *models)
+        self.size = {"shortest_edge": shortest_edge, "longest_edge": shortest_edge * 5 // 3}
         labels: dict[int, str] = self.model.config.id2label
         self.labels = {i: CLASS_OF_LABEL.get(label, label) for i, label in labels.items()}
-        if missing := sorted({*CLASSES} - {*self.labels.values()}):
+        if differing := sorted({*CLASSES} ^ {*self.labels.values()}):
             raise ValueError(
-                f"`detector` {name!r} lacks {len(missing)} of COCO's 80 classes, such as {missing[0]!r}; pass "
-                f"weights for COCO instances, such as {DETECTOR!r}."
+                f"`detector` {str(name)!r} has other classes than COCO's 80: they differ in "
+                f"{', '.join(differing[:5])}; pass weights for COCO instances, such as {DETECTOR!r}."
             )
 
     @torch.inference_mode()
     def __call__(self, picture: Image.Image) -> list[Detection]:
         """The best 100 pairs of query and class, without those whose mask is empty."""
-        inputs = self.processor(images=picture, size=self.size, return_tensors="pt").to(self.model.device)
+        inputs = self.processor(images=picture, size=self.size, do_resize=True, pad_size=None, return_tensors="pt").to(
+            self.model.device
+        )
         output = self.model(**inputs)
         probabilities = output.class_queries_logits[0].softmax(-1)[:, :-1]  # (queries, classes), without "no object"
         num_classes = probabilities.shape[1]
@@ -238,9 +244,8 @@ class ClipColors:
         FileNotFoundError, ValueError: there are no weights, or they are of another model.
     """
 
-    def __init__(self, name: str) -> None:
-        # Pillow's resizer, like the published pipeline's.
-        self.model, self.processor = _load("clip", name, CLIP, CLIPModel, CLIPProcessor, backend="pil")
+    def __init__(self, name: str | os.PathLike) -> None:
+        self.model, self.processor = load_clip(name)
         self._features: dict[str, torch.Tensor] = {}
 
     @torch.inference_mode()
@@ -260,27 +265,6 @@ class ClipColors:
         return F.normalize(features.view(len(COLORS), len(templates), -1).mean(1), dim=-1)
 
 
-def _load(
-    argument: str, name: str, published: str, model_class: Any, processor_class: Any, **kwargs: Any
-) -> tuple[Any, Any]:
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
-        if not config:
-            raise OSError("there is no `config.json`")
-        if (model_type := config.get("model_type")) != model_class.config_class.model_type:
-            raise ValueError(
-                f"`{argument}` must name a {model_class.__name__}, such as {published!r}; {name!r} holds a model of "
-                f"type {model_type!r}."
-            )
-        model = model_class.from_pretrained(name, dtype=torch.float32).eval()
-        return model, processor_class.from_pretrained(name, **kwargs)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"`{argument}`: cannot load {model_class.__name__} and its processor from {name!r} ({error}). Fetch the "
-            f"weights (`hf download {published}`) and pass their folder: `--weights {argument}=PATH`."
-        ) from error
-
-
 def read_metadata(data: str | Path | Sequence[dict[str, Any]] | None) -> list[dict[str, Any]]:
     """
     The prompts, checked.
@@ -297,20 +281,23 @@ def read_metadata(data: str | Path | Sequence[dict[str, Any]] | None) -> list[di
             "`prompts/evaluation_metadata.jsonl` of https://github.com/djghosh13/geneval and pass it: "
             "`--data geneval=PATH`."
         )
-    if not isinstance(data, str | Path):
-        for i, row in enumerate(data):
-            _check(row, f"Row {i}")
-        return list(data)
-    rows = []
-    for number, line in enumerate(Path(data).read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"Line {number} of {data}"
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON ({error}): {line[:80]!r}.") from error
-        _check(rows[-1], where)
+    rows, places = [], []
+    if isinstance(data, str | Path):
+        for number, line in enumerate(Path(data).read_bytes().splitlines(), start=1):
+            try:
+                if line.strip():
+                    rows.append(json.loads(line.decode("utf-8-sig")))
+                    places.append(f"Line {number} of {data}")
+            except ValueError as error:
+                raise ValueError(f"Line {number} of {data} is not JSON ({error}): {line[:80]!r}.") from error
+    else:
+        rows, places = list(data), [f"Row {i}" for i in range(len(data))]
+    for row, where in zip(rows, places, strict=True):
+        _check(row, where)
     if not rows:
-        raise ValueError(f"{data} is empty; it should have a prompt's metadata on each line.")
+        raise ValueError(
+            f"`data` ({'rows' if not isinstance(data, str | Path) else data}) is empty; pass prompts' metadata."
+        )
     return rows
 
 
@@ -362,8 +349,8 @@ class GenEvalTask(Task):
     """
 
     data: str | Path | Sequence[dict[str, Any]] | None = None
-    detector: str | Callable[[Image.Image], list[Detection]] = DETECTOR
-    clip: str | Callable[[Sequence[Image.Image], str], list[str]] = CLIP
+    detector: str | os.PathLike | Callable[[Image.Image], list[Detection]] = DETECTOR
+    clip: str | os.PathLike | Callable[[Sequence[Image.Image], str], list[str]] = CLIP
     num_samples: int | None = None
     num_images_per_prompt: int = 4
     detector_size: int = 800
@@ -374,8 +361,9 @@ class GenEvalTask(Task):
 
     def prepare(self, model: PreTrainedModel, processor: TransfusionProcessor) -> None:
         require_images(model, self.name)
-        if self.num_samples is not None and self.num_samples < 1:
-            raise ValueError(f"`num_samples` must be at least 1; got {self.num_samples}.")
+        for name in ("num_samples", "num_images_per_prompt", "detector_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"`{name}` must be at least 1; got {value}.")
         rows = read_metadata(self.data)
         seen: Counter[str] = Counter()
         order = []
@@ -384,8 +372,8 @@ class GenEvalTask(Task):
             seen[row["tag"]] += 1
         self._rows = [rows[i] for i in sorted(i for _, i in sorted(order)[: self.num_samples])]
         detector, clip = self.detector, self.clip
-        self._detect = Mask2FormerDetector(detector, self.detector_size) if isinstance(detector, str) else detector
-        self._name_colors = ClipColors(clip) if isinstance(clip, str) else clip
+        self._detect = detector if callable(detector) else Mask2FormerDetector(detector, self.detector_size)
+        self._name_colors = clip if callable(clip) else ClipColors(clip)
 
     def run(self, run: Run) -> TaskResult:
         files = run.draw(self.name, [row["prompt"] for row in self._rows], self.num_images_per_prompt)
@@ -401,9 +389,12 @@ class GenEvalTask(Task):
         for i, row in enumerate(self._rows):
             own = judged[i * self.num_images_per_prompt : (i + 1) * self.num_images_per_prompt]
             shares.setdefault(row["tag"], []).append(sum(line["correct"] for line in own) / len(own))
+        for judge in (self._detect, self._name_colors):
+            if isinstance(judge, Mask2FormerDetector | ClipColors):
+                judge.model.cpu()
         columns = {tag: shares[tag] for tag in TAGS if tag in shares}
         headline = "score" if len(columns) == len(TAGS) else f"mean of {', '.join(columns)}"
-        scores = {headline: Score.of(_mean_of_means, *columns.values(), paired=False)}
+        scores = {headline: Score.of(mean_of_means, *columns.values(), paired=False)}
         scores |= {tag: Score.of(np.mean, column) for tag, column in columns.items()}
         verdicts = [
             Verdict(file, f"{row['prompt']}: {'; '.join(line['reasons']) or 'correct'}", line["correct"])
@@ -424,7 +415,7 @@ class GenEvalTask(Task):
         }
         for name, judge in (("detector", self._detect), ("clip", self._name_colors)):
             if isinstance(judge, Mask2FormerDetector | ClipColors):
-                settings |= {name: getattr(self, name), f"{name}_weights": fingerprint(judge.model)}
+                settings |= {name: str(getattr(self, name)), f"{name}_weights": fingerprint(judge.model)}
             else:
                 settings[name] = getattr(judge, "__qualname__", type(judge).__qualname__)
         if isinstance(self._detect, Mask2FormerDetector):
@@ -445,11 +436,8 @@ class GenEvalTask(Task):
 
         reasons = decide(row, kept, colors_of)
         detections = [
-            {"label": d.label, "score": d.score, "box": list(d.box)} | ({"color": colors[d]} if d in colors else {})
+            {"label": d.label, "score": float(d.score), "box": [*map(float, d.box)]}
+            | ({"color": colors[d]} if d in colors else {})
             for d in kept
         ]
         return {"correct": not reasons, "reasons": reasons, "detections": detections}
-
-
-def _mean_of_means(*columns: np.ndarray, axis: int) -> Any:
-    return np.mean([np.mean(column, axis=axis) for column in columns], axis=0)

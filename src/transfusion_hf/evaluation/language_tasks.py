@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedModel
 
-from .run import Run, Score, Task, TaskResult
+from .run import Run, Score, Task, TaskResult, mean_of_means
 
 LLAMA2_SUITE = ("hellaswag", "piqa", "social_iqa", "winogrande", "arc_easy", "arc_challenge", "boolq")
 # Ranked by the likelihood per character where lm-eval has that, as LLaMA's evaluation does (§3, arXiv 2302.13971).
@@ -103,7 +103,7 @@ class LmEvalTask(Task):
         run.map(f"{self.name}/examples", rows, lambda _, rows: rows, {"model": run.fingerprint}, len(rows))
         values = {name: [row["score"] for row in rows if row["task"] == name] for name in self._loaded}
         is_accuracy = all(metric.startswith("acc") for metric in self._metrics.values())
-        scores = {"accuracy" if is_accuracy else "mean": Score.of(_mean_of_means, *values.values(), paired=False)}
+        scores = {"accuracy" if is_accuracy else "mean": Score.of(mean_of_means, *values.values(), paired=False)}
         scores |= {f"{name} {self._metrics[name]}": Score.of(np.mean, column) for name, column in values.items()}
         settings = {
             "lm_eval": version("lm-eval"),
@@ -131,7 +131,3 @@ class LmEvalTask(Task):
             "metric": self._metrics[name],
             "num_fewshot": config.num_fewshot,
         }
-
-
-def _mean_of_means(*columns: np.ndarray, axis: int) -> np.ndarray:
-    return np.mean([column.mean(axis) for column in columns], axis=0)

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
+
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
-from .run import Run, digest
+from .run import Run, digest, tokenizer_digest
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -59,12 +61,20 @@ class RecordedLM(TransfusionLM):
     def _record(self, kind: str, requests: Sequence[Any]) -> list[Any]:
         # The longest first, which wastes the least on padding.
         order = sorted(range(len(requests)), key=lambda i: -sum(len(str(part)) for part in requests[i].args))
-        settings = {"model": self._run.fingerprint, "requests": digest(*(request.args for request in requests))}
+        settings = {
+            "model": self._run.fingerprint,
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "requests": digest(*(request.args for request in requests)),
+        }
 
         def answer(indices: list[int], batch: list[Any]) -> list[dict[str, Any]]:
             return [{"answer": each} for each in getattr(super(RecordedLM, self), kind)(batch, disable_tqdm=True)]
 
         lines = self._run.map(f"{self._name}/{kind}", [requests[i] for i in order], answer, settings)
+        if kind != "generate_until" and not np.isfinite([np.ravel(line["answer"])[0] for line in lines]).all():
+            raise ValueError(
+                "The model gives a text a log-likelihood that is not finite; look for NaN in its weights."
+            )
         answers: list[Any] = [None] * len(requests)
         for i, line in zip(order, lines, strict=True):
             answers[i] = line["answer"]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..data.dataset import load_rows
-from .run import Run, Score, Task, TaskResult, digest
+from .run import Run, Score, Task, TaskResult, digest, tokenizer_digest
 
 
 @dataclass
@@ -151,6 +151,8 @@ def _score(model: PreTrainedModel, windows: Sequence[tuple[list[int], list[int]]
     for row, ids, (_, targets) in zip(logits, inputs, windows, strict=True):
         own = row[len(ids) - len(targets) : len(ids)].float().log_softmax(-1)
         total -= own.gather(-1, torch.tensor(targets, device=own.device)[:, None]).double().sum().item()
+    if not math.isfinite(total):
+        raise ValueError(f"The model gives a text the log-likelihood {-total}; look for NaN in its weights.")
     return total
 
 
@@ -208,7 +210,7 @@ class PerplexityTask(Task):
             self._texts.append(text)
             num_tokens += count
             progress.update(count)
-            if num_tokens >= (self.max_tokens or math.inf) or len(self._texts) >= (self.num_samples or math.inf):
+            if num_tokens >= (self.max_tokens or math.inf) or len(self._texts) == self.num_samples:
                 break
         progress.close()
         if not self._texts:
@@ -221,7 +223,7 @@ class PerplexityTask(Task):
             "data": self._source, "config": self.config, "split": self.split, "text_column": self.text_column,
             "max_tokens": self.max_tokens, "num_samples": self.num_samples, "max_length": max_length, "stride": stride,
         }  # fmt: skip
-        inputs = {"model": run.fingerprint, "prefix_token": _prefix(tokenizer), "texts": digest(*self._texts)}
+        inputs = {"model": run.fingerprint, "tokenizer": tokenizer_digest(tokenizer), "texts": digest(*self._texts)}
 
         def score(indices: list[int], texts: list[str]) -> list[dict[str, Any]]:
             # A window fills a pass, and so no number depends on what else is scored with it.
@@ -232,9 +234,11 @@ class PerplexityTask(Task):
         nll, tokens, words, num_bytes = ([line[name] for line in lines] for name in names)
         scores = {
             "perplexity": Score.of(_perplexity, nll, tokens),
-            "word perplexity": Score.of(_perplexity, nll, words),
             "bits per byte": Score.of(_bits, nll, num_bytes),
         }
+        # Not of languages without blanks: their "words" are whole sentences.
+        if all(n and x / n < 100 for x, n in zip(nll, words, strict=True)):
+            scores["word perplexity"] = Score.of(_perplexity, nll, words)
         counts = {"num_texts": len(lines), **{name: sum(line[name] for line in lines) for name in names[1:]}}
         return TaskResult(scores, {**settings, **counts, "texts": inputs["texts"]})
 
@@ -246,7 +250,11 @@ class PerplexityTask(Task):
         if not isinstance(self.data, str):
             yield from self.data or []
             return
-        for row in load_rows(self.data, streaming=True, split=self.split, config=self.config):
+        try:
+            rows = load_rows(self.data, streaming=True, split=self.split, config=self.config)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"The task `{self.name}` cannot read `data` {self.data!r}: {error}") from error
+        for row in rows:
             if self.text_column not in row:
                 raise ValueError(
                     f"`text_column` is {self.text_column!r}, but the columns of {self.data} are {list(row)}; name one."

@@ -8,9 +8,10 @@ ends with the same numbers.
 
 import hashlib
 import json
+import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -31,6 +32,12 @@ from ..pipelines_transfusion import drawing_kwargs
 from ..processing_transfusion import TransfusionProcessor
 
 Result = dict[str, Any]
+
+# Whatever a model's generation config says.
+GREEDY = {
+    "do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0,
+    "min_new_tokens": 0,
+}  # fmt: skip
 
 
 @dataclass
@@ -100,23 +107,43 @@ class Task(ABC):
     def run(self, run: "Run") -> TaskResult: ...
 
 
+def mean_of_means(*columns: np.ndarray, axis: int) -> np.ndarray:
+    """A statistic for `Score.of` in which each column counts the same, however long it is."""
+    return np.mean([column.mean(axis) for column in columns], axis=0)
+
+
 def digest(*values: Any) -> str:
     """A short fingerprint of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of the configuration, and of up to 1,024 values of each weight: under one name, a model may have others."""
+    """Of the configuration and every weight: under one name, a model may have others."""
 
     def without_origin(fields: Result) -> Result:
         return {name: x for name, x in fields.items() if name not in ("_name_or_path", "transformers_version")}
 
     config = json.loads(model.config.to_json_string(use_diff=False), object_hook=without_origin)
     hashed = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, weight in model.named_parameters():
-        values = weight.detach().flatten()[:: max(1, weight.numel() // 1024)].float().cpu()
-        hashed.update(name.encode() + values.numpy().tobytes())
+    for name, weight in model.state_dict().items():
+        for part in _plain_tensors(weight):
+            hashed.update(name.encode())
+            hashed.update(part.detach().flatten().cpu().contiguous().view(torch.uint8).numpy())
     return hashed.hexdigest()[:16]
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensor, or those that a quantised one is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain_tensors(getattr(tensor, name))
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    return digest(fast.to_str() if fast else sorted(tokenizer.get_vocab().items()))
 
 
 @dataclass
@@ -151,6 +178,7 @@ class Run:
         function: Callable[[list[int], list[Any]], list[Result]],
         settings: Result,
         batch_size: int | None = None,
+        is_whole: Callable[[Result], bool] = lambda _: True,
     ) -> list[Result]:
         """
         The results of all items, computed in batches where they are not in `<output_dir>/<name>.jsonl` yet.
@@ -163,13 +191,14 @@ class Run:
                 nothing else, and so on no random state.
             settings (`dict[str, Any]`): All that the results depend on; also a `digest` of the items.
             batch_size (`int`, *optional*): By default the run's.
+            is_whole (`Callable`, *optional*): Whether what a result on disk names is there, too.
 
         Raises:
             ValueError: `settings` are not those of the results on disk.
         """
         file = Path(self.output_dir, f"{name}.jsonl")
         self._check_settings(file, {"num_items": len(items), **settings})
-        done = _read_lines(file)
+        done = {i: result for i, result in _read_lines(file).items() if is_whole(result)}
         size = batch_size or self.batch_size
         batches = [range(start, min(start + size, len(items))) for start in range(0, len(items), size)]
         mine = batches[self.state.process_index :: self.state.num_processes]
@@ -215,10 +244,12 @@ class Run:
         Draws `<output_dir>/<name>/images/000000.png` …; those of one prompt follow each other. `images.jsonl` beside
         them holds prompts and seeds.
         """
+        self._check_prompts(prompts)
         folder = Path(self.output_dir, name, "images")
         folder.mkdir(parents=True, exist_ok=True)
         items = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
-        settings = {"prompts": digest(*items), "seed": self.seed, "model": self.fingerprint, **self._drawing_settings}
+        drawing = {name: x if isinstance(x, (int, float, str)) else str(x) for name, x in self.drawing.items()}
+        settings = {"prompts": digest(*items), "seed": self.seed, "drawing": drawing, **self._made_with}
         words = drawing_kwargs(self.model, self.processor, **self._words)
 
         def draw(indices: list[int], prompts: list[str]) -> list[Result]:
@@ -235,7 +266,9 @@ class Run:
             rows = zip(files, prompts, seeds, strict=True)
             return [{"file": file.name, "prompt": prompt, "seed": seed} for file, prompt, seed in rows]
 
-        lines = self.map(f"{name}/images", items, draw, settings)
+        lines = self.map(
+            f"{name}/images", items, draw, settings, is_whole=lambda line: (folder / line["file"]).is_file()
+        )
         return [folder / line["file"] for line in lines]
 
     def drawn_with(self, name: str) -> Result:
@@ -249,16 +282,14 @@ class Run:
         What the model says behind each picture and `prompt`, greedily, in `<output_dir>/<name>/captions.jsonl`.
         `pictures` may be read when they are indexed; `settings` say which they are.
         """
-        settings = {
-            **settings, "model": self.fingerprint, "prompt": prompt, "max_new_tokens": max_new_tokens,
-        }  # fmt: skip
+        settings = {**settings, "prompt": prompt, "max_new_tokens": max_new_tokens, **self._made_with}
 
         def caption(indices: list[int], pictures: list[Any]) -> list[Result]:
             texts = [self.processor.image_token + prompt] * len(pictures)
             inputs = self.processor(text=texts, images=[read_picture(picture) for picture in pictures])
             inputs = inputs.to(self.model.device)
-            options = {"generation_mode": "text", "do_sample": False, "max_new_tokens": max_new_tokens}
-            ids = self.model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+            options = {"generation_mode": "text", "max_new_tokens": max_new_tokens}
+            ids = self.model.generate(**inputs, **options, **GREEDY)[:, inputs["input_ids"].shape[1] :]
             return [{"caption": text.strip()} for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
         return [line["caption"] for line in self.map(f"{name}/captions", pictures, caption, settings)]
@@ -277,14 +308,33 @@ class Run:
     def _options(self) -> Result:
         return {name: x for name, x in self.drawing.items() if name not in self._words and x is not None}
 
-    @property
-    def _drawing_settings(self) -> Result:
-        """What was passed, and what the model's generation config says otherwise."""
-        saved = {name: x for name, x in self.model.generation_config.to_dict().items() if x is not None}
+    @cached_property
+    def _made_with(self) -> Result:
+        """What decides about drawings and captions besides the arguments."""
+        config = self.model.generation_config.to_diff_dict()
         return {
-            "drawing": {name: str(x) for name, x in self.drawing.items() if x is not None},
-            "defaults": digest(saved),
+            "model": self.fingerprint,
+            "tokenizer": tokenizer_digest(self.processor.tokenizer),
+            "image_processor": digest(self.processor.image_processor.to_dict()),
+            "generation_config": {name: config[name] for name in sorted(config) if name != "transformers_version"},
         }
+
+    def _check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises a `ValueError` for one that would stop the drawing, perhaps after hours."""
+        config = self.model.config
+        room = (getattr(config.text_config, "max_position_embeddings", None) or math.inf) - 2
+        room -= config.num_patches(*config.latent_size)
+        for i, prompt in enumerate(prompts):
+            if self.processor.image_token in prompt:
+                raise ValueError(
+                    f"Prompt {i}, {prompt[:80]!r}, holds {self.processor.image_token}, a place for an image."
+                )
+            num_tokens = len(self.processor.tokenizer(prompt, verbose=False)["input_ids"])
+            if num_tokens > room:
+                raise ValueError(
+                    f"Prompt {i}, {prompt[:80]!r}, has {num_tokens} tokens, but `max_position_embeddings` leaves "
+                    f"room for {room} before an image; shorten it or leave it out."
+                )
 
 
 def require_images(model: PreTrainedModel, task: str) -> None:

@@ -5,8 +5,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from ..processing_transfusion import TransfusionProcessor
@@ -20,6 +22,7 @@ from .report import write_report
 from .run import Run, Task, TaskResult, write_file
 from .shapes import ShapesTask
 
+PACKAGES = ("transfusion_hf", "torch", "transformers", "diffusers")
 # The order of the table.
 TASKS: dict[str, type] = {
     "wikipedia": PerplexityTask,
@@ -41,16 +44,23 @@ def make_task(name: str, **options: Any) -> Task:
     The task of a name: one of `TASKS`, or a task of lm-eval. `options` are fields of its class.
 
     Raises:
-        ValueError: an unknown field. An unknown name is one when lm-eval looks for it, in `prepare`.
+        ValueError: an unknown field, or a value of another type. An unknown name is an error of `prepare`.
     """
     task_class = TASKS.get(name, LmEvalTask)
-    known = [field.name for field in fields(task_class)]
-    if unknown := sorted(options.keys() - {*known} | options.keys() & {"name"}):
-        known = [field for field in known if field != "name"]
-        raise ValueError(f"The task `{name}` has no option `{unknown[0]}`; it has {', '.join(known)}.")
+    hints = {field.name: get_type_hints(task_class)[field.name] for field in fields(task_class)}
+    for option, value in options.items():
+        if option not in hints or option == "name":
+            known = ", ".join(hint for hint in hints if hint != "name")
+            raise ValueError(f"The task `{name}` has no option `{option}`; it has {known}.")
+        if hints[option] == list[str] and isinstance(value, str):
+            options[option] = value = value.split(",")
+        kinds = get_args(hints[option]) if isinstance(hints[option], UnionType) else (hints[option],)
+        if not any(kind is Any or isinstance(value, get_origin(kind) or kind) for kind in kinds):
+            raise ValueError(f"`{option}` of the task `{name}` must be {hints[option]}; got {value!r}.")
     if name not in TASKS:
         options.setdefault("tasks", [name])
-    if "name" in known:
+        name = Path(name).stem  # of a task file
+    if "name" in hints:
         options["name"] = name
     return task_class(**options)
 
@@ -90,27 +100,42 @@ def evaluate(
     chosen = [make_task(task) if isinstance(task, str) else task for task in tasks]
     if not chosen:
         raise ValueError(f"`tasks` is empty; name some of {', '.join(TASKS)}.")
+    for name, value in [("batch_size", batch_size)] + [
+        ("num_samples", getattr(task, "num_samples", 1)) for task in chosen
+    ]:
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1; got {value}.")
     if repeated := sorted({task.name for task in chosen if [t.name for t in chosen].count(task.name) > 1}):
         raise ValueError(f"`tasks` names {repeated[0]!r} twice; give them different names.")
     run = Run(model.eval(), processor, Path(output_dir), batch_size, seed, drawing or {})
-    results = _earlier_results(run)
+    results = _head(run)
     for task in chosen:
         task.prepare(model, processor)
     for task in chosen:
         result = task.run(run)
-        results["tasks"][task.name] = _as_json(task, result)
-        order = [*TASKS, *results["tasks"]]
-        results["tasks"] = dict(sorted(results["tasks"].items(), key=lambda item: order.index(item[0])))
+        found = _as_json(task, result, run)
         if run.state.is_main_process:
-            write_report(results, task.name, result.verdicts, run.output_dir)
-            write_file(run.output_dir / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    run.state.wait_for_everyone()
-    return results
+            _write(results, task.name, found, result, run.output_dir)
+        run.state.wait_for_everyone()
+    return json.loads((run.output_dir / "results.json").read_text(encoding="utf-8"))
 
 
-def _earlier_results(run: Run) -> dict[str, Any]:
-    """The tables in the folder, with this model's head. Raises a `ValueError` for another model's."""
-    packages = ("transfusion_hf", "torch", "transformers", "diffusers")
+def _write(results: dict[str, Any], name: str, found: dict[str, Any], result: TaskResult, output_dir: Path) -> None:
+    tasks = {**_tasks_in(output_dir), name: found}  # read again: another run may have written
+    order = [*TASKS, *tasks]
+    results["tasks"] = dict(sorted(tasks.items(), key=lambda item: order.index(item[0])))
+    write_report(results, name, result.verdicts, output_dir)
+    text = json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False)
+    write_file(output_dir / "results.json", text + "\n")
+
+
+def _tasks_in(output_dir: Path) -> dict[str, Any]:
+    file = output_dir / "results.json"
+    return json.loads(file.read_text(encoding="utf-8"))["tasks"] if file.is_file() else {}
+
+
+def _head(run: Run) -> dict[str, Any]:
+    """The results without tasks. Raises a `ValueError` for the folder of another model."""
     results: dict[str, Any] = {
         "model": {
             "name": run.model.config._name_or_path or type(run.model).__name__,
@@ -118,7 +143,6 @@ def _earlier_results(run: Run) -> dict[str, Any]:
             "num_parameters": run.model.num_parameters(),
             "dtype": str(run.model.dtype),
         },
-        "versions": {package: version(package) for package in packages},
         "tasks": {},
     }
     file = run.output_dir / "model.json"
@@ -132,11 +156,15 @@ def _earlier_results(run: Run) -> dict[str, Any]:
             f"`output_dir` {run.output_dir} holds results of {before['name']} with other weights or another dtype "
             f"({before['fingerprint']}) than {results['model']['name']} ({run.fingerprint}); pass another folder."
         )
-    if (kept := run.output_dir / "results.json").is_file():
-        results["tasks"] = json.loads(kept.read_text(encoding="utf-8"))["tasks"]
     return results
 
 
-def _as_json(task: Task, result: TaskResult) -> dict[str, Any]:
+def _as_json(task: Task, result: TaskResult, run: Run) -> dict[str, Any]:
+    for name, score in result.scores.items():
+        if not np.isfinite([score.value, *(score.interval or ())]).all():
+            raise ValueError(f"The task `{task.name}`: {name} is {score.value} with the interval {score.interval}.")
     scores = {name: asdict(score) for name, score in result.scores.items()}
-    return json.loads(json.dumps({"modalities": task.modalities, "scores": scores, "settings": result.settings}))
+    made_with: dict[str, Any] = {package: version(package) for package in PACKAGES}
+    made_with |= {"batch_size": run.batch_size, "device": run.model.device.type}
+    entry = {"modalities": task.modalities, "scores": scores, "settings": result.settings, "made_with": made_with}
+    return json.loads(json.dumps(entry))
