@@ -223,11 +223,12 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_name(model, tmp_path):
     model.save_pretrained(tmp_path)
     other = AutoModelForMultimodalLM.from_pretrained(tmp_path)
     assert fingerprint(other) == fingerprint(model)
-    for place in (0, 1, 7, -1):
-        with torch.no_grad():
-            next(other.parameters()).flatten()[place] += 1
-        assert fingerprint(other) != fingerprint(model)
-        other.load_state_dict(model.state_dict())
+    for weight in list(other.parameters())[::7]:
+        for place in (0, 1, -1):
+            with torch.no_grad():
+                weight.flatten()[place] += 1
+            assert fingerprint(other) != fingerprint(model)
+            other.load_state_dict(model.state_dict())
     assert fingerprint(AutoModelForMultimodalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)) != fingerprint(model)
 
 
