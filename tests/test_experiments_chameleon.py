@@ -329,12 +329,30 @@ def test_captions_hold_neither_codes_nor_images():
     assert not torch.isin(ids, torch.tensor([BOI, EOI])).any() and ids.max() < VOCAB_SIZE
 
 
+@torch.no_grad()
+def test_captions_are_the_likeliest_words_behind_the_beginning_of_sequence_and_the_image():
+    model, codes = twin(eos_token_id=None).eval(), torch.randint(NUM_CODES, (3, 2, 2))
+    for caption, row in zip(write_captions(model, codes, max_new_tokens=5), codes, strict=True):
+        ids = [BOS, BOI, *(VOCAB_SIZE + row.flatten()).tolist(), EOI]
+        for token in caption.tolist():
+            scores = model(torch.tensor([ids])).logits[0, -1]
+            scores[torch.tensor([BOI, EOI])] = -torch.inf
+            assert token == scores[:VOCAB_SIZE].argmax()
+            ids.append(token)
+
+
+def test_the_stability_changes_are_those_of_chameleon_by_default():
+    config = ChameleonTwinConfig()
+    assert config.qk_norm and config.swin_norm and config.z_loss_weight == 1e-5
+
+
 def test_a_saved_model_comes_back_with_its_switches_and_without_an_encoder(tmp_path):
     model, ids = twin(**OFF).eval(), random_ids(2, 7)
     model.save_pretrained(tmp_path)
     loaded, info = ChameleonTwinForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     assert loaded.config.first_code_id == VOCAB_SIZE and loaded.config.z_loss_weight == 0
+    assert not [name for name in loaded.state_dict() if "vqmodel" in name or "q_norm" in name]
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits, rtol=0, atol=0)
 
 
