@@ -69,7 +69,8 @@ class Brightness(Task):
             self.log.append(f"run {self.name}")
         files = run.draw(self.name, self.prompts)
         values = [float(np.asarray(Image.open(file)).mean()) for file in files]
-        verdicts = [Verdict(file, f"brightness {x:.0f}", x > 127) for file, x in zip(files, values, strict=True)]
+        rows = zip(files, self.prompts, values, strict=True)
+        verdicts = [Verdict(file, f"{prompt}: brightness {x:.0f}", x > 127) for file, prompt, x in rows]
         return TaskResult({"brightness": Score.of(np.mean, values)}, {"judge": "the mean"}, verdicts)
 
 
