@@ -61,7 +61,7 @@ WINGS = {
     "kernels": set(),
     "cli": {"data", "training", "vae", "conversion", "hub", "inference", "evaluation"},
 }
-SHARED_SCRIPTS = {"common", "ratios"}
+SHARED_SCRIPTS = {"common", "data", "ratios", "sources", "streams"}
 
 
 def imports_of(file: Path) -> list[ast.Import | ast.ImportFrom]:
