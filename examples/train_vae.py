@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast, set_seed
 from common import Judge, load_split, say_next
 from diffusers import AutoencoderKL, VQModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -71,6 +71,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--layers_per_block", type=int, default=2)
     add("--norm_num_groups", type=int, default=32)
     add("--num_codes", type=int, default=16384)
+    add("--restart_codes_after", type=int, default=0, help="steps without use; 0: never (see `Autoencoder`)")
 
     add("--l1_weight", type=float, default=1.0)
     add("--perceptual_weight", type=float, default=1.0)
@@ -109,6 +110,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.digits + bool(args.dataset_name) + bool(args.train_dir) != 1:
         parser.error("pass one of --digits, --dataset_name and --train_dir")
+    if args.restart_codes_after and not args.vq:
+        parser.error("--restart_codes_after needs --vq")
     factor = 2 ** (len(args.block_out_channels) - 1)
     if args.image_size % factor:
         parser.error(f"--image_size {args.image_size} is not a multiple of {factor}, as --block_out_channels needs")
@@ -258,16 +261,41 @@ def build_vae(args: argparse.Namespace) -> AutoencoderKL | VQModel:
 
 
 class Autoencoder(nn.Module):
-    """Encodes and decodes in one `forward`, because DDP synchronises only what goes through `forward`."""
+    """
+    Encodes and decodes in one `forward`, because DDP synchronises only what goes through `forward`.
 
-    def __init__(self, vae: AutoencoderKL | VQModel):
+    With `restart_codes_after` above 0, a code that was not used in so many calls, as all at the first, moves to a
+    latent of the batch, drawn in proportion to the squared distance from its code, like the centres of k-means++.
+    NOTE: the paper does not say how it keeps its codes in use. diffusers' codes begin so close together that small
+    codebooks learn slowly and in part.
+    """
+
+    def __init__(self, vae: AutoencoderKL | VQModel, restart_codes_after: int = 0):
         super().__init__()
-        self.vae = vae
+        self.vae, self.restart_codes_after = vae, restart_codes_after
+        if restart_codes_after:
+            self.register_buffer("idle", torch.full((vae.config.num_vq_embeddings,), restart_codes_after))
+
+    @torch.no_grad()
+    def _restart_codes(self, latents: torch.Tensor) -> None:
+        codes, points = self.vae.quantize.embedding.weight, latents.permute(0, 2, 3, 1).flatten(0, 2).float()
+        distances, chosen = torch.cdist(points, codes).min(dim=1)
+        is_idle = self.idle >= self.restart_codes_after
+        if is_idle.any():
+            picks = torch.multinomial(distances.square() + 1e-12, int(is_idle.sum()), replacement=True)
+            codes[is_idle] = broadcast(points[picks])  # the same in every process
+            self.idle[is_idle] = 0
+            chosen = torch.cdist(points, codes).argmin(dim=1)
+        self.idle += 1
+        self.idle[chosen] = 0
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the reconstruction and the KL (summed over the latent, mean over images) or commitment loss."""
         if isinstance(self.vae, VQModel):
-            output = self.vae(pixel_values)
+            latents = self.vae.encode(pixel_values).latents
+            if self.restart_codes_after:
+                self._restart_codes(latents)
+            output = self.vae.decode(latents)
             return output.sample, output.commit_loss
         posterior = self.vae.encode(pixel_values).latent_dist
         posterior = DiagonalGaussianDistribution(posterior.parameters.float())
@@ -408,7 +436,7 @@ def prepare(args: argparse.Namespace, accelerator: Accelerator, train_set: Subse
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
-    prepared = accelerator.prepare(Autoencoder(vae), discriminator, *optimizers)
+    prepared = accelerator.prepare(Autoencoder(vae, args.restart_codes_after), discriminator, *optimizers)
     accelerator.register_for_checkpointing(scheduler)
     ema = None
     if args.ema_decay > 0:

@@ -61,7 +61,7 @@ WINGS = {
     "kernels": set(),
     "cli": {"data", "training", "vae", "conversion", "hub", "inference", "evaluation"},
 }
-SHARED_SCRIPTS = {"common", "ratios", "chameleon", "models"}
+SHARED_SCRIPTS = {"common", "ratios"} | {file.stem for file in (ROOT / "experiments").glob("*.py")}
 
 
 def imports_of(file: Path) -> list[ast.Import | ast.ImportFrom]:

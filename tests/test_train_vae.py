@@ -77,7 +77,7 @@ def test_the_digits_are_split_as_in_the_quickstart():
 
 
 @pytest.mark.usefixtures("few_digits")
-@pytest.mark.parametrize("mode", [(), ("--vq",)])
+@pytest.mark.parametrize("mode", [(), ("--vq", "--restart_codes_after", 1)])
 def test_a_run_killed_while_it_saves_and_resumed_ends_with_the_weights_of_one_that_was_not(
     tmp_path, monkeypatch, mode
 ):
@@ -196,6 +196,28 @@ def test_beta_weighs_the_commitment_and_not_the_codebook():
     torch.testing.assert_close(codes.grad, to_codes)
 
 
+def test_codes_that_nothing_uses_move_to_latents_and_those_in_use_stay():
+    flags = "--train_dir x --perceptual_weight 0 --identity_weight 0 --vq --num_codes 6 --block_out_channels 4 8"
+    flags += " --norm_num_groups 4 --layers_per_block 1 --latent_channels 2 --image_size 8"
+    torch.manual_seed(0)
+    model = train_vae.Autoencoder(train_vae.build_vae(train_vae.parse_args(flags.split())), restart_codes_after=2)
+    codes, pixel_values = model.vae.quantize.embedding.weight.data, torch.rand(4, 3, 8, 8) * 2 - 1
+    with torch.no_grad():
+        points = model.vae.encode(pixel_values).latents.permute(0, 2, 3, 1).flatten(0, 2)
+        model(pixel_values)
+    assert torch.cdist(codes, points).min(dim=1).values.max() < 1e-3, "all begin at latents"
+    codes[2:] = 100.0
+    codes[:2] = points[[0, -1]]
+    model.idle[2:] = 1
+    with torch.no_grad():
+        model(pixel_values)
+        assert (codes[2:] == 100).all(), "idle for two steps by now"
+        model(pixel_values)
+    assert torch.equal(codes[:2], points[[0, -1]])
+    assert torch.cdist(codes, points).min(dim=1).values.max() < 1e-3
+    assert "idle" in model.state_dict(), "a resumed training counts on"
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_every_epoch_shows_every_image_once_and_a_later_start_goes_on_with_the_same_order(num_processes):
     args = train_vae.parse_args([*TINY, "--train_batch_size", "3", "--gradient_accumulation_steps", "2"])
@@ -252,6 +274,7 @@ def test_the_papers_autoencoder_is_the_default():
         ("--digits --train_dir x", "pass one of --digits"),
         ("--digits --image_size 30", "not a multiple of 4"),
         ("--train_dir x", "pass --lpips_backbone FILE, or --perceptual_weight 0"),
+        ("--digits --restart_codes_after 50", "--restart_codes_after needs --vq"),
         ("--train_dir x --perceptual_weight 0", "pass --moco_checkpoint FILE, or --identity_weight 0"),
     ],
 )

@@ -1,0 +1,275 @@
+"""
+The data of the comparisons: English text, pictures of shapes with captions, and what two autoencoders make of the
+pictures: latents for Transfusion and codes for Chameleon.
+
+    OMP_NUM_THREADS=1 python experiments/data.py
+
+fetches and computes everything once, in `outputs/experiments`, and prints how well the autoencoders reconstruct. The
+packages with the text (`sources.py`) are downloaded by pip into that folder; the environment stays as it is. What was
+computed with other settings has another name, so it is never used by mistake.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image
+from diffusers import AutoencoderKL, VQModel
+from sources import PACKAGES, fetch, passages, plays, wikipedia
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from transfusion_hf import TransfusionImageProcessor
+from transfusion_hf.data.shapes import ShapesDataset, check_scene
+from transfusion_hf.evaluation.shapes import judge_caption
+from transfusion_hf.processing_transfusion import IMAGE_TOKENS, add_image_tokens
+
+SPLITS = ("train", "held_out")
+TRAIN_VAE = Path(__file__).parents[1] / "examples" / "train_vae.py"
+# One architecture and training for both. L1 alone: there is no LPIPS network here, and shapes need no texture.
+AUTOENCODER = """
+    --image_size 32 --latent_channels 4 --block_out_channels 16 32 64 --layers_per_block 1 --norm_num_groups 8
+    --perceptual_weight 0 --identity_weight 0 --gan_weight 0 --train_batch_size 16 --learning_rate 2e-3
+    --lr_scheduler cosine --lr_warmup_steps 50 --num_eval_images 8 --dataloader_num_workers 0 --report_to none
+    --eval_steps 1000000 --checkpointing_steps 500 --checkpoints_total_limit 1 --resume_from_checkpoint latest
+""".split()
+KINDS = {"kl": [], "vq": ["--vq", "--num_codes", "512", "--restart_codes_after", "50"]}
+
+
+def digest(settings: Any) -> str:
+    """A short name for whatever JSON can write."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Data:
+    """
+    Where the data lies, and how much there is. `split` is always `"train"` or `"held_out"` (`ValueError` otherwise).
+
+    Args:
+        folder (`Path`): What is computed is kept here.
+        packages (`Path`, *optional*): Where `PACKAGES` are, or are to be; by default within `folder`.
+        num_pictures, num_held_out (`int`): Pictures of each split. Picture i depends only on `seed` and i.
+        vocab_size (`int`, defaults to 2048): Of the tokenizer, before the image tokens are added.
+        vae_steps (`int`, defaults to 2000): Training steps of each autoencoder.
+        seed (`int`, defaults to 0)
+    """
+
+    folder: Path = Path("outputs/experiments")
+    packages: Path | None = None
+    num_pictures: int = 40_000
+    num_held_out: int = 1_000
+    vocab_size: int = 2048
+    vae_steps: int = 2_000
+    seed: int = 0
+
+    def _cached(self, name: str, settings: Any, write: Callable[[Path], None], suffix: str = "") -> Path:
+        """The file or folder that `write` makes once for `settings`; it is complete if it is there."""
+        file = self.folder / f"{name}-{digest(settings)}{suffix}"
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_name(f"unfinished-{os.getpid()}-{file.name}")
+            write(unfinished)
+            os.replace(unfinished, file)
+        return file
+
+    @cached_property
+    def _documents(self) -> dict[str, list[str]]:
+        def write(file: Path) -> None:
+            packages = self.packages or self.folder / "packages"
+            fetch(packages)
+            documents: dict[str, list[str]] = {split: [] for split in SPLITS}
+            for source in ([*wikipedia(packages)], plays(packages)):
+                # The same share of both sources is held out.
+                order = np.random.default_rng(self.seed).permutation(len(source))
+                num_held_out = max(1, len(source) // 10)
+                documents["held_out"] += [source[i] for i in order[:num_held_out]]
+                documents["train"] += [source[i] for i in order[num_held_out:]]
+            file.write_text(json.dumps(documents))
+
+        return json.loads(self._cached("texts", [PACKAGES, self.seed], write, ".json").read_text())
+
+    def texts(self, split: str) -> list[str]:
+        """Whole articles and plays; a tenth of both is held out."""
+        return self._documents[_check(split)]
+
+    def passages(self, split: str, max_tokens: int) -> list[str]:
+        """The texts, cut at white space for rows of `max_tokens`."""
+        texts, tokenizer = self.texts(split), self.tokenizer()
+
+        def write(file: Path) -> None:
+            file.write_text(json.dumps([part for text in texts for part in passages(text, tokenizer, max_tokens)]))
+
+        settings = [texts, tokenizer.backend_tokenizer.to_str(), max_tokens]
+        return json.loads(self._cached("passages", settings, write, ".json").read_text())
+
+    def pictures(self, split: str) -> ShapesDataset:
+        """`{"text", "image"}`, drawn on access at 32×32; `scene(i)` says what there is to see."""
+        is_train = _check(split) == "train"
+        return ShapesDataset(self.num_pictures if is_train else self.num_held_out, seed=2 * self.seed + (not is_train))
+
+    def captions(self, split: str) -> list[str]:
+        pictures = self.pictures(split)
+
+        def write(file: Path) -> None:
+            file.write_text(json.dumps([pictures.scene(i).caption for i in range(len(pictures))]))
+
+        return json.loads(self._cached("captions", [len(pictures), pictures.seed], write, ".json").read_text())
+
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """A byte-level BPE of the training texts and captions, with the image tokens; a text begins with `<s>`."""
+
+        def write(file: Path) -> None:
+            tokenizer = Tokenizer(models.BPE())
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tokenizer.decoder = decoders.ByteLevel()
+            special_tokens = ["<pad>", "<s>", "</s>"]
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+            trainer = trainers.BpeTrainer(
+                vocab_size=self.vocab_size,
+                special_tokens=special_tokens,
+                initial_alphabet=alphabet,
+                show_progress=False,
+            )
+            tokenizer.train_from_iterator(self.texts("train") + self.captions("train"), trainer)
+            tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+            tokenizer.save(str(file))
+
+        settings = [self.texts("train"), self.captions("train"), self.vocab_size]
+        file = self._cached("tokenizer", settings, write, ".json")
+        special_tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+        fast = PreTrainedTokenizerFast(tokenizer_file=str(file), padding_side="left", **special_tokens)
+        add_image_tokens(fast, IMAGE_TOKENS)
+        return fast
+
+    def autoencoder(self, kind: str) -> AutoencoderKL | VQModel:
+        """The `AutoencoderKL` (`"kl"`) or its discrete twin (`"vq"`), trained by `examples/train_vae.py`."""
+        folder = self.autoencoder_folder(kind)
+        if not (folder / "results.json").is_file():  # written last; an interrupted training continues
+            where = ["--dataset_name", str(self._written_pictures()), "--output_dir", str(folder)]
+            subprocess.run([sys.executable, str(TRAIN_VAE), *self.autoencoder_flags(kind), *where], check=True)
+        return (AutoencoderKL if kind == "kl" else VQModel).from_pretrained(folder / "vae").eval()
+
+    def autoencoder_flags(self, kind: str) -> list[str]:
+        if kind not in KINDS:
+            raise ValueError(f"`kind` must be one of {', '.join(KINDS)}; got {kind!r}.")
+        return [*AUTOENCODER, *KINDS[kind], "--max_train_steps", str(self.vae_steps), "--seed", str(self.seed)]
+
+    def autoencoder_folder(self, kind: str) -> Path:
+        return self.folder / f"{kind}-{digest([self.autoencoder_flags(kind), self.num_pictures])}"
+
+    def _written_pictures(self) -> Path:
+        pictures = self.pictures("train")
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for i in tqdm(range(len(pictures)), desc="pictures"):
+                pictures[i]["image"].save(png := io.BytesIO(), "PNG")
+                yield {"image": {"bytes": png.getvalue(), "path": None}}
+
+        def write(file: Path) -> None:
+            Dataset.from_list([*rows()], features=Features({"image": Image()})).to_parquet(file)
+
+        return self._cached("pictures", [len(pictures), pictures.seed], write, ".parquet")
+
+    def latents(self, split: str) -> np.ndarray:
+        """Of each picture: float32 `(num_pictures, 4, 8, 8)`, of mean 0 and variance 1 as Transfusion sees them."""
+        vae: Any = self.autoencoder("kl")
+
+        def encode(pixel_values: torch.Tensor) -> torch.Tensor:
+            latents = vae.encode(pixel_values).latent_dist.mode()
+            return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+
+        return self._encoded("kl", split, encode)
+
+    def codes(self, split: str) -> np.ndarray:
+        """Of each picture: int64 `(num_pictures, 8, 8)`, from 0 to 511."""
+        vae: Any = self.autoencoder("vq")
+
+        def encode(pixel_values: torch.Tensor) -> torch.Tensor:
+            latents = vae.encode(pixel_values).latents
+            return vae.quantize(latents)[2][2].view(len(latents), *latents.shape[2:])
+
+        return self._encoded("vq", split, encode)
+
+    @torch.no_grad()
+    def _encoded(self, kind: str, split: str, encode: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+        pictures = self.pictures(split)
+        weights = (self.autoencoder_folder(kind) / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+        def write(file: Path) -> None:
+            with open(file, "wb") as opened:  # `np.save` would add a suffix to a name
+                np.save(opened, np.concatenate([encode(batch).numpy() for batch in _batches(pictures)]))
+
+        name = {"kl": "latents", "vq": "codes"}[kind]
+        settings = [hashlib.sha256(weights).hexdigest(), len(pictures), pictures.seed]
+        return np.load(self._cached(name, settings, write, ".npy"))
+
+    @torch.no_grad()
+    def ceiling(self, kind: str) -> dict[str, float]:
+        """
+        What is left of the held-out pictures after an autoencoder: PSNR in dB (mean over pictures), and the shares
+        that the checker still reads right, by caption and with every shape in its place. No model that draws through
+        it can be expected to draw better. For `"vq"` also the share of the codes in use.
+        """
+        vae: Any = self.autoencoder(kind)
+        pictures, processor = self.pictures("held_out"), TransfusionImageProcessor()
+        psnr, drawn = [], []
+        for pixel_values in _batches(pictures):
+            decoded = vae(pixel_values).sample.clamp(-1, 1)
+            psnr += (10 * torch.log10(4 / (decoded - pixel_values).square().mean(dim=(1, 2, 3)))).tolist()
+            drawn += processor.postprocess(decoded)
+        scenes = [pictures.scene(i) for i in range(len(pictures))]
+        pairs = [*zip(drawn, scenes, strict=True)]
+        result = {
+            "psnr": float(np.mean(psnr)),
+            "caption_right": float(np.mean([judge_caption(picture, scene.caption) for picture, scene in pairs])),
+            "scene_right": float(np.mean([check_scene(picture, scene).correct for picture, scene in pairs])),
+        }
+        if kind == "vq":
+            result["codes_used"] = len(np.unique(self.codes("train"))) / vae.config.num_vq_embeddings
+        return result
+
+
+def _check(split: str) -> str:
+    if split not in SPLITS:
+        raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
+    return split
+
+
+def _batches(pictures: ShapesDataset, size: int = 100) -> Iterator[torch.Tensor]:
+    """Pixels of shape `(batch, 3, 32, 32)` in [−1, 1]."""
+    processor = TransfusionImageProcessor(do_resize=False, do_center_crop=False)
+    for start in tqdm(range(0, len(pictures), size), desc="encode"):
+        images = [pictures[i]["image"] for i in range(start, min(start + size, len(pictures)))]
+        yield torch.stack([*processor(images)["pixel_values"]])
+
+
+def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Data.folder)
+    data = Data(parser.parse_args(argv).folder)
+    ceilings = {kind: data.ceiling(kind) for kind in KINDS}
+    for split in SPLITS:
+        texts, tokenizer = data.texts(split), data.tokenizer()
+        num_tokens = sum(map(len, tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]))
+        shapes = data.latents(split).shape, data.codes(split).shape
+        print(f"{split}: {len(texts)} texts of {num_tokens:,} tokens; latents {shapes[0]}, codes {shapes[1]}")
+    (data.folder / "ceilings.json").write_text(json.dumps(ceilings, indent=2) + "\n")
+    print(json.dumps(ceilings, indent=2))
+    return ceilings
+
+
+if __name__ == "__main__":
+    main()
