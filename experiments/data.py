@@ -42,7 +42,7 @@ TRAIN_VAE = Path(__file__).parents[1] / "examples" / "train_vae.py"
 AUTOENCODER = """
     --image_size 32 --latent_channels 4 --block_out_channels 16 32 64 --layers_per_block 1 --norm_num_groups 8
     --perceptual_weight 0 --identity_weight 0 --gan_weight 0 --train_batch_size 16 --learning_rate 2e-3
-    --lr_scheduler cosine --lr_warmup_steps 50 --num_eval_images 8 --dataloader_num_workers 0 --report_to none
+    --lr_scheduler cosine --lr_warmup_steps 50 --dataloader_num_workers 0 --report_to none
     --eval_steps 1000000 --checkpointing_steps 500 --checkpoints_total_limit 1 --resume_from_checkpoint latest
 """.split()
 KINDS = {"kl": [], "vq": ["--vq", "--num_codes", "512", "--restart_codes_after", "50"]}
@@ -165,7 +165,12 @@ class Data:
     def autoencoder_flags(self, kind: str) -> list[str]:
         if kind not in KINDS:
             raise ValueError(f"`kind` must be one of {', '.join(KINDS)}; got {kind!r}.")
-        return [*AUTOENCODER, *KINDS[kind], "--max_train_steps", str(self.vae_steps), "--seed", str(self.seed)]
+        numbers = {
+            "max_train_steps": self.vae_steps,
+            "seed": self.seed,
+            "num_eval_images": min(256, self.num_pictures // 8),
+        }
+        return [*AUTOENCODER, *KINDS[kind], *(f"--{name}={number}" for name, number in numbers.items())]
 
     def autoencoder_folder(self, kind: str) -> Path:
         return self.folder / f"{kind}-{digest([self.autoencoder_flags(kind), self.num_pictures])}"

@@ -1,6 +1,7 @@
 """The data of the comparisons, on tiny stand-ins for the packages and with autoencoders that have learned nothing."""
 
 import bz2
+import json
 import sys
 from itertools import islice, pairwise
 from pathlib import Path
@@ -286,3 +287,17 @@ def test_a_row_that_is_too_short_and_a_step_without_text_are_refused(data):
         TokenRows(tokenizer, 4)([[Document("seven seven")]])
     with pytest.raises(ValueError, match="`max_length` is 4, but a step has no text; enlarge it"):
         TokenRows(tokenizer, 4)([[Document("a red circle", 0)]])
+
+
+@pytest.mark.slow
+def test_autoencoders_are_trained_by_the_example_and_an_interrupted_training_continues(packages, tmp_path):
+    data = Data(tmp_path, packages, num_pictures=64, num_held_out=8, vae_steps=2)
+    for kind in KINDS:
+        assert data.autoencoder(kind).config.sample_size == 32
+        results = data.autoencoder_folder(kind) / "results.json"
+        trained = results.read_text()
+        results.unlink()
+        data.autoencoder(kind)
+        assert "checkpoint-2" in {path.name for path in data.autoencoder_folder(kind).iterdir()}
+        assert json.loads(results.read_text())["psnr"] == json.loads(trained)["psnr"]
+    assert data.latents("held_out").std() > 0 and data.codes("held_out").shape == (8, 8, 8)
