@@ -1,0 +1,198 @@
+"""
+What is measured of a model of the comparisons, the same for all families: perplexity of held-out text, drawings by the
+exact checker and by a Fréchet distance, captions of held-out pictures.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from chameleon import ChameleonTwinForConditionalGeneration, decode_images, draw_codes, write_captions
+from data import Data
+from PIL import Image
+from torch import nn
+
+from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionImageProcessor
+from transfusion_hf.data.shapes import COLORS, KINDS, Scene
+from transfusion_hf.evaluation import perplexity
+from transfusion_hf.evaluation.cider import cider, tokenize
+from transfusion_hf.evaluation.fid import frechet_distance
+from transfusion_hf.evaluation.shapes import CATEGORIES, judge, judge_caption, sample_scenes
+
+BATCH_SIZE = 50
+# Of drawings, in the paper's words (§4.1): 250 steps there.
+NUM_INFERENCE_STEPS = 25
+GUIDANCE_SCALE = 3.0  # in the ablations; 5 in the comparison with Chameleon
+
+
+class ShapesFeatures(nn.Module):
+    """
+    A classifier of real pictures: how many shapes of each color and kind there are. Its last hidden layer gives the
+    features of the Fréchet distance, which is not FID. Trained in seconds, to the same weights every time.
+    """
+
+    num_features = 32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 32, 3, 2, 1), nn.GELU(), nn.Conv2d(32, 64, 3, 2, 1), nn.GELU(), nn.Conv2d(64, 64, 3, 2, 1),
+            nn.GELU(), nn.Flatten(), nn.Linear(64 * 16, self.num_features), nn.GELU(),
+        )  # fmt: skip
+        self.head = nn.Linear(self.num_features, len(COLORS) * len(KINDS))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(num_images, num_features)` of pictures, `(num_images, 3, 32, 32)` in [−1, 1]."""
+        return self.body(pixel_values)
+
+    @classmethod
+    def trained(cls, data: Data, num_pictures: int = 8000, num_epochs: int = 4) -> "ShapesFeatures":
+        pictures = data.pictures("train")
+        num_pictures = min(num_pictures, len(pictures))
+        pixel_values = _pixels([pictures[i]["image"] for i in range(num_pictures)])
+        counts = torch.tensor([_counts(pictures.scene(i)) for i in range(num_pictures)])
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
+            model = cls()
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            for _ in range(num_epochs):
+                for batch in torch.randperm(num_pictures).split(64):
+                    optimizer.zero_grad()
+                    predicted = model.head(model(pixel_values[batch]))
+                    nn.functional.mse_loss(predicted, counts[batch]).backward()
+                    optimizer.step()
+        return model.eval().requires_grad_(False)
+
+
+def _counts(scene: Scene) -> list[float]:
+    looks = [(shape.color, shape.kind) for shape in scene.shapes]
+    return [float(looks.count((color, kind))) for color in COLORS for kind in KINDS]
+
+
+def _pixels(pictures: list[Image.Image]) -> torch.Tensor:
+    processor = TransfusionImageProcessor(do_resize=False, do_center_crop=False)
+    return torch.stack([*processor(pictures)["pixel_values"]])
+
+
+@dataclass
+class Judge:
+    """
+    Measures models on held-out data.
+
+    Args:
+        data (`Data`)
+        max_length (`int`): Tokens of a passage of text.
+        num_texts, num_captions (`int`): Passages and pictures.
+        num_drawings (`int`): Prompts of each of `CATEGORIES`.
+        guidance_scale (`float`), num_inference_steps (`int`): Of drawings.
+    """
+
+    data: Data
+    max_length: int
+    num_texts: int = 100
+    num_captions: int = 200
+    num_drawings: int = 40
+    guidance_scale: float = GUIDANCE_SCALE
+    num_inference_steps: int = NUM_INFERENCE_STEPS
+
+    @cached_property
+    def _features(self) -> ShapesFeatures:
+        return ShapesFeatures.trained(self.data)
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        passages = self.data.passages("held_out", self.max_length)
+        order = np.random.default_rng(0).permutation(len(passages))
+        return [passages[i] for i in order[: self.num_texts]]
+
+    @cached_property
+    def _scenes(self) -> list[tuple[str, Scene]]:
+        return [(name, scene) for name in CATEGORIES for scene in sample_scenes(name, self.num_drawings)]
+
+    @cached_property
+    def _pictures(self) -> list[Image.Image]:
+        held_out = self.data.pictures("held_out")
+        return [held_out[i]["image"] for i in range(min(self.num_captions, len(held_out)))]
+
+    @torch.no_grad()
+    def __call__(self, model: Any, processor: Any) -> dict[str, float]:
+        """
+        Args:
+            model: Of any family, in evaluation mode.
+            processor (`TransfusionProcessor`, or the tokenizer of the others)
+
+        Returns `perplexity`, and for models of images `drawn`, the share of right drawings (mean of the categories),
+        and each category's; `frechet_distance`; `captioned`, the share of right captions; `cider`.
+        """
+        tokenizer = getattr(processor, "tokenizer", processor)
+        metrics = {"perplexity": perplexity(model, tokenizer, self._texts, self.max_length).perplexity}
+        if isinstance(model, TransfusionForCausalLMAndDiffusion) and model.vae is not None:
+            drawn, captions = self._transfusion(model, processor)
+        elif isinstance(model, ChameleonTwinForConditionalGeneration) and model.config.num_image_codes:
+            drawn, captions = self._chameleon(model, tokenizer)
+        else:
+            return metrics
+        return metrics | self._judged(drawn) | self._judged_captions(captions)
+
+    def _transfusion(self, model: Any, processor: Any) -> tuple[list[Image.Image], list[str]]:
+        drawn, captions = [], []
+        for start, prompts in self._batches([scene.caption for _, scene in self._scenes]):
+            output = model.generate(
+                **processor(text=prompts),
+                generation_mode="image",
+                num_inference_steps=self.num_inference_steps,
+                image_guidance_scale=self.guidance_scale,
+                generator=[torch.Generator().manual_seed(start + i) for i in range(len(prompts))],
+            )
+            drawn += processor.post_process_multimodal_output(output, generation_mode="image")
+        for _, pictures in self._batches(self._pictures):
+            inputs = processor(text=[processor.image_token] * len(pictures), images=pictures)
+            ids = model.generate(**inputs, generation_mode="text", do_sample=False, max_new_tokens=24)
+            captions += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return drawn, captions
+
+    def _chameleon(self, model: Any, tokenizer: Any) -> tuple[list[Image.Image], list[str]]:
+        drawn, captions = [], []
+        vq, images = self.data.autoencoder("vq"), TransfusionImageProcessor()
+        for start, prompts in self._batches([scene.caption for _, scene in self._scenes]):
+            inputs = tokenizer([prompt + "<BOI>" for prompt in prompts], padding=True, return_tensors="pt")
+            codes = draw_codes(model, **_ids(inputs), guidance_scale=self.guidance_scale, seed=start)
+            drawn += images.postprocess(decode_images(vq, codes))
+        codes = torch.from_numpy(self.data.codes("held_out")[: len(self._pictures)])
+        for start in range(0, len(codes), BATCH_SIZE):
+            ids = write_captions(model, codes[start : start + BATCH_SIZE], max_new_tokens=24)
+            captions += tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return drawn, captions
+
+    def _batches(self, items: list[Any]) -> Iterator[tuple[int, list[Any]]]:
+        for start in range(0, len(items), BATCH_SIZE):
+            yield start, items[start : start + BATCH_SIZE]
+
+    def _judged(self, drawn: list[Image.Image]) -> dict[str, float]:
+        right: dict[str, list[bool]] = {name: [] for name in CATEGORIES}
+        for picture, (name, scene) in zip(drawn, self._scenes, strict=True):
+            right[name].append(judge(picture, name, scene.caption)[0])
+        shares = {name: float(np.mean(values)) for name, values in right.items()}
+        real = self.data.pictures("held_out")
+        moments = []
+        for pictures in (drawn, [real[i]["image"] for i in range(min(len(drawn), len(real)))]):
+            features = self._features(_pixels(pictures)).double().numpy()
+            moments += [features.mean(0), np.cov(features, rowvar=False)]
+        return {"drawn": float(np.mean([*shares.values()])), **shares, "frechet_distance": frechet_distance(*moments)}
+
+    def _judged_captions(self, captions: list[str]) -> dict[str, float]:
+        captions = [caption.strip() for caption in captions]
+        pairs = zip(self._pictures, captions, strict=True)
+        references = [[caption] for caption in self.data.captions("held_out")[: len(captions)]]
+        texts = [row[0] for row in tokenize([[caption] for caption in captions], "words")]
+        return {
+            "captioned": float(np.mean([judge_caption(picture, caption) for picture, caption in pairs])),
+            "cider": float(100 * cider(texts, tokenize(references, "words")).mean()),
+        }
+
+
+def _ids(inputs: Any) -> dict[str, torch.Tensor]:
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
