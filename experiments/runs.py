@@ -79,7 +79,7 @@ class _Measurements(TrainerCallback):
             return
         model.eval()
         with torch.random.fork_rng():
-            metrics = self.judge(model, self.processor)
+            metrics = self.judge(model, self.processor, is_last=state.global_step == state.max_steps)
         model.train()
         num_tokens = round(self.rows.num_tokens / self.rows.num_steps * state.global_step)
         line = {"step": state.global_step, "num_tokens": num_tokens, "flops": num_flops(model, num_tokens), **metrics}

@@ -74,6 +74,7 @@ SCALES = {
 }
 
 
+SWEPT_LEARNING_RATES = (1e-3, 2e-3, 4e-3)
 TOY_DATA = {"num_pictures": 64, "num_held_out": 16, "vae_steps": 2}
 TOY_JUDGE = {"num_texts": 2, "num_captions": 4, "num_drawings": 2, "num_inference_steps": 2}
 
@@ -200,8 +201,21 @@ def table8(scale: Scale) -> Table:
     return Table("Noise limit of images before their caption", rows, paper, claims)
 
 
+def sweep(scale: Scale) -> Table:
+    """Of learning rates, the same ones for each family."""
+    rows = {
+        f"{family}, {rate:g}": replace(
+            _transfusion(scale) if family == "transfusion" else _family(scale, family), learning_rate=rate
+        )
+        for family in scale.learning_rates
+        for rate in SWEPT_LEARNING_RATES
+    }
+    return Table("Learning rates", rows, {}, [])
+
+
 TABLES: dict[str, Callable[[Scale], Table]] = {
     "table3": table3, "table4": table4, "table5": table5, "table6": table6, "table7": table7, "table8": table8,
+    "sweep": sweep,
 }  # fmt: skip
 
 
@@ -273,6 +287,7 @@ def write_table(
         "",
         *_verdicts(table, folders, metrics),
         "",
+        *_guidance(folders),
         f"Ceilings of the autoencoders: {json.dumps(ceilings)}.",
         "",
         f"![metrics over training]({name}.png)",
@@ -332,6 +347,19 @@ def _verdicts(table: Table, folders: dict[str, list[Path]], metrics: list[str]) 
             else:
                 cells.append("does not hold" if max(better) < min(worse) else "within the spread")
         yield f"| {claim.better} beats {claim.worse} | " + " | ".join(cells) + " |"
+
+
+def _guidance(folders: dict[str, list[Path]]) -> Iterator[str]:
+    """Drawings at other scales of guidance; a scale that suits one family may spoil another's."""
+    found = {row: [lines_of(folder)[-1] for folder in runs if _is_whole(folder)] for row, runs in folders.items()}
+    names = sorted({name for lines in found.values() for line in lines for name in line if "@" in name})
+    if names:
+        yield "| at other scales of guidance | " + " | ".join(names) + " |"
+        yield "|---" * (len(names) + 1) + "|"
+    for row, lines in found.items():
+        if names and lines and names[0] in lines[0]:
+            yield f"| {row} | " + " | ".join(f"{np.mean([line[name] for line in lines]):.3g}" for name in names) + " |"
+    yield ""
 
 
 def _plot(folders: dict[str, list[Path]], metrics: list[str], file: Path) -> None:

@@ -53,6 +53,7 @@ def test_every_family_is_trained_and_measured(data, judge, tmp_path, family):
     assert lines[0]["perplexity"] != lines[1]["perplexity"]
     has_images = family in ("chameleon", "transfusion")
     assert ("drawn" in lines[0]) == ("captioned" in lines[0]) == has_images
+    assert ("drawn@5" in lines[1]) == has_images and "drawn@5" not in lines[0]
     model, *_ = build(settings, data)
     assert lines[1]["flops"] == num_flops(model, lines[1]["num_tokens"])
     tokens = lines[1]["num_tokens"] / 4
