@@ -84,6 +84,9 @@ def test_the_table_is_written_and_returned(model, processor, tmp_path):
     low, high = score["interval"]
     assert min(values) <= low <= score["value"] <= high <= max(values)
     assert results["model"]["num_parameters"] == model.num_parameters()
+    made_with = results["tasks"]["bright"]["made_with"]
+    assert made_with["drawing"] == STEPS and made_with["seed"] == 0 and made_with["batch_size"] == 8
+    assert made_with["generation_config"]["eos_token_id"] == model.generation_config.eos_token_id
     report = (tmp_path / "report.md").read_text()
     cells = f"{score['value']:.1f} | {low:.1f} to {high:.1f} | 3 |"
     assert f"| text → image | bright | brightness ↑ | {cells}  |" in report.splitlines()

@@ -248,8 +248,7 @@ class Run:
         folder = Path(self.output_dir, name, "images")
         folder.mkdir(parents=True, exist_ok=True)
         items = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
-        drawing = {name: x if isinstance(x, (int, float, str)) else str(x) for name, x in self.drawing.items()}
-        settings = {"prompts": digest(*items), "seed": self.seed, "drawing": drawing, **self._made_with}
+        settings = {"prompts": digest(*items), **self.how_to_draw, **self._made_with}
         words = drawing_kwargs(self.model, self.processor, **self._words)
 
         def draw(indices: list[int], prompts: list[str]) -> list[Result]:
@@ -308,15 +307,24 @@ class Run:
     def _options(self) -> Result:
         return {name: x for name, x in self.drawing.items() if name not in self._words and x is not None}
 
+    @property
+    def how_to_draw(self) -> Result:
+        """Seed, arguments, and what the model's generation config says where they say nothing; plain JSON."""
+        config = self.model.generation_config.to_diff_dict()
+        return {
+            "seed": self.seed,
+            "drawing": {name: x if isinstance(x, (int, float, str)) else str(x) for name, x in self.drawing.items()},
+            "generation_config": {name: config[name] for name in sorted(config) if name != "transformers_version"},
+        }
+
     @cached_property
     def _made_with(self) -> Result:
         """What decides about drawings and captions besides the arguments."""
-        config = self.model.generation_config.to_diff_dict()
         return {
             "model": self.fingerprint,
             "tokenizer": tokenizer_digest(self.processor.tokenizer),
             "image_processor": digest(self.processor.image_processor.to_dict()),
-            "generation_config": {name: config[name] for name in sorted(config) if name != "transformers_version"},
+            "generation_config": self.how_to_draw["generation_config"],
         }
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:

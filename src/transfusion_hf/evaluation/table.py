@@ -165,6 +165,6 @@ def _as_json(task: Task, result: TaskResult, run: Run) -> dict[str, Any]:
             raise ValueError(f"The task `{task.name}`: {name} is {score.value} with the interval {score.interval}.")
     scores = {name: asdict(score) for name, score in result.scores.items()}
     made_with: dict[str, Any] = {package: version(package) for package in PACKAGES}
-    made_with |= {"batch_size": run.batch_size, "device": run.model.device.type}
+    made_with |= {"batch_size": run.batch_size, "device": run.model.device.type, **run.how_to_draw}
     entry = {"modalities": task.modalities, "scores": scores, "settings": result.settings, "made_with": made_with}
     return json.loads(json.dumps(entry))
