@@ -193,6 +193,7 @@ def test_steps_compiled_by_inductor_are_equal():
     test_compiled_steps_of_text_and_drawing_are_equal_and_compile_no_more_for_further_images("inductor")
 
 
+@pytest.mark.slow
 def test_text_of_a_static_cache_is_compiled_by_the_library():
     model, config = tiny.model(), CompileConfig(backend="eager", mode="default")
     config._compile_all_devices = True

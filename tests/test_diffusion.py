@@ -169,6 +169,7 @@ def best_prediction(
     ]
 
 
+@pytest.mark.slow
 def test_steps_end_at_0_however_many_they_are():
     """Each grid from 0.98·T or above down, without a t twice, as far as its scheduler's last step reaches to 0."""
     noise_scheduler = make_noise_scheduler(tiny.config())

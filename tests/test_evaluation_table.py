@@ -156,7 +156,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("num_passes", [1, 4, 9, 14, 20])
+@pytest.mark.parametrize("num_passes", [1, 9, 14])
 def test_a_killed_evaluation_goes_on_to_the_same_results(model, processor, tmp_path, num_passes):
     def tasks():
         return [Brightness("one"), Brightness("two", ("d", "e"))]

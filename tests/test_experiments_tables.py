@@ -66,7 +66,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("family", ["llama", "transfusion"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("transfusion", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_goes_on_to_the_same_measurements(data, judge, tmp_path, family, monkeypatch):
     settings = FAMILIES[family]
     run(settings, data, judge, tmp_path / "whole")

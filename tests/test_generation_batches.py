@@ -129,7 +129,7 @@ def _eager():
         yield
 
 
-SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= 8)) for seed in range(20)]
+SEEDS = [pytest.param(seed, marks=[pytest.mark.slow] * (seed >= 4)) for seed in range(20)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -305,6 +305,7 @@ def test_lora_finds_both_halves_or_one_and_merges_into_them():
     assert torch.equal(merged(ids).logits, tied(ids).logits)
 
 
+@pytest.mark.slow
 def test_compiled_steps_draw_the_same():
     model, _ = pair()
     kwargs = {"generation_mode": "image", "image_guidance_scale": 1.0}

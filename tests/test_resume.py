@@ -196,7 +196,7 @@ RUNS = {
 # Each setting is in one of the others, too.
 SLOW_RUNS = {
     "list, evaluation", "list, accumulation, rare logs", "map, passes", "map, broken, accumulation, evaluation",
-    "stream, broken, evaluation, rare logs",
+    "stream, broken, evaluation, rare logs", "list, evaluation in workers that stay",
 }  # fmt: skip
 
 
