@@ -177,7 +177,7 @@ def draw_codes(
             the controlled comparison and 3 in the ablations (§4.1). NOTE: where both contexts are sure of a code, a
             large scale may prefer one that both think very unlikely, so choose the scale by what is drawn.
         temperature (`float`, defaults to 1.0), top_p (`float`, defaults to 1.0):
-            Of the sampling; temperature 0 takes the likeliest code. NOTE: the paper does not give them.
+            Sampling settings; temperature 0 always takes the likeliest code. NOTE: the paper does not give them.
         seed (`int`, defaults to 0): Of the whole batch.
 
     Returns codes of shape `(batch, sample_size, sample_size)`. Raises a `ValueError` for a prompt that does not end at

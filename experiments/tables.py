@@ -202,7 +202,7 @@ def table8(scale: Scale) -> Table:
 
 
 def sweep(scale: Scale) -> Table:
-    """Of learning rates, the same ones for each family."""
+    """A sweep over the same learning rates for each family."""
     rows = {
         f"{family}, {rate:g}": replace(
             _transfusion(scale) if family == "transfusion" else _family(scale, family), learning_rate=rate
@@ -220,7 +220,7 @@ TABLES: dict[str, Callable[[Scale], Table]] = {
 
 
 def folder_of(settings: Settings, output_dir: Path) -> Path:
-    """Of the settings alone, so that tables share their runs."""
+    """The folder depends only on the settings, so tables can share runs."""
     parts = [settings.family, settings.size, f"{settings.max_steps}", f"{settings.learning_rate:g}"]
     extra = {**settings.options, **settings.stream, **({} if settings.with_images else {"images": False})}
     parts += [f"{name}={value}" for name, value in sorted(extra.items())]
@@ -327,7 +327,7 @@ def _cells(runs: list[Path], metrics: list[str], paper: dict[str, Any]) -> Itera
 
 
 def _verdicts(table: Table, folders: dict[str, list[Path]], metrics: list[str]) -> Iterator[str]:
-    """Of each claim: it holds if the means differ as in the paper and the seeds' ranges do not overlap."""
+    """A claim holds if the order is the paper's and the ranges over seeds do not overlap."""
     yield "| claim | " + " | ".join(METRICS[m][1] for m in metrics) + " |"
     yield "|---" * (len(metrics) + 1) + "|"
     for claim in table.claims:

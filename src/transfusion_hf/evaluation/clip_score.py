@@ -81,7 +81,7 @@ class CLIPScoreTask(Task):
 def clip_cosines(
     model: CLIPModel, processor: CLIPProcessor, images: list[Image.Image], texts: list[str]
 ) -> torch.Tensor:
-    """Of each image and its text: float32 `(num_images,)`, -1 to 1. Texts are cut to as many tokens as CLIP has."""
+    """The cosine of each image and its text, float32 `(num_images,)`. Texts are truncated to CLIP's maximum length."""
     options = {"padding": True, "truncation": True, "max_length": _max_length(model)}
     inputs = processor(text=texts, images=images, return_tensors="pt", **options).to(model.device)
     output = model(**inputs)

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from .language_tasks import LLAMA2_SUITE
 from .run import Verdict, open_picture, write_file
 
-# Of Transfusion 7B after 0.5T tokens (Table 3, arXiv 2408.11039); GenEval after 2T (Table 9).
+# Transfusion 7B after 0.5T tokens (Table 3, arXiv 2408.11039), except GenEval: after 2T (Table 9).
 PAPER = {
     ("wikipedia", "perplexity"): 4.28,
     ("c4", "perplexity"): 7.72,
@@ -58,7 +58,7 @@ def _table(tasks: dict[str, Any]) -> list[str]:
 
 
 def _paper(task: str, metric: str, settings: dict[str, Any]) -> str:
-    """Of the same benchmark only: a task's name says nothing of its data."""
+    """The paper's value, or nothing if the task ran on other data than the paper's benchmark."""
     is_suite = {*settings.get("tasks", ())} == {*LLAMA2_SUITE}
     is_coco = settings.get("split") in ("test", "val2014")
     is_other = (task == "llama2-suite" and not is_suite) or (task in COCO and not is_coco)
@@ -86,7 +86,7 @@ def _interval(score: dict[str, Any]) -> str:
 
 
 def _plot_grid(verdicts: Sequence[Verdict], file: Path) -> None:
-    """Of a seeded choice among all, in their order."""
+    """Shows a seeded random choice of the verdicts, in their original order."""
     rows, columns = _GRID
     order = np.random.default_rng(0).permutation(len(verdicts))[: rows * columns]
     chosen = [verdicts[i] for i in sorted(order)]

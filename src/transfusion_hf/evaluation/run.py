@@ -118,7 +118,7 @@ def digest(*values: Any) -> str:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of the configuration and every weight: under one name, a model may have others."""
+    """Hashes the configuration and every weight, because the files under a model's name can change."""
 
     def without_origin(fields: Result) -> Result:
         return {name: x for name, x in fields.items() if name not in ("_name_or_path", "transformers_version")}

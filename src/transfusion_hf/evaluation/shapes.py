@@ -151,7 +151,7 @@ class ShapesTask(Task):
     def run(self, run: Run) -> TaskResult:
         drawn_size = _drawing_size(run.model, run.drawing)
         _check_size(drawn_size, _DRAWN)
-        # Of one size, for the same prompts whatever size the model draws.
+        # Always sampled at 32×32, so the prompts do not depend on the size that the model draws.
         scenes = {name: sample_scenes(name, self.num_samples, seed=self.seed) for name in CATEGORIES}
         # One of each category in turn, so that any part of them is a fair sample.
         prompts = [scene.caption for scenes in zip(*scenes.values(), strict=True) for scene in scenes]
