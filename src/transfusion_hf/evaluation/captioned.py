@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..data.dataset import decoded, hf_datasets, load_rows
 from ..processing_transfusion import TransfusionProcessor
 from .run import Result, Run, digest, open_picture
 
@@ -44,8 +45,6 @@ class CaptionedPictures(Sequence):
         return len(self.captions)
 
     def __getitem__(self, index: Any) -> Any:
-        from ..data.dataset import decoded
-
         picture = self.pictures(index)
         path = picture.get("path") if isinstance(picture, dict) else picture
         name = path if isinstance(path, (str, Path)) else f"with the caption {self.captions[index][0]!r}"
@@ -160,8 +159,6 @@ def _read_coco(folder: Path, split: str, are_read: bool) -> CaptionedPictures:
 
 
 def _read_rows(name: str, task: str, split: str) -> CaptionedPictures:
-    from ..data.dataset import hf_datasets, load_rows
-
     try:
         rows = load_rows(name, split=split)
     except (OSError, ValueError) as error:
