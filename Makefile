@@ -7,7 +7,7 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # for a browser or for other processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-vae evaluate test test-demo test-slow test-newest browser lint docs clean
+.PHONY: demo demo-vae evaluate experiments test test-demo test-slow test-newest browser lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -33,6 +33,11 @@ evaluate: .venv/installed
 		examples/train_shapes.py --max_steps $(SHAPES_STEPS) --output_dir outputs/shapes-$(SHAPES_STEPS)
 	$(EVALUATE) outputs/shapes-$(SHAPES_STEPS) -o outputs/evaluation/shapes --batch_size 50 --tasks shapes \
 		--num_samples $(NUM_SAMPLES)
+
+# That every table of the paper's comparisons can be made, at toy size. `experiments/README.md` has the real ones.
+experiments: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/tables.py all --scale toy --seeds 1 \
+		--output_dir outputs/experiments-toy --results_dir outputs/experiments-toy/results
 
 test: .venv/installed
 	$(PYTEST)

@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,23 @@ from transfusion_hf.processing_transfusion import IMAGE_TOKENS, add_image_tokens
 
 SPLITS = ("train", "held_out")
 TRAIN_VAE = Path(__file__).parents[1] / "examples" / "train_vae.py"
-# One architecture and training for both. L1 alone: there is no LPIPS network here, and shapes need no texture.
-AUTOENCODER = """
-    --image_size 32 --latent_channels 4 --block_out_channels 16 32 64 --layers_per_block 1 --norm_num_groups 8
-    --perceptual_weight 0 --identity_weight 0 --gan_weight 0 --train_batch_size 16 --learning_rate 2e-3
-    --lr_scheduler cosine --lr_warmup_steps 50 --dataloader_num_workers 0 --report_to none
-    --eval_steps 1000000 --checkpointing_steps 500 --checkpoints_total_limit 1 --resume_from_checkpoint latest
-""".split()
-KINDS = {"kl": [], "vq": ["--vq", "--num_codes", "512", "--restart_codes_after", "50"]}
+# By scale: the side of the pictures, and one architecture and training for both autoencoders. "paper" has those of the
+# paper, which are the script's defaults. L1 alone: there is no LPIPS network here, and shapes need no texture.
+AUTOENCODERS = {
+    "small": (
+        32,
+        """--image_size 32 --latent_channels 4 --block_out_channels 16 32 64 --layers_per_block 1 --norm_num_groups 8
+        --perceptual_weight 0 --identity_weight 0 --gan_weight 0 --train_batch_size 8 --learning_rate 2e-3
+        --lr_scheduler cosine --lr_warmup_steps 50 --dataloader_num_workers 0""",
+    ),
+    "paper": (256, "--image_size 256 --perceptual_weight 0 --identity_weight 0 --gan_weight 0 --mixed_precision bf16"),
+}
+KEPT = """--report_to none --eval_steps 1000000 --checkpointing_steps 500 --checkpoints_total_limit 1
+    --resume_from_checkpoint latest"""
+KINDS = {
+    "kl": {"small": "", "paper": ""},
+    "vq": {"small": "--vq --num_codes 512 --restart_codes_after 50", "paper": "--vq --restart_codes_after 50"},
+}
 
 
 def digest(settings: Any) -> str:
@@ -62,18 +71,22 @@ class Data:
         folder (`Path`): What is computed is kept here.
         packages (`Path`, *optional*): Where `PACKAGES` are, or are to be; by default within `folder`.
         num_pictures, num_held_out (`int`): Pictures of each split. Picture i depends only on `seed` and i.
-        vocab_size (`int`, defaults to 2048): Of the tokenizer, before the image tokens are added.
-        vae_steps (`int`, defaults to 2000): Training steps of each autoencoder.
+        vocab_size (`int`, defaults to 1024): Of the tokenizer, before the image tokens are added.
+        vae_steps (`int`, defaults to 4000): Training steps of each autoencoder.
         seed (`int`, defaults to 0)
+        max_count (`int`, defaults to 1): Of `ShapesDataset`: a picture has one shape, or two with a relation.
+        scale (`str`, defaults to `"small"`): One of `AUTOENCODERS`.
     """
 
     folder: Path = Path("outputs/experiments")
     packages: Path | None = None
     num_pictures: int = 40_000
     num_held_out: int = 1_000
-    vocab_size: int = 2048
-    vae_steps: int = 2_000
+    vocab_size: int = 1024
+    vae_steps: int = 4_000
     seed: int = 0
+    max_count: int = 1
+    scale: str = "small"
 
     def _cached(self, name: str, settings: Any, write: Callable[[Path], None], suffix: str = "") -> Path:
         """The file or folder that `write` makes once for `settings`; it is complete if it is there."""
@@ -116,9 +129,12 @@ class Data:
         return json.loads(self._cached("passages", settings, write, ".json").read_text())
 
     def pictures(self, split: str) -> ShapesDataset:
-        """`{"text", "image"}`, drawn on access at 32×32; `scene(i)` says what there is to see."""
+        """`{"text", "image"}`, drawn on access; `scene(i)` says what there is to see."""
         is_train = _check(split) == "train"
-        return ShapesDataset(self.num_pictures if is_train else self.num_held_out, seed=2 * self.seed + (not is_train))
+        num_pictures = self.num_pictures if is_train else self.num_held_out
+        size = AUTOENCODERS[self.scale][0]
+        seed = 2 * self.seed + (not is_train)
+        return ShapesDataset(num_pictures, [(size, size)], seed=seed, max_count=self.max_count)
 
     def captions(self, split: str) -> list[str]:
         pictures = self.pictures(split)
@@ -126,7 +142,7 @@ class Data:
         def write(file: Path) -> None:
             file.write_text(json.dumps([pictures.scene(i).caption for i in range(len(pictures))]))
 
-        return json.loads(self._cached("captions", [len(pictures), pictures.seed], write, ".json").read_text())
+        return json.loads(self._cached("captions", asdict(pictures), write, ".json").read_text())
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """A byte-level BPE of the training texts and captions, with the image tokens; a text begins with `<s>`."""
@@ -170,10 +186,12 @@ class Data:
             "seed": self.seed,
             "num_eval_images": min(256, self.num_pictures // 8),
         }
-        return [*AUTOENCODER, *KINDS[kind], *(f"--{name}={number}" for name, number in numbers.items())]
+        flags = " ".join([AUTOENCODERS[self.scale][1], KEPT, KINDS[kind][self.scale]]).split()
+        return [*flags, *(f"--{name}={number}" for name, number in numbers.items())]
 
     def autoencoder_folder(self, kind: str) -> Path:
-        return self.folder / f"{kind}-{digest([self.autoencoder_flags(kind), self.num_pictures])}"
+        settings = [self.autoencoder_flags(kind), asdict(self.pictures("train"))]
+        return self.folder / f"{kind}-{digest(settings)}"
 
     def _written_pictures(self) -> Path:
         pictures = self.pictures("train")
@@ -186,10 +204,10 @@ class Data:
         def write(file: Path) -> None:
             Dataset.from_list([*rows()], features=Features({"image": Image()})).to_parquet(file)
 
-        return self._cached("pictures", [len(pictures), pictures.seed], write, ".parquet")
+        return self._cached("pictures", asdict(pictures), write, ".parquet")
 
     def latents(self, split: str) -> np.ndarray:
-        """The pictures' latents, float32 `(num_pictures, 4, 8, 8)`, normalized to mean 0 and variance 1."""
+        """Latents, float32 `(num_pictures, channels, height, width)`, normalized to mean 0 and variance 1."""
         vae: Any = self.autoencoder("kl")
 
         def encode(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -199,7 +217,7 @@ class Data:
         return self._encoded("kl", split, encode)
 
     def codes(self, split: str) -> np.ndarray:
-        """The pictures' codes, int64 `(num_pictures, 8, 8)`, from 0 to 511."""
+        """The codes of the pictures, int64 `(num_pictures, height, width)`."""
         vae: Any = self.autoencoder("vq")
 
         def encode(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -218,7 +236,7 @@ class Data:
                 np.save(opened, np.concatenate([encode(batch).numpy() for batch in _batches(pictures)]))
 
         name = {"kl": "latents", "vq": "codes"}[kind]
-        settings = [hashlib.sha256(weights).hexdigest(), len(pictures), pictures.seed]
+        settings = [hashlib.sha256(weights).hexdigest(), asdict(pictures)]
         return np.load(self._cached(name, settings, write, ".npy"))
 
     @torch.no_grad()
@@ -254,7 +272,7 @@ def _check(split: str) -> str:
 
 
 def _batches(pictures: ShapesDataset, size: int = 100) -> Iterator[torch.Tensor]:
-    """Pixels of shape `(batch, 3, 32, 32)` in [−1, 1]."""
+    """Pixels of shape `(batch, 3, height, width)` in [−1, 1]."""
     processor = TransfusionImageProcessor(do_resize=False, do_center_crop=False)
     for start in tqdm(range(0, len(pictures), size), desc="encode"):
         images = [pictures[i]["image"] for i in range(start, min(start + size, len(pictures)))]

@@ -33,9 +33,9 @@ class Settings:
         size (`str`): One of `models.SIZES`.
         learning_rate (`float`)
         seed (`int`, defaults to 0): Of weights, noise, and the order of the data.
-        max_steps (`int`, defaults to 3000), tokens_per_step (`int`, defaults to 2048), max_length (`int`, defaults to
-            256): Steps, tokens of a step as Transfusion counts them, and tokens of a packed row.
-        num_measurements (`int`, defaults to 6): Evenly spaced, the last one at the end.
+        max_steps, tokens_per_step, max_length (`int`): Steps, tokens of a step as Transfusion counts them, and tokens
+            of a packed row.
+        num_measurements (`int`): Evenly spaced, the last one at the end.
         options (`dict`, *optional*): Fields of the model's configuration.
         stream (`dict`, *optional*): Fields of `MixedSteps` and `TransfusionRows`, such as
             `caption_first_probability` and `image_first_max_timesteps`.
@@ -45,11 +45,11 @@ class Settings:
     family: str
     size: str
     learning_rate: float
+    max_steps: int
+    tokens_per_step: int
+    max_length: int
+    num_measurements: int
     seed: int = 0
-    max_steps: int = 3000
-    tokens_per_step: int = 2048
-    max_length: int = 256
-    num_measurements: int = 6
     options: dict[str, Any] = field(default_factory=dict)
     stream: dict[str, Any] = field(default_factory=dict)
     with_images: bool = True

@@ -11,42 +11,26 @@ The tables are those of arXiv 2408.11039. The small scale needs two cores and th
 """
 
 import argparse
-import json
 import multiprocessing
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from data import Data
 from metrics import Judge
 from models import LEARNING_RATES, PAPER_SIZES, SMALL_SIZES
+from report import METRICS, Claim, Table, write_figure5, write_table
 from runs import Settings, run
 from tqdm.auto import tqdm
-
-# What a higher value of each metric means, and how the table calls it.
-METRICS = {
-    "perplexity": (-1, "perplexity ↓"),
-    "captioned": (1, "captions right ↑"),
-    "cider": (1, "CIDEr (words) ↑"),
-    "drawn": (1, "drawn right ↑"),
-    "frechet_distance": (-1, "Fréchet distance ↓"),
-}
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between two cores and a cluster: numbers alone."""
+    """What differs between two cores and a cluster: numbers alone. `data` and `judge` are fields of these classes."""
 
     sizes: tuple[str, ...]
     size: str  # of tables with one size
@@ -55,64 +39,68 @@ class Scale:
     max_length: int
     learning_rates: dict[str, float]
     options: dict[str, Any] = field(default_factory=dict)  # of Transfusion
+    num_measurements: int = 8
+    data: dict[str, Any] = field(default_factory=dict)
+    judge: dict[str, Any] = field(default_factory=dict)
 
 
 SCALES = {
     "small": Scale(
         tuple(SMALL_SIZES)[:3],
         "0.8M",
-        max_steps=3000,
-        tokens_per_step=2048,
+        max_steps=4000,
+        tokens_per_step=1024,
         max_length=256,
         learning_rates={"llama": 2e-3, "chameleon": 2e-3, "transfusion": 2e-3},
         # Errors of ε at high noise are magnified in x_0, and latents are not clipped (docs/front_ends.md).
         options={"prediction_type": "v_prediction"},
     ),
     # For tests and CI: that everything runs.
-    "toy": Scale(("0.3M",), "0.3M", 2, 256, 128, {"llama": 1e-3, "chameleon": 1e-3, "transfusion": 1e-3}),
-    "paper": Scale(PAPER_SIZES, "0.76B", 250_000, 2_000_000, 4096, LEARNING_RATES),
+    "toy": Scale(
+        ("0.3M",),
+        "0.3M",
+        max_steps=4,
+        tokens_per_step=256,
+        max_length=128,
+        learning_rates={"llama": 1e-3, "chameleon": 1e-3, "transfusion": 1e-3},
+        num_measurements=2,
+        data={"num_pictures": 64, "num_held_out": 16, "vae_steps": 2},
+        judge={"num_texts": 2, "num_pictures": 4, "num_inference_steps": 2, "guidance_scales": (5.0,)},
+    ),
+    "paper": Scale(
+        PAPER_SIZES,
+        "0.76B",
+        250_000,
+        2_000_000,
+        4096,
+        LEARNING_RATES,
+        data={"scale": "paper", "vocab_size": 32_000, "vae_steps": 1_000_000},
+        judge={"num_inference_steps": 250},
+    ),
 }
-
-
 SWEPT_LEARNING_RATES = (1e-3, 2e-3, 4e-3)
-TOY_DATA = {"num_pictures": 64, "num_held_out": 16, "vae_steps": 2}
-TOY_JUDGE = {"num_texts": 2, "num_captions": 4, "num_drawings": 2, "num_inference_steps": 2}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """That `better` beats `worse` in `metrics`, as the paper found."""
-
-    better: str
-    worse: str
-    metrics: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Table:
-    """
-    Args:
-        title (`str`), rows (`dict[str, Settings]`): The rows of the first seed.
-        paper (`dict[str, dict[str, float | str]]`): The paper's values, by row.
-        claims (`list[Claim]`)
-    """
-
-    title: str
-    rows: dict[str, Settings]
-    paper: dict[str, dict[str, Any]]
-    claims: list[Claim]
+# A picture has four times as many codes as patches, so the same documents cost Chameleon about this much more.
+EQUAL_FLOPS = 0.5
 
 
 IMAGES = ("captioned", "cider", "drawn", "frechet_distance")
 
 
-def _transfusion(scale: Scale, size: str | None = None, **options: Any) -> Settings:
-    options = {"patch_size": 2, **scale.options, **options}
-    return Settings("transfusion", size or scale.size, scale.learning_rates["transfusion"], options=options)
-
-
 def _family(scale: Scale, family: str, size: str | None = None, **kwargs: Any) -> Settings:
-    return Settings(family, size or scale.size, scale.learning_rates[family], **kwargs)
+    return Settings(
+        family,
+        size or scale.size,
+        scale.learning_rates[family],
+        max_steps=scale.max_steps,
+        tokens_per_step=scale.tokens_per_step,
+        max_length=scale.max_length,
+        num_measurements=scale.num_measurements,
+        **kwargs,
+    )
+
+
+def _transfusion(scale: Scale, size: str | None = None, **options: Any) -> Settings:
+    return _family(scale, "transfusion", size, options={"patch_size": 2, **scale.options, **options})
 
 
 def table3(scale: Scale) -> Table:
@@ -120,6 +108,8 @@ def table3(scale: Scale) -> Table:
     for size in scale.sizes:
         rows[f"Transfusion {size}"] = _transfusion(scale, size)
         rows[f"Chameleon {size}"] = _family(scale, "chameleon", size)
+    fewer = round(EQUAL_FLOPS * scale.max_steps / scale.num_measurements) * scale.num_measurements
+    rows["Chameleon, equal FLOPs"] = replace(_family(scale, "chameleon"), max_steps=fewer)
     last = scale.sizes[-1]
     paper = {
         f"Transfusion {last}": {"perplexity": "7.72, 4.28", "cider": 27.2, "frechet_distance": 16.8},
@@ -201,6 +191,23 @@ def table8(scale: Scale) -> Table:
     return Table("Noise limit of images before their caption", rows, paper, claims)
 
 
+def order(scale: Scale) -> Table:
+    """The paper has 0.8, and no ablation."""
+    rows = {
+        f"caption first {share:g}": replace(_transfusion(scale), stream={"caption_first_probability": share})
+        for share in (0.2, 0.5, 1.0)
+    }
+    rows["caption first 0.8"] = _transfusion(scale)
+    return Table("Order of captions and images", dict(sorted(rows.items())), {}, [])
+
+
+def weight(scale: Scale) -> Table:
+    """The paper has λ = 5, and no ablation."""
+    rows = {f"λ = {weight:g}": _transfusion(scale, diffusion_loss_weight=weight) for weight in (1.0, 25.0)}
+    rows["λ = 5"] = _transfusion(scale)
+    return Table("Weight of the diffusion loss", {name: rows[name] for name in ("λ = 1", "λ = 5", "λ = 25")}, {}, [])
+
+
 def sweep(scale: Scale) -> Table:
     """A sweep over the same learning rates for each family."""
     rows = {
@@ -215,7 +222,7 @@ def sweep(scale: Scale) -> Table:
 
 TABLES: dict[str, Callable[[Scale], Table]] = {
     "table3": table3, "table4": table4, "table5": table5, "table6": table6, "table7": table7, "table8": table8,
-    "sweep": sweep,
+    "order": order, "weight": weight, "sweep": sweep,
 }  # fmt: skip
 
 
@@ -243,7 +250,7 @@ def all_runs(
             settings = replace(settings, seed=seed)
             folders[name].append(folder := folder_of(settings, output_dir))
             todo[folder] = settings
-    _prepare(data, judge)
+    _prepare(table, data, judge)
     if num_processes == 1:
         for folder, settings in tqdm(todo.items(), desc="runs"):
             run(settings, data, judge, folder)
@@ -255,138 +262,37 @@ def all_runs(
     return folders
 
 
-def _prepare(data: Data, judge: Judge) -> None:
+def kinds_of(table: Table) -> list[str]:
+    """Kinds of the autoencoders that a table's models need."""
+    families = {row.family for row in table.rows.values() if row.with_images}
+    return [kind for kind, family in (("kl", "transfusion"), ("vq", "chameleon")) if family in families]
+
+
+def _prepare(table: Table, data: Data, judge: Judge) -> None:
     """What the runs share is computed once, before they start."""
     for split in ("train", "held_out"):
         data.passages(split, judge.max_length)
         data.captions(split)
-        data.latents(split)
-        data.codes(split)
+        for kind in kinds_of(table):
+            data.latents(split) if kind == "kl" else data.codes(split)
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+def make(name: str, scale: Scale, args: argparse.Namespace, command: str) -> Path:
+    """Makes the runs that are missing, and writes a table's page, or Figure 5's from the runs of table 3."""
+    table = TABLES["table3" if name == "figure5" else name](scale)
+    data = Data(args.output_dir, args.packages, **scale.data)
+    judge = Judge(data, scale.max_length, **scale.judge)
+    folders = all_runs(table, args.seeds, data, judge, args.output_dir, args.num_processes)
+    if name == "figure5":
+        return write_figure5(folders, args.results_dir, command)
+    ceilings = {kind: data.ceiling(kind) for kind in kinds_of(table)}
+    return write_table(name, table, folders, args.results_dir, command, ceilings)
 
 
-def write_table(
-    name: str, table: Table, folders: dict[str, list[Path]], results: Path, command: str, ceilings: dict[str, Any]
-) -> Path:
-    """`results/<name>.md` and `.png`."""
-    results.mkdir(parents=True, exist_ok=True)
-    metrics = [
-        m for m in METRICS if all(m in lines_of(f)[-1] for row in folders.values() for f in row if _is_whole(f))
-    ]
-    lines = [f"# {name}: {table.title}", "", _setting(command, folders), ""]
-    heads = ["row", *(METRICS[m][1] for m in metrics), "parameters", "tokens", "FLOPs", "seconds"]
-    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row, runs in folders.items():
-        lines.append("| " + " | ".join([row, *_cells(runs, metrics, table.paper.get(row, {}))]) + " |")
-    lines += [
-        "",
-        "Mean over seeds (least–most); in brackets the paper's value on its own data, for the direction alone.",
-        "",
-        *_verdicts(table, folders, metrics),
-        "",
-        *_guidance(folders),
-        f"Ceilings of the autoencoders: {json.dumps(ceilings)}.",
-        "",
-        f"![metrics over training]({name}.png)",
-    ]
-    _plot(folders, metrics, results / f"{name}.png")
-    file = results / f"{name}.md"
-    file.write_text("\n".join(lines) + "\n")
-    return file
-
-
-def _is_whole(folder: Path) -> bool:
-    return not json.loads((folder / "done.json").read_text())["has_diverged"]
-
-
-def _setting(command: str, folders: dict[str, list[Path]]) -> str:
-    runs = [folder for row in folders.values() for folder in row]
-    diverged = [folder.name for folder in runs if not _is_whole(folder)]
-    text = f"`{command}`, {date.today()}, {os.cpu_count()} cores, torch {torch.__version__}, {len(runs)} runs."
-    return text + (f" Diverged, and left out of the means: {', '.join(diverged)}." if diverged else "")
-
-
-def _values(runs: list[Path], metric: str) -> list[float]:
-    return [lines_of(folder)[-1][metric] for folder in runs if _is_whole(folder)]
-
-
-def _cells(runs: list[Path], metrics: list[str], paper: dict[str, Any]) -> Iterator[str]:
-    for metric in metrics:
-        values = _values(runs, metric)
-        text = f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})" if values else "diverged"
-        yield text + (f" [{paper[metric]}]" if metric in paper else "")
-    done = [json.loads((folder / "done.json").read_text()) for folder in runs]
-    last = done[0]["last"]
-    yield f"{done[0]['num_parameters']:,}"
-    yield f"{last.get('num_tokens', 0):,}"
-    yield f"{last.get('flops', 0):.2e}"
-    yield f"{np.mean([each['seconds'] for each in done]):.0f}"
-
-
-def _verdicts(table: Table, folders: dict[str, list[Path]], metrics: list[str]) -> Iterator[str]:
-    """A claim holds if the order is the paper's and the ranges over seeds do not overlap."""
-    yield "| claim | " + " | ".join(METRICS[m][1] for m in metrics) + " |"
-    yield "|---" * (len(metrics) + 1) + "|"
-    for claim in table.claims:
-        cells = []
-        for metric in metrics:
-            if metric not in claim.metrics:
-                cells.append("")
-                continue
-            sign = METRICS[metric][0]
-            better, worse = ([sign * x for x in _values(folders[row], metric)] for row in (claim.better, claim.worse))
-            if not better or not worse:
-                cells.append("diverged")
-            elif len(better) == 1 or len(worse) == 1:
-                cells.append("one seed")
-            elif min(better) > max(worse):
-                cells.append("holds")
-            else:
-                cells.append("does not hold" if max(better) < min(worse) else "within the spread")
-        yield f"| {claim.better} beats {claim.worse} | " + " | ".join(cells) + " |"
-
-
-def _guidance(folders: dict[str, list[Path]]) -> Iterator[str]:
-    """Drawings at other scales of guidance; a scale that suits one family may spoil another's."""
-    found = {row: [lines_of(folder)[-1] for folder in runs if _is_whole(folder)] for row, runs in folders.items()}
-    names = sorted({name for lines in found.values() for line in lines for name in line if "@" in name})
-    if names:
-        yield "| at other scales of guidance | " + " | ".join(names) + " |"
-        yield "|---" * (len(names) + 1) + "|"
-    for row, lines in found.items():
-        if names and lines and names[0] in lines[0]:
-            yield f"| {row} | " + " | ".join(f"{np.mean([line[name] for line in lines]):.3g}" for name in names) + " |"
-    yield ""
-
-
-def _plot(folders: dict[str, list[Path]], metrics: list[str], file: Path) -> None:
-    """Each metric over the steps, a line a seed."""
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(4.2 * len(metrics), 3.6), squeeze=False, layout="constrained"
-    )
-    for axis, metric in zip(axes[0], metrics, strict=True):
-        for i, (row, runs) in enumerate(folders.items()):
-            for seed, folder in enumerate(runs):
-                lines = lines_of(folder)
-                label = row if seed == 0 else None
-                axis.plot(
-                    [line["step"] for line in lines], [line[metric] for line in lines], f"C{i}.-", label=label, lw=1
-                )
-        axis.set(title=METRICS[metric][1], xlabel="step")
-        if metric == "perplexity":
-            axis.set_yscale("log")
-    axes[0, -1].legend(fontsize=7)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
-
-
-def main(argv: list[str] | None = None) -> Path:
+def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=[*TABLES])
+    parser.add_argument("table", choices=[*TABLES, "figure5", "all"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--scale", choices=[*SCALES], default="small")
     parser.add_argument("--max_steps", type=int, help="default: the scale's")
@@ -400,18 +306,8 @@ def main(argv: list[str] | None = None) -> Path:
     scale = SCALES[args.scale]
     if args.max_steps:
         scale = replace(scale, max_steps=args.max_steps)
-    table = TABLES[args.table](scale)
-    kept = {name: getattr(scale, name) for name in ("max_steps", "tokens_per_step", "max_length")}
-    measurements = {"num_measurements": 2 if args.scale == "toy" else 6}
-    table = replace(table, rows={name: replace(row, **kept, **measurements) for name, row in table.rows.items()})
-    data = Data(args.output_dir, args.packages, **(TOY_DATA if args.scale == "toy" else {}))
-    judge = Judge(data, scale.max_length, **(TOY_JUDGE if args.scale == "toy" else {}))
-    folders = all_runs(table, args.seeds, data, judge, args.output_dir, args.num_processes)
-    ceilings = {kind: data.ceiling(kind) for kind in ("kl", "vq")}
-    command = f"python experiments/tables.py {' '.join(argv)}"
-    file = write_table(args.table, table, folders, args.results_dir, command, ceilings)
-    print(file)
-    return file
+    for name in [*TABLES, "figure5"] if args.table == "all" else [args.table]:
+        print(make(name, scale, args, f"python experiments/tables.py {' '.join([name, *argv[1:]])}"))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,12 @@ from diffusers import AutoencoderKL
 from tiny import ROUNDING, VAE
 from transformers import AutoTokenizer
 
-sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("experiments", "examples")]
+import train_vae
+from data import Data
 from models import (
     IMAGES,
+    NUM_CODES,
     PAPER_SIZES,
     SMALL_SIZES,
     build_chameleon,
@@ -68,6 +71,22 @@ def test_the_names_of_the_sizes_are_their_numbers_of_parameters(tokenizer):
             paper[size] = (num_parameters(model) + 2 * 32_000 * model.config.hidden_size) / 1e9
     assert small == {size: pytest.approx(float(size[:-1]), rel=0.15) for size in SMALL_SIZES}
     assert paper == {size: pytest.approx(float(size[:-1]), rel=0.05) for size in PAPER_SIZES}
+
+
+@pytest.mark.parametrize("scale", ["small", "paper"])
+def test_autoencoders_pictures_and_models_of_a_scale_fit_each_other(scale):
+    data = Data(scale=scale)
+    with torch.device("meta"):
+        kl, vq = (
+            train_vae.build_vae(train_vae.parse_args([*data.autoencoder_flags(kind), "--train_dir", "photos"]))
+            for kind in ("kl", "vq")
+        )
+    for config in (kl.config, vq.config):
+        factor = 2 ** (len(config.block_out_channels) - 1)
+        assert config.sample_size == factor * IMAGES[scale]["sample_size"]
+        assert config.latent_channels == IMAGES[scale]["latent_channels"]
+        assert data.pictures("train")[0]["image"].size == (config.sample_size, config.sample_size)
+    assert vq.config.num_vq_embeddings == NUM_CODES[scale]
 
 
 def test_compute_is_six_times_parameters_times_tokens(tokenizer):

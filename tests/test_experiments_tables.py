@@ -1,6 +1,7 @@
 """Runs, metrics and tables of the comparisons, on tiny stand-ins: measured, resumed, and judged by the claims."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,13 +13,15 @@ from tiny_experiments import make_packages, save_untrained
 from transformers import Trainer
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+import parity
 import runs
 import tables
 from data import Data
-from metrics import Judge, ShapesFeatures
+from metrics import ASPECTS, Judge, ShapesFeatures
 from models import num_flops
+from report import Claim, Table, lines_of, write_figure5, write_table
 from runs import Settings, build, run
-from tables import SCALES, TABLES, TOY_JUDGE, Claim, Table, folder_of, lines_of, write_table
+from tables import SCALES, TABLES, folder_of
 
 SIZES = {"max_steps": 4, "tokens_per_step": 200, "max_length": 128, "num_measurements": 2}
 FAMILIES = {
@@ -41,7 +44,7 @@ def data(tmp_path_factory) -> Data:
 
 @pytest.fixture(scope="module")
 def judge(data) -> Judge:
-    return Judge(data, 128, **TOY_JUDGE)
+    return Judge(data, 128, **SCALES["toy"].judge)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -108,16 +111,16 @@ def test_a_run_that_diverges_is_kept_as_such(data, judge, tmp_path):
 
 
 def test_real_pictures_are_drawn_right_and_true_captions_are_right(data):
-    judge = Judge(data, 128, num_drawings=3, num_captions=10)
-    from transfusion_hf.data.shapes import draw_scene
-
-    drawn = [draw_scene(scene) for _, scene in judge._scenes]
-    metrics = judge._judged(drawn)
-    assert all(value == 1 for name, value in metrics.items() if name != "frechet_distance")
-    real = data.pictures("held_out")
-    same = judge._judged([real[i % 10]["image"] for i in range(18)])["frechet_distance"]
-    assert same < metrics["frechet_distance"] < judge._judged([drawn[0]] * 18)["frechet_distance"]
-    captions = data.captions("held_out")
+    judge = Judge(data, 128, num_pictures=10)
+    real, captions = judge._pictures, data.captions("held_out")
+    metrics = judge._judged(real)
+    assert metrics.pop("frechet_distance") == pytest.approx(0, abs=1e-6)
+    assert {*metrics} == {"drawn", *ASPECTS} and all(value == 1 for value in metrics.values())
+    others = judge._judged(real[1:] + real[:1])
+    assert others["drawn"] < 0.2 and others["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    train = [data.pictures("train")[i]["image"] for i in range(10)]
+    distance = judge._judged(train)["frechet_distance"]
+    assert 1e-4 < distance < judge._judged([real[0]] * 10)["frechet_distance"]
     assert judge._judged_captions(captions) == {"captioned": 1.0, "cider": pytest.approx(1000, rel=0.5)}
     assert judge._judged_captions(captions[1:] + captions[:1])["captioned"] < 0.2
 
@@ -128,6 +131,37 @@ def test_the_features_are_those_of_a_classifier_and_always_the_same(data):
     assert torch.equal(first(x), second(x)) and first(x).shape == (2, 32)
     with torch.no_grad():  # as a measurement calls it
         assert torch.equal(ShapesFeatures.trained(data, num_epochs=2)(x), first(x))
+
+
+def power_law(intercept: float, slope: float, flops: tuple[float, ...], noise: float = 0.0) -> parity.Points:
+    rng = np.random.default_rng(0)
+    return {
+        f"{f:g}": [(f, float(np.exp(intercept + slope * np.log(f) + noise * x))) for x in rng.standard_normal(3)]
+        for f in flops
+    }
+
+
+@pytest.mark.parametrize(("sign", "slope"), [(1, 0.3), (-1, -0.2)])
+def test_the_parity_ratio_is_that_of_exact_power_laws(sign, slope):
+    points, other = power_law(1.0, slope, (1e9, 1e10, 1e11)), power_law(1.0, slope, (3e9, 3e10, 3e11))
+    assert parity.parity_ratio(points, other, sign) == pytest.approx(1)
+    # With the metric better by a factor c at the same FLOPs, c^(-1 / |slope|) of the FLOPs are enough.
+    shifted = power_law(1.0 + sign * 0.25, slope, (1e9, 1e10, 1e11))
+    assert parity.parity_ratio(shifted, other, sign) == pytest.approx(np.exp(-0.25 / abs(slope)))
+    assert parity.interval(shifted, other, sign)[2] == 0
+    noisy = [power_law(1.0, slope, (1e9, 1e10, 1e11), noise) for noise in (0.02, 0.1)]
+    (low, high, _), (lower, higher, _) = (parity.interval(points, other, sign) for points in noisy)
+    assert lower < low < 1.1 and 0.9 < high < higher
+    _, fitted, error = parity.fit(noisy[0])
+    assert 0 < abs(fitted - slope) < 3 * error
+
+
+def test_a_metric_that_does_not_improve_with_compute_has_no_parity_ratio():
+    worse, other = power_law(1.0, -0.2, (1e9, 1e10)), power_law(1.0, 0.2, (1e9, 1e10))
+    assert [*parity.row(worse, other, 1)][2] == "none: more compute does not help"
+    zero = {**other, "1e+10": [(1e10, 0.0)]}
+    assert next(iter(parity.row(zero, other, 1))) == "no fit"
+    assert np.isnan(parity.parity_ratio({"a": [(1.0, 1.0)] * 3}, other, 1)), "one size has no slope"
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -142,9 +176,13 @@ def test_tables_have_the_papers_rows_and_share_their_runs(scale, tmp_path):
     assert len(made["table5"].rows) == 4 and len(made["table6"].rows) == 7 and len(made["table8"].rows) == 2
 
 
-def made_run(folder: Path, values: list[float], has_diverged: bool = False) -> Path:
+def made_run(folder: Path, values: list[float], flops: int = 54, has_diverged: bool = False) -> Path:
     folder.mkdir(parents=True)
-    lines = [{"step": i, "num_tokens": 9, "flops": 54, "drawn": x, "perplexity": 9 - x} for i, x in enumerate(values)]
+    others = {"captioned": 1.0, "cider": 1.0, "frechet_distance": 1.0} if flops != 54 else {}
+    lines = [
+        {"step": i, "num_tokens": 9, "flops": flops, "drawn": x, "perplexity": 9 - x, **others}
+        for i, x in enumerate(values)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     done = {"num_parameters": 5, "seconds": 1.0, "has_diverged": has_diverged, "last": lines[-1]}
     (folder / "done.json").write_text(json.dumps(done))
@@ -172,15 +210,36 @@ def test_a_claim_holds_only_outside_of_the_spread(tmp_path):
     assert "one seed" in write_table("tableX", table, folders, tmp_path / "results", "x", {}).read_text()
 
 
+def test_figure_5_has_a_fit_for_each_family(tmp_path):
+    folders = {}
+    for i, size in enumerate(("0.3M", "0.8M", "2M")):
+        for family, better in (("Transfusion", 2.0), ("Chameleon", 1.0)):
+            values = [better * 2**i * (1 + seed / 50) for seed in range(3)]
+            runs = [made_run(tmp_path / family / size / str(seed), [0.0, x], 10**i) for seed, x in enumerate(values)]
+            folders[f"{family} {size}"] = runs
+    folders["Chameleon, equal FLOPs"] = [made_run(tmp_path / "equal", [0.0, 99.0], 50)]
+    text = write_figure5(folders, tmp_path, "python tables.py figure5").read_text()
+    drawn = next(line for line in text.splitlines() if line.startswith("| drawn right"))
+    # Ten times the FLOPs double the metric, so twice the metric is a tenth of the FLOPs.
+    slope = r"0\.301 ± 0\.00\d"
+    assert re.match(rf"\| drawn right ↑ \| {slope} \| {slope} \| 0\.1 \(0\.0\d+–0\.1\d*\) \|", drawn), drawn
+    assert "none: more compute does not help" in next(line for line in text.splitlines() if "captions right" in line)
+    assert "| .489, .526 |" in text
+    assert (tmp_path / "figure5.png").stat().st_size > 5000
+
+
 def test_a_table_is_one_command(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "Data", lambda *args, **kwargs: data)
     monkeypatch.setitem(SCALES, "toy", replace(SCALES["toy"], tokens_per_step=200))
     words = ["table8", "--scale", "toy", "--seeds", "1", "--num_processes", "1"]
     words += ["--output_dir", str(tmp_path), "--results_dir", str(tmp_path / "results")]
-    file = tables.main(words)
+    tables.main(words)
+    file = tmp_path / "results" / "table8.md"
     assert "| no limit |" in file.read_text() and "Ceilings of the autoencoders" in file.read_text()
     monkeypatch.setattr(runs, "build", lambda *_: pytest.fail("a second call makes no run"))
-    assert tables.main(words) == file
+    file.unlink()
+    tables.main(words)
+    assert file.is_file()
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             tables.main(["table8", "--scale", "paper"])
