@@ -17,7 +17,7 @@ from transfusion_hf.processing_transfusion import IMAGE_TOKENS, add_image_tokens
 
 # By name, which is the number of parameters without embeddings: layers, hidden size, heads, width of the SwiGLU (8/3
 # of the hidden size rounded up to a multiple of 32).
-SMALL_SIZES = {"0.3M": (3, 96, 3, 256), "0.8M": (4, 128, 4, 352), "2M": (5, 192, 6, 512), "5M": (6, 256, 8, 704)}
+SMALL_SIZES = {"0.1M": (2, 64, 2, 192), "0.3M": (3, 96, 3, 256), "0.8M": (4, 128, 4, 352), "2M": (5, 192, 6, 512)}
 PAPER_SIZES = ("0.16B", "0.37B", "0.76B", "1.4B", "7B")  # Table 2; the names count embeddings
 SIZES = {"small": tuple(SMALL_SIZES), "paper": PAPER_SIZES}
 

@@ -39,6 +39,7 @@ class Settings:
         options (`dict`, *optional*): Fields of the model's configuration.
         stream (`dict`, *optional*): Fields of `MixedSteps` and `TransfusionRows`, such as
             `caption_first_probability` and `image_first_max_timesteps`.
+        guidance_scale (`float`, defaults to 3): Of drawings.
         with_images (`bool`, defaults to `True`): `False`: text alone, for Chameleon as in Table 4.
     """
 
@@ -52,6 +53,7 @@ class Settings:
     seed: int = 0
     options: dict[str, Any] = field(default_factory=dict)
     stream: dict[str, Any] = field(default_factory=dict)
+    guidance_scale: float = 3.0
     with_images: bool = True
 
     def __post_init__(self) -> None:
@@ -66,8 +68,9 @@ class Settings:
 class _Measurements(TrainerCallback):
     """Measures at even intervals, and stops a run that has diverged."""
 
-    def __init__(self, file: Path, judge: Judge, processor: Any, interval: int, rows: "_Counted"):
-        self.file, self.judge, self.processor, self.interval, self.rows = file, judge, processor, interval, rows
+    def __init__(self, settings: Settings, file: Path, judge: Judge, processor: Any, rows: "_Counted"):
+        self.settings, self.file, self.judge, self.processor, self.rows = settings, file, judge, processor, rows
+        self.interval = settings.max_steps // settings.num_measurements
         self.is_finite = True
 
     def on_step_end(self, args, state, control, model=None, **kwargs: Any) -> None:
@@ -79,7 +82,8 @@ class _Measurements(TrainerCallback):
             return
         model.eval()
         with torch.random.fork_rng():
-            metrics = self.judge(model, self.processor, is_last=state.global_step == state.max_steps)
+            is_last = state.global_step == state.max_steps
+            metrics = self.judge(model, self.processor, self.settings.guidance_scale, is_last)
         model.train()
         num_tokens = round(self.rows.num_tokens / self.rows.num_steps * state.global_step)
         line = {"step": state.global_step, "num_tokens": num_tokens, "flops": num_flops(model, num_tokens), **metrics}
@@ -145,8 +149,7 @@ def run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str,
         seed=settings.seed,
         **stream,
     )
-    interval = settings.max_steps // settings.num_measurements
-    measurements = _Measurements(folder / "metrics.jsonl", judge, processor, interval, rows)
+    measurements = _Measurements(settings, folder / "metrics.jsonl", judge, processor, rows)
     trainer_class = TransfusionTrainer if settings.family == "transfusion" else Trainer
     trainer = trainer_class(
         model,

@@ -14,10 +14,11 @@ from tiny_experiments import make_packages, save_untrained
 from transformers import LlamaForCausalLM
 
 from transfusion_hf import new_transfusion
+from transfusion_hf.data.shapes import check_caption, check_scene
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from data import KINDS, Data
+from data import AUTOENCODER_KINDS, Data, Pictures
 from sources import fetch, passages
 from streams import Document, MixedSteps, TokenRows, TransfusionRows
 
@@ -81,9 +82,22 @@ def test_a_picture_depends_on_its_seed_and_number_alone(data, packages, tmp_path
     assert not any(scene in held_out for scene in map(longer.scene, range(60)))
 
 
+@pytest.mark.parametrize("size", [32, 64, 256])
+def test_pictures_show_what_their_captions_say(size):
+    pictures = Pictures(60, size, seed=3)
+    scenes = [pictures.scene(i) for i in range(60)]
+    assert {scene.relation for scene in scenes} == {"left of", "above"}
+    assert len({scene.caption for scene in scenes}) > 50
+    for i, scene in enumerate(scenes):
+        assert check_scene(pictures[i]["image"], scene).correct and pictures[i]["text"] == scene.caption
+        assert check_caption(pictures[i]["image"], scene.caption).correct
+    sides = {(box.right - box.left) / size for scene in scenes for boxes in scene.boxes for box in boxes}
+    assert 0.3 < min(sides) < 0.34 and 0.4 < max(sides) < 0.45
+
+
 def test_both_autoencoders_have_one_architecture_but_for_the_bottleneck(data):
     save_untrained(data)
-    kl, vq = (dict(data.autoencoder(kind).named_parameters()) for kind in KINDS)
+    kl, vq = (dict(data.autoencoder(kind).named_parameters()) for kind in AUTOENCODER_KINDS)
     different = {name for name in {*kl, *vq} if name not in kl or name not in vq or kl[name].shape != vq[name].shape}
     assert {name.split(".")[0] for name in different - {"encoder.conv_out.weight", "encoder.conv_out.bias"}} <= {
         "quantize",
@@ -259,7 +273,7 @@ def test_a_row_that_is_too_short_and_a_step_without_text_are_refused(data):
 @pytest.mark.slow
 def test_autoencoders_are_trained_by_the_example_and_an_interrupted_training_continues(packages, tmp_path):
     data = Data(tmp_path, packages, num_pictures=64, num_held_out=8, vae_steps=2)
-    for kind in KINDS:
+    for kind in AUTOENCODER_KINDS:
         assert data.autoencoder(kind).config.sample_size == 32
         results = data.autoencoder_folder(kind) / "results.json"
         trained = results.read_text()

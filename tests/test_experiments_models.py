@@ -142,5 +142,5 @@ def test_options_reach_the_models(tokenizer):
 
 
 def test_an_unknown_size_is_an_error_that_lists_the_sizes(tokenizer):
-    with pytest.raises(ValueError, match=r"`size` must be one of 0.3M, 0.8M, 2M, 5M, 0.16B, .*; got '3M'"):
+    with pytest.raises(ValueError, match=r"`size` must be one of 0.1M, 0.3M, 0.8M, 2M, 0.16B, .*; got '3M'"):
         decoder_config("3M", tokenizer)

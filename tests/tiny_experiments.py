@@ -9,7 +9,7 @@ import torch
 
 sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("experiments", "examples")]
 import train_vae
-from data import KINDS, Data
+from data import AUTOENCODER_KINDS, Data
 from sources import PACKAGES, PAGES
 
 PAGE = "<page><title>{0}</title><ns>{1}</ns><revision><text>{2}</text></revision></page>"
@@ -39,7 +39,7 @@ def make_packages(folder: Path) -> Path:
 
 def save_untrained(data: Data) -> None:
     """Puts autoencoders where those that were trained would lie."""
-    for kind in KINDS:
+    for kind in AUTOENCODER_KINDS:
         torch.manual_seed(0)
         vae = train_vae.build_vae(train_vae.parse_args([*data.autoencoder_flags(kind), "--train_dir", "x"]))
         if kind == "kl":

@@ -182,18 +182,13 @@ def _place(rng: np.random.Generator, cell: Box, largest: int, side: int, margin:
     return Box(x, y, x + size, y + size)
 
 
-def sample_scene(
-    rng: np.random.Generator, height: int, width: int, num_groups: int | None = None, max_count: int = len(NUMBERS)
-) -> Scene:
-    """
-    A random scene, by default of two groups in two cases out of three, each of up to `max_count` shapes; sizes are
-    relative to the shorter side.
-    """
+def sample_scene(rng: np.random.Generator, height: int, width: int, num_groups: int | None = None) -> Scene:
+    """A random scene, by default of two groups in two cases out of three; sizes are relative to the shorter side."""
     if min(height, width) < 32:
         raise ValueError(f"The sides of a picture must be at least 32 pixels; got {(height, width)}. Enlarge it.")
     num_groups = num_groups or _pick(rng, (1, 2, 2))
     looks = [divmod(int(look), len(KINDS)) for look in rng.permutation(len(COLORS) * len(KINDS))[:num_groups]]
-    groups = tuple(ShapeGroup(_between(rng, 1, max_count), [*COLORS][color], KINDS[kind]) for color, kind in looks)
+    groups = tuple(ShapeGroup(_pick(rng, [*NUMBERS]), [*COLORS][color], KINDS[kind]) for color, kind in looks)
     relation = _pick(rng, [*RELATIONS]) if num_groups == 2 else None
     (side, margin), largest = _scale(height, width), min(height, width) // 2
     while True:
@@ -212,13 +207,13 @@ def sample_scene(
             return Scene(height, width, groups, relation, boxes)
 
 
-def sample_edit(rng: np.random.Generator, height: int, width: int, max_count: int = len(NUMBERS)) -> Edit:
+def sample_edit(rng: np.random.Generator, height: int, width: int) -> Edit:
     """
     A random scene and one of `EDITS`, equally often: "make the circle blue", "remove the squares". A group's color
     is named only if both groups have the same kind. All other pixels stay the same.
     """
     edit = _pick(rng, EDITS)
-    scene = sample_scene(rng, height, width, 2 if edit == "remove" else None, max_count)
+    scene = sample_scene(rng, height, width, 2 if edit == "remove" else None)
     which = int(rng.integers(len(scene.groups)))
     group = scene.groups[which]
     same_kind = [other for other in scene.groups if other.kind == group.kind]
@@ -338,7 +333,6 @@ class ShapesDataset(Dataset):
             `{"text": "<image>…<image>", "images": [source, target], "image_loss_mask": [False, True]}`.
         seed (`int`, defaults to 0)
         image_token (`str`, defaults to `"<image>"`): The processor's.
-        max_count (`int`, defaults to 3): Shapes of a group. With 1 there are 1,242 captions, with 3 there are 11,070.
     """
 
     num_samples: int
@@ -346,11 +340,8 @@ class ShapesDataset(Dataset):
     task: str = "caption"
     seed: int = 0
     image_token: str = "<image>"
-    max_count: int = len(NUMBERS)
 
     def __post_init__(self) -> None:
-        if self.max_count not in NUMBERS:
-            raise ValueError(f"`max_count` must be from 1 to {len(NUMBERS)}; got {self.max_count}.")
         if self.task not in ("caption", "edit"):
             raise ValueError(f"`task` must be 'caption' or 'edit'; got {self.task!r}.")
         wrong = {"num_samples": self.num_samples < 1, "sizes": not self.sizes, "seed": self.seed < 0}
@@ -365,8 +356,7 @@ class ShapesDataset(Dataset):
             raise IndexError(f"`index` must be from 0 to {self.num_samples - 1}; got {index}.")
         rng = np.random.default_rng([self.seed, index])
         height, width = _pick(rng, self.sizes)
-        sample = sample_scene if self.task == "caption" else sample_edit
-        return sample(rng, height, width, max_count=self.max_count)
+        return (sample_scene if self.task == "caption" else sample_edit)(rng, height, width)
 
     def scene(self, index: int) -> Scene:
         """What a model that is given the text of sample `index` should draw; for an edit, the target."""
