@@ -11,7 +11,10 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-PUBLISHED = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "conversion/README.md", "benchmarks/results/*")
+PUBLISHED = (
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "conversion/README.md", "benchmarks/results/*",
+    "experiments/results/*",
+)  # fmt: skip
 LINK = re.compile(r"\[([^]]*)\]\(([^)#:]+)(#[^)]*)?\)")
 LONG_CODE = re.compile(r"<code>([^<\n]{20,})</code>")
 BREAK = re.compile(r"(?<=\w[._/])(?=\w)")

@@ -206,7 +206,9 @@ class Data:
         folder = self.autoencoder_folder(kind)
         if not (folder / "results.json").is_file():  # written last; an interrupted training continues
             where = ["--dataset_name", str(self._written_pictures()), "--output_dir", str(folder)]
-            subprocess.run([sys.executable, str(TRAIN_VAE), *self.autoencoder_flags(kind), *where], check=True)
+            command = [sys.executable, str(TRAIN_VAE), *self.autoencoder_flags(kind), *where]
+            # One thread, so that the weights do not depend on the number of cores.
+            subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         return (AutoencoderKL if kind == "kl" else VQModel).from_pretrained(folder / "vae").eval()
 
     def autoencoder_flags(self, kind: str) -> list[str]:

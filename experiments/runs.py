@@ -17,12 +17,13 @@ from data import Data
 from metrics import Judge
 from models import build_chameleon, build_llama, build_transfusion, num_flops, num_parameters
 from streams import MixedSteps, TokenRows, TransfusionRows
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import TransfusionTrainer
 
 FAMILIES = ("llama", "chameleon", "transfusion")
+SHOWN = ("perplexity", "captioned", "drawn", "frechet_distance")  # while a run is at work
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Settings:
 class _Measurements(TrainerCallback):
     """Measures at even intervals, and stops a run that has diverged."""
 
-    def __init__(self, settings: Settings, file: Path, judge: Judge, processor: Any, rows: "_Counted"):
-        self.settings, self.file, self.judge, self.processor, self.rows = settings, file, judge, processor, rows
+    def __init__(self, settings: Settings, file: Path, judge: Judge, processor: Any):
+        self.settings, self.file, self.judge, self.processor = settings, file, judge, processor
         self.interval = settings.max_steps // settings.num_measurements
         self.is_finite = True
 
@@ -85,27 +86,13 @@ class _Measurements(TrainerCallback):
             is_last = state.global_step == state.max_steps
             metrics = self.judge(model, self.processor, self.settings.guidance_scale, is_last)
         model.train()
-        num_tokens = round(self.rows.num_tokens / self.rows.num_steps * state.global_step)
+        num_tokens = int(state.num_input_tokens_seen)
         line = {"step": state.global_step, "num_tokens": num_tokens, "flops": num_flops(model, num_tokens), **metrics}
         with open(self.file, "a") as lines:
             lines.write(json.dumps(line) + "\n")
+        shown = ", ".join(f"{name} {line[name]:.3g}" for name in SHOWN if name in line)
+        print(f"{self.file.parent.name}, step {state.global_step} of {state.max_steps}: {shown}", flush=True)
         control.should_save = True
-
-
-@dataclass
-class _Counted:
-    """Collates, and counts the tokens that are no padding."""
-
-    collate: Any
-    pad_token_id: int
-    num_tokens: int = 0
-    num_steps: int = 0
-
-    def __call__(self, steps: Any) -> Any:
-        batch = self.collate(steps)
-        self.num_tokens += int((batch["input_ids"] != self.pad_token_id).sum())
-        self.num_steps += 1
-        return batch
 
 
 def build(settings: Settings, data: Data) -> tuple[Any, Any, Any]:
@@ -139,7 +126,6 @@ def run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str,
         return json.loads(done.read_text())
     set_seed(settings.seed)
     model, processor, collate = build(settings, data)
-    rows = _Counted(collate, getattr(processor, "tokenizer", processor).pad_token_id)
     stream = {name: x for name, x in settings.stream.items() if name != "image_first_max_timesteps"}
     steps = MixedSteps(
         data.passages("train", settings.max_length),
@@ -149,15 +135,17 @@ def run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str,
         seed=settings.seed,
         **stream,
     )
-    measurements = _Measurements(settings, folder / "metrics.jsonl", judge, processor, rows)
+    measurements = _Measurements(settings, folder / "metrics.jsonl", judge, processor)
     trainer_class = TransfusionTrainer if settings.family == "transfusion" else Trainer
     trainer = trainer_class(
         model,
         _arguments(settings, folder / "checkpoints"),
         train_dataset=steps,
-        data_collator=rows,
+        data_collator=collate,
+        processing_class=getattr(processor, "tokenizer", processor),  # counts the tokens that are no padding
         callbacks=[measurements],
     )
+    trainer.remove_callback(PrinterCallback)  # it would print every logged loss; they are in `log.json`
     last = get_last_checkpoint(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
     _cut(folder / "metrics.jsonl", 0 if last is None else int(last.rpartition("-")[2]))
     start = time.perf_counter()
@@ -197,12 +185,13 @@ def _arguments(settings: Settings, folder: Path) -> TrainingArguments:
         weight_decay=0.1,
         max_grad_norm=1.0,
         logging_steps=20,
+        include_num_input_tokens_seen="non_padding",
         save_strategy="no",  # with each measurement
         save_total_limit=1,
         report_to="none",
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
-        disable_tqdm=not os.isatty(2),
+        disable_tqdm=True,
         seed=settings.seed,
     )
 
