@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, Image
 from diffusers import AutoencoderKL, VQModel
+from filelock import FileLock
 from sources import PACKAGES, fetch, passages, plays, wikipedia
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
@@ -101,13 +102,13 @@ class Pictures:
 @dataclass(frozen=True)
 class Data:
     """
-    Where the data lies, and how much there is. `split` is always `"train"` or `"held_out"` (`ValueError` otherwise).
+    Location and size of the data. `split` is always `"train"` or `"held_out"` (`ValueError` otherwise).
 
     Args:
-        folder (`Path`): What is computed is kept here.
-        packages (`Path`, *optional*): Where `PACKAGES` are, or are to be; by default within `folder`.
+        folder (`Path`): Keeps everything that is computed.
+        packages (`Path`, *optional*): Folder of `PACKAGES`; missing ones are installed there. By default in `folder`.
         num_pictures, num_held_out (`int`): Pictures of each split. Picture i depends only on `seed` and i.
-        vocab_size (`int`, defaults to 1024): Of the tokenizer, before the image tokens are added.
+        vocab_size (`int`, defaults to 1024): Size of the tokenizer, before the image tokens are added.
         vae_steps (`int`, defaults to 4000): Training steps of each autoencoder.
         seed (`int`, defaults to 0)
         scale (`str`, defaults to `"small"`): One of `AUTOENCODERS`.
@@ -122,15 +123,24 @@ class Data:
     seed: int = 0
     scale: str = "small"
 
-    def _cached(self, name: str, settings: Any, write: Callable[[Path], None], suffix: str = "") -> Path:
-        """The file or folder that `write` makes once for `settings`; it is complete if it is there."""
+    def cached(self, name: str, settings: Any, write: Callable[[Path], None], suffix: str = "") -> Path:
+        """The file that `write` makes once for `settings`; it is complete if it is there."""
         file = self.folder / f"{name}-{digest(settings)}{suffix}"
         if not file.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = file.with_name(f"unfinished-{os.getpid()}-{file.name}")
-            write(unfinished)
-            os.replace(unfinished, file)
+            try:
+                write(unfinished)
+                os.replace(unfinished, file)
+            finally:
+                unfinished.unlink(missing_ok=True)
         return file
+
+    def identity(self) -> dict[str, Any]:
+        """Whatever decides what the data are, for JSON."""
+        fields = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
+        del fields["folder"], fields["packages"]
+        return {**fields, "texts": PACKAGES, "autoencoders": [self.autoencoder_flags(k) for k in AUTOENCODER_KINDS]}
 
     @cached_property
     def _documents(self) -> dict[str, list[str]]:
@@ -146,7 +156,7 @@ class Data:
                 documents["train"] += [source[i] for i in order[num_held_out:]]
             file.write_text(json.dumps(documents))
 
-        return json.loads(self._cached("texts", [PACKAGES, self.seed], write, ".json").read_text())
+        return json.loads(self.cached("texts", [PACKAGES, self.seed], write, ".json").read_text())
 
     def texts(self, split: str) -> list[str]:
         """Whole articles and plays; a tenth of both is held out."""
@@ -160,7 +170,7 @@ class Data:
             file.write_text(json.dumps([part for text in texts for part in passages(text, tokenizer, max_tokens)]))
 
         settings = [texts, tokenizer.backend_tokenizer.to_str(), max_tokens]
-        return json.loads(self._cached("passages", settings, write, ".json").read_text())
+        return json.loads(self.cached("passages", settings, write, ".json").read_text())
 
     def pictures(self, split: str) -> Pictures:
         is_train = _check(split) == "train"
@@ -173,7 +183,7 @@ class Data:
         def write(file: Path) -> None:
             file.write_text(json.dumps([pictures.scene(i).caption for i in range(len(pictures))]))
 
-        return json.loads(self._cached("captions", asdict(pictures), write, ".json").read_text())
+        return json.loads(self.cached("captions", asdict(pictures), write, ".json").read_text())
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """A byte-level BPE of the training texts and captions, with the image tokens; a text begins with `<s>`."""
@@ -195,7 +205,7 @@ class Data:
             tokenizer.save(str(file))
 
         settings = [self.texts("train"), self.captions("train"), self.vocab_size]
-        file = self._cached("tokenizer", settings, write, ".json")
+        file = self.cached("tokenizer", settings, write, ".json")
         special_tokens = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
         fast = PreTrainedTokenizerFast(tokenizer_file=str(file), padding_side="left", **special_tokens)
         add_image_tokens(fast, IMAGE_TOKENS)
@@ -204,11 +214,13 @@ class Data:
     def autoencoder(self, kind: str) -> AutoencoderKL | VQModel:
         """The `AutoencoderKL` (`"kl"`) or its discrete twin (`"vq"`), trained by `examples/train_vae.py`."""
         folder = self.autoencoder_folder(kind)
-        if not (folder / "results.json").is_file():  # written last; an interrupted training continues
-            where = ["--dataset_name", str(self._written_pictures()), "--output_dir", str(folder)]
-            command = [sys.executable, str(TRAIN_VAE), *self.autoencoder_flags(kind), *where]
-            # One thread, so that the weights do not depend on the number of cores.
-            subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / "lock"):
+            if not (folder / "results.json").is_file():  # written last; an interrupted training continues
+                where = ["--dataset_name", str(self._written_pictures()), "--output_dir", str(folder)]
+                command = [sys.executable, str(TRAIN_VAE), *self.autoencoder_flags(kind), *where]
+                # One thread, so that the weights do not depend on the number of cores.
+                subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         return (AutoencoderKL if kind == "kl" else VQModel).from_pretrained(folder / "vae").eval()
 
     def autoencoder_flags(self, kind: str) -> list[str]:
@@ -237,7 +249,7 @@ class Data:
         def write(file: Path) -> None:
             Dataset.from_list([*rows()], features=Features({"image": Image()})).to_parquet(file)
 
-        return self._cached("pictures", asdict(pictures), write, ".parquet")
+        return self.cached("pictures", asdict(pictures), write, ".parquet")
 
     def latents(self, split: str) -> np.ndarray:
         """Latents, float32 `(num_pictures, channels, height, width)`, normalized to mean 0 and variance 1."""
@@ -270,7 +282,7 @@ class Data:
 
         name = {"kl": "latents", "vq": "codes"}[kind]
         settings = [hashlib.sha256(weights).hexdigest(), asdict(pictures)]
-        return np.load(self._cached(name, settings, write, ".npy"))
+        return np.load(self.cached(name, settings, write, ".npy"))
 
     @torch.no_grad()
     def ceiling(self, kind: str) -> dict[str, float]:

@@ -40,6 +40,11 @@ def scale_of(size: str) -> str:
     raise ValueError(f"`size` must be one of {', '.join((*SMALL_SIZES, *PAPER_SIZES))}; got {size!r}.")
 
 
+def num_image_tokens(size: str) -> int:
+    """Patches of 2×2 of a picture, the paper's default."""
+    return (IMAGES[scale_of(size)]["sample_size"] // 2) ** 2
+
+
 def decoder_config(size: str, tokenizer: PreTrainedTokenizerBase) -> LlamaConfig:
     """
     The transformer of a size: Llama blocks, as Llama 2 without shared embeddings. Adds the image tokens that the

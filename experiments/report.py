@@ -1,10 +1,9 @@
-"""What the tables say: means and spreads over seeds, the paper's claims judged, and plots of every metric."""
+"""Pages of results: means and spreads over seeds, verdicts on the paper's claims, and plots of every metric."""
 
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,21 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import parity
-import torch
-from runs import Settings
+from runs import Settings, read_lines
 
-# What a higher value of each metric means, and how the table calls it.
+# By metric: 1 if more is better, −1 if less is, and its title.
 METRICS = {
     "perplexity": (-1, "perplexity ↓"),
     "captioned": (1, "captions right ↑"),
     "cider": (1, "CIDEr (words) ↑"),
     "drawn": (1, "drawn right ↑"),
     "frechet_distance": (-1, "Fréchet distance ↓"),
+}
+# At the end of a run, at other scales of guidance.
+AT_SCALES = {
+    f"{name}@{scale}": (METRICS[name][0], f"{METRICS[name][1][:-2]} at {scale} {METRICS[name][1][-1]}")
+    for name in ("drawn", "frechet_distance")
+    for scale in (1, 2, 5)
 }
 
 
@@ -55,100 +59,125 @@ class Table:
     claims: list[Claim]
 
 
-def lines_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+@dataclass(frozen=True)
+class Row:
+    """The finished runs of a row, one for each seed."""
+
+    folders: list[Path]
+
+    @cached_property
+    def done(self) -> list[dict[str, Any]]:
+        return [json.loads((folder / "done.json").read_text()) for folder in self.folders]
+
+    @cached_property
+    def curves(self) -> list[list[dict[str, Any]]]:
+        """The measurements of every run, those of diverged ones too."""
+        return [read_lines(folder / "metrics.jsonl") for folder in self.folders]
+
+    @property
+    def last(self) -> list[dict[str, Any]]:
+        """The last measurement of each run that did not diverge."""
+        return [done["last"] for done in self.done if not done["has_diverged"]]
+
+    def values(self, metric: str) -> list[float]:
+        return [line[metric] for line in self.last if metric in line]
 
 
 def write_table(
-    name: str, table: Table, folders: dict[str, list[Path]], results: Path, command: str, ceilings: dict[str, Any]
+    name: str,
+    table: Table,
+    folders: dict[str, list[Path]],
+    results: Path,
+    command: str,
+    ceilings: dict[str, dict[str, float]],
 ) -> Path:
     """`results/<name>.md` and `.png`."""
-    metrics = [
-        m for m in METRICS if all(m in lines_of(f)[-1] for row in folders.values() for f in row if _is_whole(f))
-    ]
-    lines = [f"# {name}: {table.title}", "", _setting(command, folders), ""]
-    heads = ["row", *(METRICS[m][1] for m in metrics), "parameters", "tokens", "FLOPs", "seconds"]
-    lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for row, runs in folders.items():
-        lines.append("| " + " | ".join([row, *_cells(runs, metrics, table.paper.get(row, {}))]) + " |")
+    rows = {row: Row(runs) for row, runs in folders.items()}
+    found = {metric for row in rows.values() for line in row.last for metric in line}
+    metrics = [metric for metric in METRICS if metric in found]
+    at_scales = [metric for metric in AT_SCALES if metric in found]
+    lines = [f"# {name}: {table.title}", "", _setting(command, rows), ""]
+    lines += _table("", metrics, {row: _cells(runs, metrics, table.paper.get(row, {})) for row, runs in rows.items()})
     lines += [
+        "Mean over seeds (lowest–highest); in brackets the paper's value on its own data, for the direction alone.",
         "",
-        "Mean over seeds (least–most); in brackets the paper's value on its own data, for the direction alone.",
-        "",
-        *_verdicts(table, folders, metrics),
-        *_guidance(folders),
-        f"Ceilings of the autoencoders: {json.dumps(ceilings)}.",
-        "",
-        f"![metrics over training]({name}.png)",
+        *_verdicts(table.claims, rows, [*metrics, *at_scales]),
     ]
-    return _save(results, name, lines, _plot(folders, metrics))
+    if at_scales:
+        cells = {row: _cells(runs, at_scales, {}) for row, runs in rows.items() if runs.values(at_scales[0])}
+        lines += ["Other scales of guidance:", "", *_table("", at_scales, cells)]
+    lines += ["| compute of a run | parameters | tokens | FLOPs | seconds of training |", "|---|---|---|---|---|"]
+    lines += [f"| {row} | {' | '.join(_compute(runs))} |" for row, runs in rows.items()]
+    lines += ["", *(f"Ceiling of the `{kind}` autoencoder: {_named(each)}." for kind, each in ceilings.items()), ""]
+    lines += [f"![metrics over training]({name}.png)"]
+    return _save(results, name, lines, _plot(rows, metrics))
 
 
-def _is_whole(folder: Path) -> bool:
-    return not json.loads((folder / "done.json").read_text())["has_diverged"]
-
-
-def _setting(command: str, folders: dict[str, list[Path]]) -> str:
-    runs = [folder for row in folders.values() for folder in row]
-    diverged = [folder.name for folder in runs if not _is_whole(folder)]
-    text = f"`{command}`, {date.today()}, {os.cpu_count()} cores, torch {torch.__version__}, {len(runs)} runs."
+def _setting(command: str, rows: dict[str, Row]) -> str:
+    done = [each for row in rows.values() for each in row.done]
+    dates, hardware, torch = (sorted({each[name] for each in done}) for name in ("date", "hardware", "torch"))
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    diverged = [
+        folder.name
+        for row in rows.values()
+        for folder, each in zip(row.folders, row.done, strict=True)
+        if each["has_diverged"]
+    ]
+    text = f"`{command}`, {when}, {', '.join(hardware)}, torch {', '.join(torch)}, {len(done)} runs."
     return text + (f" Diverged, and left out of the means: {', '.join(diverged)}." if diverged else "")
 
 
-def _values(runs: list[Path], metric: str) -> list[float]:
-    return [lines_of(folder)[-1][metric] for folder in runs if _is_whole(folder)]
-
-
-def _cells(runs: list[Path], metrics: list[str], paper: dict[str, Any]) -> Iterator[str]:
-    for metric in metrics:
-        values = _values(runs, metric)
-        text = f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})" if values else "diverged"
-        yield text + (f" [{paper[metric]}]" if metric in paper else "")
-    done = [json.loads((folder / "done.json").read_text()) for folder in runs]
-    last = done[0]["last"]
-    yield f"{done[0]['num_parameters']:,}"
-    yield f"{last.get('num_tokens', 0):,}"
-    yield f"{last.get('flops', 0):.2e}"
-    yield f"{np.mean([each['seconds'] for each in done]):.0f}"
-
-
-def _verdicts(table: Table, folders: dict[str, list[Path]], metrics: list[str]) -> Iterator[str]:
-    """A claim holds if the order is the paper's and the ranges over seeds do not overlap."""
-    if not table.claims:
-        return
-    yield "| claim | " + " | ".join(METRICS[m][1] for m in metrics) + " |"
+def _table(corner: str, metrics: Sequence[str], cells: dict[str, list[str]]) -> Iterator[str]:
+    titles = {**METRICS, **AT_SCALES}
+    yield f"| {corner} | " + " | ".join(titles[metric][1] for metric in metrics) + " |"
     yield "|---" * (len(metrics) + 1) + "|"
-    for claim in table.claims:
-        cells = []
-        for metric in metrics:
-            if metric not in claim.metrics:
-                cells.append("")
-                continue
-            sign = METRICS[metric][0]
-            better, worse = ([sign * x for x in _values(folders[row], metric)] for row in (claim.better, claim.worse))
-            if not better or not worse:
-                cells.append("diverged")
-            elif len(better) == 1 or len(worse) == 1:
-                cells.append("one seed")
-            elif min(better) > max(worse):
-                cells.append("holds")
-            else:
-                cells.append("does not hold" if max(better) < min(worse) else "within the spread")
-        yield f"| {claim.better} beats {claim.worse} | " + " | ".join(cells) + " |"
+    for name, row in cells.items():
+        yield f"| {name} | " + " | ".join(row) + " |"
     yield ""
 
 
-def _guidance(folders: dict[str, list[Path]]) -> Iterator[str]:
-    """Drawings at other scales of guidance; a scale that suits one family may spoil another's."""
-    found = {row: [lines_of(folder)[-1] for folder in runs if _is_whole(folder)] for row, runs in folders.items()}
-    names = sorted({name for lines in found.values() for line in lines for name in line if "@" in name})
-    if names:
-        yield "| at other scales of guidance | " + " | ".join(names) + " |"
-        yield "|---" * (len(names) + 1) + "|"
-    for row, lines in found.items():
-        if names and lines and names[0] in lines[0]:
-            yield f"| {row} | " + " | ".join(f"{np.mean([line[name] for line in lines]):.3g}" for name in names) + " |"
-    yield ""
+def _cells(row: Row, metrics: Sequence[str], paper: dict[str, Any]) -> list[str]:
+    cells = []
+    for metric in metrics:
+        text = "" if row.last else "diverged"
+        if values := row.values(metric):
+            text = f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})"
+        cells.append(text + (f" [{paper[metric]}]" if metric in paper else ""))
+    return cells
+
+
+def _compute(row: Row) -> Iterator[str]:
+    yield f"{row.done[0]['num_parameters']:,}"
+    for name, form in (("num_tokens", ",.0f"), ("flops", ".2e"), ("seconds", ",.0f")):
+        yield f"{np.mean([line[name] for line in row.last]):{form}}" if row.last else "diverged"
+
+
+def _named(numbers: dict[str, float]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in numbers.items())
+
+
+def _verdicts(claims: list[Claim], rows: dict[str, Row], metrics: list[str]) -> Iterator[str]:
+    """A claim holds if the order is the paper's and the ranges over seeds do not overlap."""
+    metrics = [metric for metric in metrics if any(metric in claim.metrics for claim in claims)]
+    cells = {}
+    for claim in claims:
+        pair = (rows[claim.better], rows[claim.worse])
+        verdicts = [_verdict(metric, *pair) if metric in claim.metrics else "" for metric in metrics]
+        cells[f"{claim.better} beats {claim.worse}"] = verdicts
+    if claims:
+        yield from _table("claim of the paper", metrics, cells)
+
+
+def _verdict(metric: str, better: Row, worse: Row) -> str:
+    sign = {**METRICS, **AT_SCALES}[metric][0]
+    high, low = ([sign * x for x in row.values(metric)] for row in (better, worse))
+    if not high or not low:
+        return "diverged"
+    if len(high) == 1 or len(low) == 1:
+        return "one seed"
+    if min(high) > max(low):
+        return "holds"
+    return "does not hold" if max(high) < min(low) else "within the spread"
 
 
 def _save(results: Path, name: str, lines: list[str], figure: plt.Figure) -> Path:
@@ -160,41 +189,36 @@ def _save(results: Path, name: str, lines: list[str], figure: plt.Figure) -> Pat
     return file
 
 
-def _plot(folders: dict[str, list[Path]], metrics: list[str]) -> plt.Figure:
+def _plot(rows: dict[str, Row], metrics: list[str]) -> plt.Figure:
     """Each metric over the steps, a line a seed."""
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=(4.2 * len(metrics), 3.6), squeeze=False, layout="constrained"
-    )
+    size = (4.2 * len(metrics), 3.6)
+    figure, axes = plt.subplots(1, len(metrics), figsize=size, squeeze=False, layout="constrained")
     for axis, metric in zip(axes[0], metrics, strict=True):
-        for i, (row, runs) in enumerate(folders.items()):
-            for seed, folder in enumerate(runs):
-                lines = lines_of(folder)
-                label = row if seed == 0 else None
-                axis.plot(
-                    [line["step"] for line in lines], [line[metric] for line in lines], f"C{i}.-", label=label, lw=1
-                )
+        for i, (name, row) in enumerate(rows.items()):
+            for seed, curve in enumerate(row.curves):
+                points = [(line["step"], line[metric]) for line in curve if metric in line]
+                if points:
+                    axis.plot(*zip(*points, strict=True), f"C{i}.-", label=None if seed else name, lw=1)
         axis.set(title=METRICS[metric][1], xlabel="step")
         if metric == "perplexity":
             axis.set_yscale("log")
-    axes[0, -1].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
-def write_figure5(folders: dict[str, list[Path]], results: Path, command: str) -> Path:
-    """`results/figure5.md` and `.png`, from the runs of table 3."""
-    whole = {row: [folder for folder in runs if _is_whole(folder)] for row, runs in folders.items()}
-    lines = ["# figure5: Metrics and compute", "", _setting(command, folders), ""]
-    lines += [
-        "| metric | slope, Transfusion | slope, Chameleon | parity FLOP ratio | paper |",
-        "|---|---|---|---|---|",
-    ]
+def write_figure5(table: Table, folders: dict[str, list[Path]], results: Path, command: str) -> Path:
+    """`results/figure5.md` and `.png`, from the runs of table 3 with all steps."""
+    rows = {name: Row(runs) for name, runs in folders.items()}
+    max_steps = max(settings.max_steps for settings in table.rows.values())
+    lines = ["# figure5: Metrics and compute", "", _setting(command, rows), ""]
+    lines += ["| metric | slope, Transfusion | slope, Chameleon | parity FLOP ratio | paper |", "|---" * 5 + "|"]
     figure, axes = plt.subplots(1, len(METRICS), figsize=(4.2 * len(METRICS), 3.6), layout="constrained")
     for axis, (metric, (sign, title)) in zip(axes, METRICS.items(), strict=True):
-        points: dict[str, parity.Points] = {family: {} for family in ("Transfusion", "Chameleon")}
-        for row, runs in whole.items():
-            family, _, size = row.partition(" ")
-            if family in points and runs:
-                points[family][size] = [(line["flops"], line[metric]) for line in (lines_of(run)[-1] for run in runs)]
+        points: dict[str, parity.Points] = {"transfusion": {}, "chameleon": {}}
+        for name, settings in table.rows.items():
+            if settings.max_steps == max_steps:
+                runs = [(line["flops"], line[metric]) for line in rows[name].last]
+                points[settings.family][settings.size] = runs
         lines.append(f"| {title} | {' | '.join(parity.row(*points.values(), sign))} | {PARITY.get(metric, '')} |")
         parity.plot(axis, points)
         axis.set_title(title)
@@ -202,8 +226,8 @@ def write_figure5(folders: dict[str, list[Path]], results: Path, command: str) -
     lines += [
         "",
         "Slopes of log metric over log FLOPs, with their standard error. The ratio is the share of Chameleon's FLOPs, "
-        "at its largest size, with which Transfusion's line reaches the same value; in brackets the 95 % interval "
-        "when seeds are drawn again.",
+        "at its largest size, with which Transfusion's line reaches the same value; in brackets the range of 95 % of "
+        "the ratios when seeds are drawn again, which leaves out how well a line fits.",
         "",
         "![metrics over compute](figure5.png)",
     ]

@@ -9,18 +9,20 @@ import os
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from data import Data
+from filelock import FileLock, Timeout
 from metrics import Judge
-from models import build_chameleon, build_llama, build_transfusion, num_flops, num_parameters
+from models import build_chameleon, build_llama, build_transfusion, num_flops, num_image_tokens, num_parameters
 from streams import MixedSteps, TokenRows, TransfusionRows
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from transfusion_hf import TransfusionTrainer
+from transfusion_hf.training.checkpoints import NotFiniteError
 
 FAMILIES = ("llama", "chameleon", "transfusion")
 SHOWN = ("perplexity", "captioned", "drawn", "frechet_distance")  # while a run is at work
@@ -33,15 +35,18 @@ class Settings:
         family (`str`): One of `FAMILIES`.
         size (`str`): One of `models.SIZES`.
         learning_rate (`float`)
-        seed (`int`, defaults to 0): Of weights, noise, and the order of the data.
         max_steps, tokens_per_step, max_length (`int`): Steps, tokens of a step as Transfusion counts them, and tokens
             of a packed row.
         num_measurements (`int`): Evenly spaced, the last one at the end.
+        seed (`int`, defaults to 0): Seeds weights, noise, and the order of the data.
+        gradient_accumulation_steps (`int`, defaults to 1): Parts of a step, for a device that cannot hold it.
         options (`dict`, *optional*): Fields of the model's configuration.
-        stream (`dict`, *optional*): Fields of `MixedSteps` and `TransfusionRows`, such as
-            `caption_first_probability` and `image_first_max_timesteps`.
-        guidance_scale (`float`, defaults to 3): Of drawings.
+        caption_first_probability (`float`, defaults to 0.8): §4.1.
+        image_first_max_timesteps (`int`, defaults to 500): Limit of t for pictures before their caption (§4.3.4).
         with_images (`bool`, defaults to `True`): `False`: text alone, for Chameleon as in Table 4.
+
+    Raises:
+        ValueError: an unknown family, or steps that the measurements or the parts do not divide.
     """
 
     family: str
@@ -52,47 +57,64 @@ class Settings:
     max_length: int
     num_measurements: int
     seed: int = 0
+    gradient_accumulation_steps: int = 1
     options: dict[str, Any] = field(default_factory=dict)
-    stream: dict[str, Any] = field(default_factory=dict)
-    guidance_scale: float = 3.0
+    caption_first_probability: float = 0.8
+    image_first_max_timesteps: int = 500
     with_images: bool = True
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"`family` must be one of {', '.join(FAMILIES)}; got {self.family!r}.")
-        if self.max_steps % self.num_measurements:
-            raise ValueError(
-                f"`max_steps` must be a multiple of `num_measurements`; got {self.max_steps}, {self.num_measurements}."
-            )
+        for name, divisor in (
+            ("max_steps", "num_measurements"),
+            ("tokens_per_step", "gradient_accumulation_steps"),
+        ):
+            number, parts = getattr(self, name), getattr(self, divisor)
+            if number < 1 or number % parts:
+                raise ValueError(f"`{name}` must be a multiple of `{divisor}`, {parts}; got {number}.")
 
 
 class _Measurements(TrainerCallback):
-    """Measures at even intervals, and stops a run that has diverged."""
+    """Measures at even intervals, counts the seconds of training, and stops a run that has diverged."""
 
-    def __init__(self, settings: Settings, file: Path, judge: Judge, processor: Any):
-        self.settings, self.file, self.judge, self.processor = settings, file, judge, processor
+    def __init__(self, settings: Settings, folder: Path, judge: Judge, processor: Any):
         self.interval = settings.max_steps // settings.num_measurements
-        self.is_finite = True
+        self.file, self.judge, self.processor = folder / "metrics.jsonl", judge, processor
+        self.has_diverged, self.seconds, self.since = False, 0.0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        lines = [line for line in read_lines(self.file) if line["step"] <= state.global_step]  # others come again
+        replace_text(self.file, "".join(json.dumps(line) + "\n" for line in lines))
+        self.seconds, self.since = lines[-1]["seconds"] if lines else 0.0, time.perf_counter()
 
     def on_step_end(self, args, state, control, model=None, **kwargs: Any) -> None:
         if state.global_step % self.interval:
             return
-        self.is_finite &= all(bool(weight.isfinite().all()) for weight in model.parameters())
-        if not self.is_finite:
-            control.should_training_stop = True
+        self.seconds += time.perf_counter() - self.since
+        if not all(weight.isfinite().all() for weight in model.parameters()):
+            self.has_diverged = control.should_training_stop = True
             return
         model.eval()
-        with torch.random.fork_rng():
-            is_last = state.global_step == state.max_steps
-            metrics = self.judge(model, self.processor, self.settings.guidance_scale, is_last)
+        try:
+            with torch.random.fork_rng():
+                metrics = self.judge(model, self.processor, is_last=state.global_step == state.max_steps)
+        except (ValueError, OverflowError) as error:  # finite weights so large that nothing behind them is finite
+            if isinstance(error, ValueError) and not any(word in str(error) for word in ("finite", "NaN")):
+                raise
+            self.has_diverged = control.should_training_stop = True
+            return
         model.train()
         num_tokens = int(state.num_input_tokens_seen)
-        line = {"step": state.global_step, "num_tokens": num_tokens, "flops": num_flops(model, num_tokens), **metrics}
+        flops = num_flops(model, num_tokens)
+        seconds = round(self.seconds, 1)
+        line = {"step": state.global_step, "num_tokens": num_tokens, "flops": flops, "seconds": seconds, **metrics}
         with open(self.file, "a") as lines:
             lines.write(json.dumps(line) + "\n")
         shown = ", ".join(f"{name} {line[name]:.3g}" for name in SHOWN if name in line)
         print(f"{self.file.parent.name}, step {state.global_step} of {state.max_steps}: {shown}", flush=True)
-        control.should_save = True
+        control.should_save = state.global_step < state.max_steps
+        self.since = time.perf_counter()
 
 
 def build(settings: Settings, data: Data) -> tuple[Any, Any, Any]:
@@ -101,8 +123,9 @@ def build(settings: Settings, data: Data) -> tuple[Any, Any, Any]:
     if settings.family == "transfusion":
         vae = data.autoencoder("kl")
         model, processor = build_transfusion(settings.size, tokenizer, vae, **settings.options)
-        limit = {name: x for name, x in settings.stream.items() if name == "image_first_max_timesteps"}
-        return model, processor, TransfusionRows(processor, settings.max_length, data.latents("train"), **limit)
+        latents, limit = data.latents("train"), settings.image_first_max_timesteps
+        rows = TransfusionRows(processor, settings.max_length, latents, image_first_max_timesteps=limit)
+        return model, processor, rows
     if settings.family == "chameleon":
         num_codes = {} if settings.with_images else {"num_image_codes": 0}
         model = build_chameleon(settings.size, tokenizer, **num_codes, **settings.options)
@@ -114,28 +137,38 @@ def build(settings: Settings, data: Data) -> tuple[Any, Any, Any]:
 
 def run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str, Any]:
     """
-    Trains and measures, or goes on, or reads what is there. Returns `done.json`: parameters, tokens, FLOPs, seconds,
-    whether the run diverged, and the last measurement.
+    Trains and measures, or goes on, or reads what is there. Returns `done.json`: parameters, whether the run diverged,
+    date, hardware, and the last measurement.
 
     Raises:
-        ValueError: `folder` is of other settings.
+        ValueError: `folder` holds a run with other settings, or another process is at work in it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _check_settings(settings, folder)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            return _run(settings, data, judge, folder)
+    except Timeout:
+        raise ValueError(
+            f"Another process is at work in {folder}; wait for its end, or pass another `--output_dir`."
+        ) from None
+
+
+def _run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str, Any]:
+    _check_settings({**asdict(settings), "data": data.identity(), "judge": judge.identity()}, folder)
     if (done := folder / "done.json").is_file():
         return json.loads(done.read_text())
     set_seed(settings.seed)
     model, processor, collate = build(settings, data)
-    stream = {name: x for name, x in settings.stream.items() if name != "image_first_max_timesteps"}
     steps = MixedSteps(
         data.passages("train", settings.max_length),
         data.captions("train"),
         data.tokenizer(),
-        settings.tokens_per_step,
+        settings.tokens_per_step // settings.gradient_accumulation_steps,
+        image_tokens=num_image_tokens(settings.size),
         seed=settings.seed,
-        **stream,
+        caption_first_probability=settings.caption_first_probability,
     )
-    measurements = _Measurements(settings, folder / "metrics.jsonl", judge, processor)
+    measurements = _Measurements(settings, folder, judge, processor)
     trainer_class = TransfusionTrainer if settings.family == "transfusion" else Trainer
     trainer = trainer_class(
         model,
@@ -146,26 +179,24 @@ def run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str,
         callbacks=[measurements],
     )
     trainer.remove_callback(PrinterCallback)  # it would print every logged loss; they are in `log.json`
-    last = get_last_checkpoint(folder / "checkpoints") if (folder / "checkpoints").is_dir() else None
-    _cut(folder / "metrics.jsonl", 0 if last is None else int(last.rpartition("-")[2]))
-    start = time.perf_counter()
+    # Whoever was broken off while it was saving has left a checkpoint without its state, and the one before.
+    whole = [file.parent for file in (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")]
+    last = max(whole, key=lambda checkpoint: int(checkpoint.name.rpartition("-")[2]), default=None)
     try:
-        trainer.train(resume_from_checkpoint=last)
-    except ValueError as error:  # `TransfusionTrainer` stops at the first loss or gradient that is not finite
-        if "finite" not in str(error):
-            raise
-        measurements.is_finite = False
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        trainer.train(resume_from_checkpoint=last and str(last))
+    except NotFiniteError:
+        measurements.has_diverged = True
+    lines = read_lines(folder / "metrics.jsonl")
     result = {
         "num_parameters": num_parameters(model),
-        "seconds": round(time.perf_counter() - start, 1),
-        "has_diverged": not measurements.is_finite,
+        "has_diverged": measurements.has_diverged,
+        "date": f"{date.today()}",
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores",
+        "torch": torch.__version__,
         "last": lines[-1] if lines else {},
     }
     (folder / "log.json").write_text(json.dumps(trainer.state.log_history))
-    part = folder / "done.part"
-    part.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(part, done)
+    replace_text(done, json.dumps(result, indent=2) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return result
 
@@ -175,7 +206,8 @@ def _arguments(settings: Settings, folder: Path) -> TrainingArguments:
     return TrainingArguments(
         str(folder),
         max_steps=settings.max_steps,
-        per_device_train_batch_size=1,  # of steps, each with all its documents
+        per_device_train_batch_size=1,  # of (parts of) steps, each with all its documents
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.05},
@@ -191,25 +223,33 @@ def _arguments(settings: Settings, folder: Path) -> TrainingArguments:
         report_to="none",
         remove_unused_columns=False,
         use_cpu=not torch.cuda.is_available(),
+        bf16=torch.cuda.is_available(),
         disable_tqdm=True,
         seed=settings.seed,
     )
 
 
-def _check_settings(settings: Settings, folder: Path) -> None:
-    file, now = folder / "settings.json", json.loads(json.dumps(asdict(settings)))
+def _check_settings(settings: dict[str, Any], folder: Path) -> None:
+    file, now = folder / "settings.json", json.loads(json.dumps(settings))
     if not file.is_file():
-        file.write_text(json.dumps(now, indent=2) + "\n")
+        replace_text(file, json.dumps(now, indent=2) + "\n")
     before = json.loads(file.read_text())
     for name in now:
         if before.get(name) != now[name]:
             raise ValueError(
-                f"{folder} is of a run with `{name}` {before.get(name)!r}, not {now[name]!r}; delete it, or pass "
+                f"{folder} holds a run with `{name}` {before.get(name)!r}; expected {now[name]!r}. Delete it, or pass "
                 "another `--output_dir`."
             )
 
 
-def _cut(file: Path, step: int) -> None:
-    """Leaves the measurements up to a checkpoint: those behind it will be made again."""
-    lines = file.read_text().splitlines() if file.is_file() else []
-    file.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step))
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The measurements of a `metrics.jsonl`. A line that a killed process left unfinished does not count."""
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def replace_text(file: Path, text: str) -> None:
+    """Writes a file that is whole whenever it is read."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    os.replace(part, file)

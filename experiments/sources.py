@@ -51,7 +51,7 @@ def fetch(folder: Path) -> None:
 
 def wikipedia(packages: Path) -> Iterator[str]:
     """The plain text of each article."""
-    sys.path.append(str(packages))
+    sys.path.insert(0, str(packages))
     try:
         from gensim.corpora.wikicorpus import filter_wiki
     finally:

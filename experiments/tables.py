@@ -12,10 +12,12 @@ The tables are those of arXiv 2408.11039. The small scale needs two cores and th
 
 import argparse
 import multiprocessing
+import os
+import shlex
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,14 @@ import torch
 from data import Data
 from metrics import Judge
 from models import LEARNING_RATES, PAPER_SIZES, SMALL_SIZES
-from report import METRICS, Claim, Table, write_figure5, write_table
+from report import AT_SCALES, METRICS, Claim, Table, write_figure5, write_table
 from runs import Settings, run
 from tqdm.auto import tqdm
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What differs between two cores and a cluster: numbers alone. `data` and `judge` are fields of these classes."""
+    """The numbers in which two cores and a cluster differ. `data` and `judge` are fields of these classes."""
 
     sizes: tuple[str, ...]
     size: str  # of tables with one size
@@ -40,6 +42,10 @@ class Scale:
     learning_rates: dict[str, float]
     options: dict[str, Any] = field(default_factory=dict)  # of Transfusion
     num_measurements: int = 6
+    gradient_accumulation_steps: int = 1
+    # A picture has four times as many codes as patches. With this share of the steps, Chameleon has the FLOPs of
+    # Transfusion.
+    equal_flops: float = 0.54
     data: dict[str, Any] = field(default_factory=dict)
     judge: dict[str, Any] = field(default_factory=dict)
 
@@ -75,19 +81,21 @@ SCALES = {
         4096,
         LEARNING_RATES,
         num_measurements=10,
+        gradient_accumulation_steps=125,
+        equal_flops=0.42,
         data={"scale": "paper", "vocab_size": 32_000, "vae_steps": 1_000_000},
         judge={"num_inference_steps": 250},
     ),
 }
-SWEPT_LEARNING_RATES = (1e-3, 2e-3, 4e-3)
-# A picture has four times as many codes as patches, so the same documents cost Chameleon about this much more.
-EQUAL_FLOPS = 0.5
+SWEPT_LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 IMAGES = ("captioned", "cider", "drawn", "frechet_distance")
 
 
-def _family(scale: Scale, family: str, size: str | None = None, **kwargs: Any) -> Settings:
+def _row(scale: Scale, family: str = "transfusion", size: str | None = None, **kwargs: Any) -> Settings:
+    if family == "transfusion":
+        kwargs["options"] = {"patch_size": 2, **scale.options, **kwargs.get("options", {})}
     return Settings(
         family,
         size or scale.size,
@@ -96,37 +104,41 @@ def _family(scale: Scale, family: str, size: str | None = None, **kwargs: Any) -
         tokens_per_step=scale.tokens_per_step,
         max_length=scale.max_length,
         num_measurements=scale.num_measurements,
+        gradient_accumulation_steps=scale.gradient_accumulation_steps,
         **kwargs,
     )
 
 
 def _transfusion(scale: Scale, size: str | None = None, **options: Any) -> Settings:
-    return _family(scale, "transfusion", size, options={"patch_size": 2, **scale.options, **options})
+    return _row(scale, size=size, options=options)
 
 
 def table3(scale: Scale) -> Table:
     rows = {}
     for size in scale.sizes:
         rows[f"Transfusion {size}"] = _transfusion(scale, size)
-        rows[f"Chameleon {size}"] = _family(scale, "chameleon", size)
-    fewer = round(EQUAL_FLOPS * scale.max_steps / scale.num_measurements) * scale.num_measurements
-    rows["Chameleon, equal FLOPs"] = replace(_family(scale, "chameleon"), max_steps=fewer)
+        rows[f"Chameleon {size}"] = _row(scale, "chameleon", size)
+    equal = f"Chameleon {scale.size}, equal FLOPs"
+    fewer = max(1, round(scale.equal_flops * scale.max_steps / scale.num_measurements)) * scale.num_measurements
+    rows[equal] = replace(_row(scale, "chameleon"), max_steps=fewer)
     last = scale.sizes[-1]
     paper = {
         f"Transfusion {last}": {"perplexity": "7.72, 4.28", "cider": 27.2, "frechet_distance": 16.8},
         f"Chameleon {last}": {"perplexity": "8.41, 4.69", "cider": 18.0, "frechet_distance": 29.6},
     }
-    claims = [Claim(f"Transfusion {size}", f"Chameleon {size}", tuple(METRICS)) for size in scale.sizes]
+    metrics = (*METRICS, *AT_SCALES)
+    claims = [Claim(f"Transfusion {size}", f"Chameleon {size}", metrics) for size in scale.sizes]
+    claims.append(Claim(f"Transfusion {scale.size}", equal, metrics))
     return Table("Transfusion and Chameleon by size", rows, paper, claims)
 
 
 def table4(scale: Scale) -> Table:
     stable = "+ stability changes"
     rows = {
-        "Llama 2": _family(scale, "llama"),
+        "Llama 2": _row(scale, "llama"),
         "+ diffusion (Transfusion)": _transfusion(scale),
-        stable: _family(scale, "chameleon", with_images=False),
-        "+ LM loss on image tokens (Chameleon)": _family(scale, "chameleon"),
+        stable: _row(scale, "chameleon", with_images=False),
+        "+ LM loss on image tokens (Chameleon)": _row(scale, "chameleon"),
     }
     values = ("10.1, 5.8", "10.4, 6.0", "11.0, 6.3", "11.8, 6.8")
     paper = {name: {"perplexity": value} for name, value in zip(rows, values, strict=True)}
@@ -183,7 +195,7 @@ def table7(scale: Scale) -> Table:
 
 def table8(scale: Scale) -> Table:
     limited = _transfusion(scale)
-    rows = {"no limit": replace(limited, stream={"image_first_max_timesteps": 1000}), "t ≤ 500": limited}
+    rows = {"no limit": replace(limited, image_first_max_timesteps=1000), "t ≤ 500": limited}
     paper = {
         "no limit": {"cider": 25.4, "frechet_distance": 16.7},
         "t ≤ 500": {"cider": 29.4, "frechet_distance": 16.5},
@@ -195,7 +207,7 @@ def table8(scale: Scale) -> Table:
 def order(scale: Scale) -> Table:
     """The paper has 0.8, and no ablation."""
     rows = {
-        f"caption first {share:g}": replace(_transfusion(scale), stream={"caption_first_probability": share})
+        f"caption first {share:g}": replace(_transfusion(scale), caption_first_probability=share)
         for share in (0.5, 1.0)
     }
     rows["caption first 0.8"] = _transfusion(scale)
@@ -213,9 +225,7 @@ def sweep(scale: Scale) -> Table:
     """A sweep over the same learning rates for each family, at the second size."""
     size = scale.sizes[min(1, len(scale.sizes) - 1)]
     rows = {
-        f"{family}, {rate:g}": replace(
-            _transfusion(scale, size) if family == "transfusion" else _family(scale, family, size), learning_rate=rate
-        )
+        f"{family}, {rate:g}": replace(_row(scale, family, size), learning_rate=rate)
         for family in scale.learning_rates
         for rate in SWEPT_LEARNING_RATES
     }
@@ -231,14 +241,16 @@ TABLES: dict[str, Callable[[Scale], Table]] = {
 def folder_of(settings: Settings, output_dir: Path) -> Path:
     """The folder depends only on the settings, so tables can share runs."""
     parts = [settings.family, settings.size, f"{settings.max_steps}", f"{settings.learning_rate:g}"]
-    extra = {**settings.options, **settings.stream, **({} if settings.with_images else {"images": False})}
-    parts += [f"{name}={value}" for name, value in sorted(extra.items())]
+    defaults = {each.name: each.default for each in fields(Settings) if each.default is not MISSING}
+    extra = {name: getattr(settings, name) for name in defaults if getattr(settings, name) != defaults[name]}
+    parts += [f"{name}={value}" for name, value in sorted({**settings.options, **extra}.items()) if name != "seed"]
     return output_dir / "runs" / "-".join([*parts, f"seed{settings.seed}"])
 
 
-def _on_one_core(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str, Any]:
+def _take_device(devices: Any) -> None:
+    """Prepares a process of the pool: one core, and one GPU if there are any."""
     torch.set_num_threads(1)
-    return run(settings, data, judge, folder)
+    os.environ["CUDA_VISIBLE_DEVICES"] = f"{devices.get()}"
 
 
 def all_runs(
@@ -257,10 +269,19 @@ def all_runs(
         for folder, settings in tqdm(todo.items(), desc="runs"):
             run(settings, data, judge, folder)
         return folders
-    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(_on_one_core, settings, data, judge, folder) for folder, settings in todo.items()]
-        for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
-            future.result()
+    context = multiprocessing.get_context("spawn")
+    devices = context.Queue()
+    for i in range(num_processes):
+        devices.put(i % max(1, torch.cuda.device_count()))
+    with ProcessPoolExecutor(num_processes, context, _take_device, (devices,)) as pool:
+        futures = {pool.submit(run, settings, data, judge, folder): folder for folder, settings in todo.items()}
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="runs"):
+                future.result()
+        except BaseException as error:  # else those that have not started would run to their end first
+            pool.shutdown(wait=False, cancel_futures=True)
+            error.add_note(f"in {futures[future]}" if isinstance(error, Exception) else "Call again to go on.")
+            raise
     return folders
 
 
@@ -277,6 +298,7 @@ def _prepare(table: Table, data: Data, judge: Judge) -> None:
         data.captions(split)
         for kind in kinds_of(table):
             data.latents(split) if kind == "kl" else data.codes(split)
+    judge.features  # noqa: B018
 
 
 def make(name: str, scale: Scale, args: argparse.Namespace, command: str) -> Path:
@@ -286,7 +308,7 @@ def make(name: str, scale: Scale, args: argparse.Namespace, command: str) -> Pat
     judge = Judge(data, scale.max_length, **scale.judge)
     folders = all_runs(table, args.seeds, data, judge, args.output_dir, args.num_processes)
     if name == "figure5":
-        return write_figure5(folders, args.results_dir, command)
+        return write_figure5(table, folders, args.results_dir, command)
     ceilings = {kind: data.ceiling(kind) for kind in kinds_of(table)}
     return write_table(name, table, folders, args.results_dir, command, ceilings)
 
@@ -295,21 +317,27 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=[*TABLES, "figure5", "all"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
     parser.add_argument("--scale", choices=[*SCALES], default="small")
     parser.add_argument("--max_steps", type=int, help="default: the scale's")
-    parser.add_argument("--num_processes", type=int, default=2, help="runs at the same time, each on one core")
+    parser.add_argument("--num_processes", type=int, default=max(2, torch.cuda.device_count()), help="runs at a time")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/experiments"))
-    parser.add_argument("--packages", type=Path, help="where the packages with the texts are, or are to be")
+    parser.add_argument("--packages", type=Path, help="folder of the text packages; missing ones are installed there")
     parser.add_argument("--results_dir", type=Path, default=Path("experiments/results"))
     args = parser.parse_args(argv)
     if args.scale == "paper" and not torch.cuda.is_available():
         parser.error("--scale paper needs GPUs; this machine has none")
+    for name in ("seeds", "num_processes"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
     scale = SCALES[args.scale]
-    if args.max_steps:
+    if args.max_steps is not None:
         scale = replace(scale, max_steps=args.max_steps)
+    if scale.max_steps < 1 or scale.max_steps % scale.num_measurements:
+        parser.error(f"--max_steps must be a multiple of {scale.num_measurements}; got {scale.max_steps}")
     for name in [*TABLES, "figure5"] if args.table == "all" else [args.table]:
-        print(make(name, scale, args, f"python experiments/tables.py {' '.join([name, *argv[1:]])}"))
+        words = [name if word == args.table else word for word in argv]
+        print(make(name, scale, args, f"python experiments/tables.py {shlex.join(words)}"))
 
 
 if __name__ == "__main__":

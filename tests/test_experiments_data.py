@@ -151,10 +151,11 @@ def test_nothing_is_left_of_a_computation_that_was_interrupted(data):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        data._cached("thing", 1, write, ".json")
-    file = data._cached("thing", 1, lambda file: file.write_text("whole") and None, ".json")
+        data.cached("thing", 1, write, ".json")
+    assert not [*data.folder.iterdir()]
+    file = data.cached("thing", 1, lambda file: file.write_text("whole") and None, ".json")
     assert file.read_text() == "whole"
-    assert data._cached("thing", 2, lambda file: file.write_text("other") and None, ".json") != file
+    assert data.cached("thing", 2, lambda file: file.write_text("other") and None, ".json") != file
 
 
 @pytest.fixture

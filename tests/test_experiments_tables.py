@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from tiny_experiments import make_packages, save_untrained
 from transformers import Trainer
 
@@ -19,8 +20,8 @@ import tables
 from data import Data
 from metrics import ASPECTS, Judge, ShapesFeatures
 from models import num_flops
-from report import Claim, Table, lines_of, write_figure5, write_table
-from runs import Settings, build, run
+from report import Claim, Table, write_figure5, write_table
+from runs import Settings, build, read_lines, run
 from tables import SCALES, TABLES, folder_of
 
 SIZES = {"max_steps": 4, "tokens_per_step": 200, "max_length": 128, "num_measurements": 2}
@@ -30,6 +31,10 @@ FAMILIES = {
     "chameleon": Settings("chameleon", "0.3M", 1e-3, **SIZES),
     "transfusion": Settings("transfusion", "0.3M", 1e-3, **SIZES, options={"patch_size": 2}),
 }
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return read_lines(folder / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +74,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("transfusion", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES)])
 def test_a_run_that_was_killed_goes_on_to_the_same_measurements(data, judge, tmp_path, family, monkeypatch):
     settings = FAMILIES[family]
     run(settings, data, judge, tmp_path / "whole")
@@ -85,28 +90,44 @@ def test_a_run_that_was_killed_goes_on_to_the_same_measurements(data, judge, tmp
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Trainer, "training_step", dies)
         run(settings, data, judge, tmp_path / "killed")
-    with open(tmp_path / "killed" / "metrics.jsonl", "a") as lines:  # of a step behind the checkpoint
-        lines.write('{"step": 4, "perplexity": 0}\n')
+    with open(tmp_path / "killed" / "metrics.jsonl", "a") as lines:  # a step behind the checkpoint, and half a line
+        lines.write('{"step": 4, "perplexity": 0}\n{"step"')
+    (tmp_path / "killed" / "checkpoints" / "checkpoint-3").mkdir()  # killed while it was saving
     run(settings, data, judge, tmp_path / "killed")
     whole, killed = lines_of(tmp_path / "whole"), lines_of(tmp_path / "killed")
-    assert whole == killed
+    for before, after in zip(whole, killed, strict=True):
+        assert {**before, "seconds": 0} == {**after, "seconds": 0}
 
 
 def test_a_folder_of_other_settings_and_unknown_ones_are_refused(data, judge, tmp_path):
     settings = FAMILIES["llama"]
     run(settings, data, judge, tmp_path)
-    with pytest.raises(ValueError, match=r"is of a run with `learning_rate` 0\.001, not 0\.002"):
+    with pytest.raises(ValueError, match=r"holds a run with `learning_rate` 0\.001; expected 0\.002. Delete it"):
         run(replace(settings, learning_rate=2e-3), data, judge, tmp_path)
+    with pytest.raises(ValueError, match=r"holds a run with `data` .*'num_pictures': 30.*; expected .*31"):
+        run(settings, replace(data, num_pictures=31), judge, tmp_path)
+    with pytest.raises(ValueError, match="holds a run with `judge`"):
+        run(settings, data, replace(judge, num_texts=1), tmp_path)
+    with FileLock(tmp_path / "lock"), pytest.raises(ValueError, match="Another process is at work in"):
+        run(settings, data, judge, tmp_path)
     with pytest.raises(ValueError, match="`family` must be one of llama, chameleon, transfusion; got 'gpt'"):
         replace(settings, family="gpt")
-    with pytest.raises(ValueError, match="`max_steps` must be a multiple of `num_measurements`; got 5, 2"):
+    with pytest.raises(ValueError, match="`max_steps` must be a multiple of `num_measurements`, 2; got 5"):
         replace(settings, max_steps=5)
+    with pytest.raises(ValueError, match="`tokens_per_step` must be a multiple of `gradient_accumulation_steps`, 3"):
+        replace(settings, gradient_accumulation_steps=3)
 
 
 def test_a_run_that_diverges_is_kept_as_such(data, judge, tmp_path):
     for family in ("llama", "transfusion"):
         result = run(replace(FAMILIES[family], learning_rate=1e30), data, judge, tmp_path / family)
         assert result["has_diverged"] and len(lines_of(tmp_path / family)) < 2
+
+
+def test_a_run_whose_gradient_is_not_finite_has_diverged(data, judge, tmp_path, monkeypatch):
+    norm = Trainer._get_grad_norm
+    monkeypatch.setattr(Trainer, "_get_grad_norm", lambda self, *args: norm(self, *args) * float("nan"))
+    assert run(FAMILIES["transfusion"], data, judge, tmp_path)["has_diverged"]
 
 
 def test_real_pictures_are_drawn_right_and_true_captions_are_right(data):
@@ -168,7 +189,8 @@ def test_tables_have_the_papers_rows_and_share_their_runs(scale, tmp_path):
     made = {name: table(SCALES[scale]) for name, table in TABLES.items()}
     folders = {folder_of(row, tmp_path) for table in made.values() for row in table.rows.values()}
     num_rows = sum(len(table.rows) for table in made.values())
-    assert len(folders) < num_rows, "some rows are the same run"
+    settings = {str(row) for table in made.values() for row in table.rows.values()}
+    assert len(folders) == len(settings) < num_rows, "the same folder for the same run alone"
     for table in made.values():
         assert {*table.paper} <= {*table.rows}
         assert {claim.better for claim in table.claims} | {claim.worse for claim in table.claims} <= {*table.rows}
@@ -179,11 +201,12 @@ def made_run(folder: Path, values: list[float], flops: int = 54, has_diverged: b
     folder.mkdir(parents=True)
     others = {"captioned": 1.0, "cider": 1.0, "frechet_distance": 1.0} if flops != 54 else {}
     lines = [
-        {"step": i, "num_tokens": 9, "flops": flops, "drawn": x, "perplexity": 9 - x, **others}
+        {"step": i, "num_tokens": 9, "flops": flops, "seconds": 1.0, "drawn": x, "perplexity": 9 - x, **others}
         for i, x in enumerate(values)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    done = {"num_parameters": 5, "seconds": 1.0, "has_diverged": has_diverged, "last": lines[-1]}
+    done = {"num_parameters": 5, "has_diverged": has_diverged, "last": lines[-1]}
+    done |= {"date": "2026-01-01", "hardware": "2 CPU cores", "torch": "2"}
     (folder / "done.json").write_text(json.dumps(done))
     return folder
 
@@ -197,27 +220,42 @@ def test_a_claim_holds_only_outside_of_the_spread(tmp_path):
     folders["d"].append(made_run(tmp_path / "d" / "2", [0.0, 5.0], has_diverged=True))
     claims = [Claim("a", "b", ("drawn", "perplexity")), Claim("a", "c", ("drawn",)), Claim("d", "b", ("drawn",))]
     table = Table("A table", dict.fromkeys(last, FAMILIES["llama"]), {"a": {"drawn": 0.99}}, claims)
-    file = write_table("tableX", table, folders, tmp_path / "results", "python tables.py tableX", {"kl": 1})
+    ceilings = {"kl": {"psnr": 30.0}}
+    file = write_table("tableX", table, folders, tmp_path / "results", "python tables.py tableX", ceilings)
     text = file.read_text()
-    assert "| a | 8.15 (8.1–8.2) | 0.85 (0.8–0.9) [0.99] | 5 | 9 | 5.40e+01 | 1 |" in text
+    assert "| a | 8.15 (8.1–8.2) | 0.85 (0.8–0.9) [0.99] |" in text and "| a | 5 | 9 | 5.40e+01 | 1 |" in text
     assert "| a beats b | holds | holds |" in text
     assert "| a beats c |  | within the spread |" in text
     assert "| d beats b |  | does not hold |" in text
     assert "Diverged, and left out of the means: 2." in text and "| d | 8.85 (8.8–8.9) | 0.15" in text
+    assert "Ceiling of the `kl` autoencoder: psnr 30." in text and "2026-01-01, 2 CPU cores, torch 2, 9 runs" in text
     assert (tmp_path / "results" / "tableX.png").stat().st_size > 5000
     folders["a"].pop()
     assert "one seed" in write_table("tableX", table, folders, tmp_path / "results", "x", {}).read_text()
 
 
+def test_a_row_without_pictures_leaves_the_other_rows_their_metrics(tmp_path):
+    folders = {"text": [made_run(tmp_path / "text", [1.0])], "both": [made_run(tmp_path / "both", [2.0])]}
+    for name, removed in (("metrics.jsonl", '"drawn": 1.0, '), ("done.json", '"drawn": 1.0, ')):
+        file = folders["text"][0] / name
+        file.write_text(file.read_text().replace(removed, ""))
+    table = Table("A table", dict.fromkeys(folders, FAMILIES["llama"]), {}, [])
+    text = write_table("tableX", table, folders, tmp_path, "x", {}).read_text()
+    assert "| text | 8 (8–8) |  |" in text and "| both | 7 (7–7) | 2 (2–2) |" in text and "claim" not in text
+
+
 def test_figure_5_has_a_fit_for_each_family(tmp_path):
-    folders = {}
-    for i, size in enumerate(("0.3M", "0.8M", "2M")):
-        for family, better in (("Transfusion", 2.0), ("Chameleon", 1.0)):
+    folders, rows = {}, {}
+    for i, size in enumerate(("0.1M", "0.3M", "0.8M")):
+        for family, better in (("transfusion", 2.0), ("chameleon", 1.0)):
             values = [better * 2**i * (1 + seed / 50) for seed in range(3)]
             runs = [made_run(tmp_path / family / size / str(seed), [0.0, x], 10**i) for seed, x in enumerate(values)]
-            folders[f"{family} {size}"] = runs
-    folders["Chameleon, equal FLOPs"] = [made_run(tmp_path / "equal", [0.0, 99.0], 50)]
-    text = write_figure5(folders, tmp_path, "python tables.py figure5").read_text()
+            folders[name := f"{family} {size}"] = runs
+            rows[name] = replace(FAMILIES[family], size=size)
+    folders["equal"] = [made_run(tmp_path / "equal", [0.0, 99.0], 50)]
+    rows["equal"] = replace(FAMILIES["chameleon"], size="0.8M", max_steps=2)
+    table = Table("A table", rows, {}, [])
+    text = write_figure5(table, folders, tmp_path, "python tables.py figure5").read_text()
     drawn = next(line for line in text.splitlines() if line.startswith("| drawn right"))
     # Ten times the FLOPs double the metric, so twice the metric is a tenth of the FLOPs.
     slope = r"0\.301 ± 0\.00\d"
@@ -227,6 +265,20 @@ def test_figure_5_has_a_fit_for_each_family(tmp_path):
     assert (tmp_path / "figure5.png").stat().st_size > 5000
 
 
+def stops(*args):
+    raise ValueError("no luck")
+
+
+def test_a_run_that_fails_stops_the_others_and_is_named(data, judge, tmp_path, monkeypatch):
+    """In processes, where the runs that wait would otherwise be made first."""
+    table = Table("A table", {f"{i}": replace(FAMILIES["llama"], seed=i) for i in range(6)}, {}, [])
+    table.rows.update({name: replace(row, learning_rate=float(name)) for name, row in table.rows.items()})
+    monkeypatch.setattr(tables, "run", stops)
+    with pytest.raises(ValueError, match="no luck") as caught:
+        tables.all_runs(table, 1, data, judge, tmp_path, 2)
+    assert "in " in caught.value.__notes__[0] and "llama-0.3M" in caught.value.__notes__[0]
+
+
 def test_a_table_is_one_command(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tables, "Data", lambda *args, **kwargs: data)
     monkeypatch.setitem(SCALES, "toy", replace(SCALES["toy"], tokens_per_step=200))
@@ -234,7 +286,7 @@ def test_a_table_is_one_command(data, tmp_path, monkeypatch, capsys):
     words += ["--output_dir", str(tmp_path), "--results_dir", str(tmp_path / "results")]
     tables.main(words)
     file = tmp_path / "results" / "table8.md"
-    assert "| no limit |" in file.read_text() and "Ceilings of the autoencoders" in file.read_text()
+    assert "| no limit |" in file.read_text() and "Ceiling of the `kl` autoencoder" in file.read_text()
     monkeypatch.setattr(runs, "build", lambda *_: pytest.fail("a second call makes no run"))
     file.unlink()
     tables.main(words)
@@ -243,6 +295,10 @@ def test_a_table_is_one_command(data, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             tables.main(["table8", "--scale", "paper"])
         assert "--scale paper needs GPUs" in capsys.readouterr().err
+    for wrong, message in ((["--max_steps", "7"], "multiple of 6; got 7"), (["--seeds", "0"], "at least 1; got 0")):
+        with pytest.raises(SystemExit):
+            tables.main(["table8", *wrong])
+        assert message in capsys.readouterr().err
 
 
 def test_the_noise_limit_reaches_the_batches(data):
@@ -251,4 +307,3 @@ def test_the_noise_limit_reaches_the_batches(data):
         _, _, collate = build(settings, data)
         rows[name] = collate.image_first_max_timesteps
     assert rows == {"no limit": 1000, "t ≤ 500": 500}
-    assert np.isfinite(data.latents("train")).all()

@@ -23,6 +23,7 @@ from transfusion_hf import (
     TransfusionTrainer,
     make_labels,
 )
+from transfusion_hf.training.checkpoints import NotFiniteError
 from transfusion_hf.training.trainer import _flops_per_token
 
 IMAGE = [tiny.BOI] + [tiny.IMG] * 4 + [tiny.EOI]
@@ -508,7 +509,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path):
     with torch.no_grad():
         model.lm_head.weight[7] = torch.nan
     run = exact_trainer(model, tmp_path, uneven_samples())
-    with pytest.raises(ValueError, match=r"The loss is nan after step 0 \(`lm_loss` nan"):
+    with pytest.raises(NotFiniteError, match=r"The loss is nan after step 0 \(`lm_loss` nan"):
         run.train()
     (file,) = tmp_path.glob("not-finite-0-0.pt")
     assert sorted(map(tuple, torch.load(file)["input_ids"].tolist())) == sorted(
@@ -516,7 +517,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path):
     )
     dataset = uneven_samples()
     dataset[3]["latents"][0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match=r"hold NaN or infinite values.*The batch is saved in .*not-finite-0-0\.pt"):
+    with pytest.raises(
+        NotFiniteError, match=r"hold NaN or infinite values.*The batch is saved in .*not-finite-0-0\.pt"
+    ):
         exact_trainer(tiny.model(), tmp_path / "data", dataset).train()
     assert torch.load(tmp_path / "data" / "not-finite-0-0.pt")["latents"].isnan().sum() == 1
 
@@ -595,7 +598,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path, max_grad_
     parameter = next(model.parameters())
     parameter.register_hook(lambda grad: grad * (math.inf if run.state.global_step == 2 else 1))
     with pytest.raises(
-        ValueError, match=r"The norm of the gradient is (nan|inf) after step 2\..*from the last checkpoi"
+        NotFiniteError, match=r"The norm of the gradient is (nan|inf) after step 2\..*from the last checkpoi"
     ):
         run.train()
     (last,) = tmp_path.glob("checkpoint-*")

@@ -74,6 +74,10 @@ class _RepeatableCollator:
             np.random.set_state(states[1])
 
 
+class NotFiniteError(ValueError):
+    """A training has a loss, a gradient or an image that is NaN or infinite, and stops before its weights are."""
+
+
 class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     """
     A `Trainer` that writes each checkpoint into `incomplete/` and renames it when it is whole, so a run killed at any
@@ -215,7 +219,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         is_scaled = self.accelerator.mixed_precision == "fp16"  # the scaler leaves such steps out
         if norm is not None and not is_scaled and not math.isfinite(norm):
-            raise ValueError(
+            raise NotFiniteError(
                 f"The norm of the gradient is {float(norm)} after step {self.state.global_step}. Lower the learning "
                 "rate or clip by `max_grad_norm`, and go on from the last checkpoint."
             )

@@ -16,7 +16,7 @@ from ..configuration_transfusion import TransfusionConfig
 from ..modality_transfusion import image_parameters
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..patching_transfusion import TransfusionTimestepEmbedding
-from .checkpoints import WholeCheckpointsTrainer
+from .checkpoints import NotFiniteError, WholeCheckpointsTrainer
 
 
 def shard_float32_parts(model: torch.nn.Module, mesh: DeviceMesh | None = None) -> set[torch.nn.Parameter]:
@@ -119,8 +119,9 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
 
     Raises:
         ValueError: settings that make the losses inexact, part images from their texts, or shard what must be whole;
-            resuming with another model or adapter; in the training, a gradient, a loss or an image that is not finite
-            (the batch of the latter two is saved), or a pass too short for a step.
+            resuming with another model or adapter; in the training, a pass too short for a step.
+        NotFiniteError: a `ValueError`: in the training, a gradient, a loss or an image that is not finite. The batch
+            of the latter two is saved.
     """
 
     def __init__(
@@ -204,7 +205,7 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             file = Path(self.args.output_dir, f"not-finite-{self.state.global_step}-{self.args.process_index}.pt")
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(inputs, file)
-            raise ValueError(f"{error} The batch is saved in {file}.") from error
+            raise NotFiniteError(f"{error} The batch is saved in {file}.") from error
         sums = self._train_sums if model.training else self._eval_sums
         sums.add(inputs, outputs, 0 if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
