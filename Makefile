@@ -34,7 +34,7 @@ evaluate: .venv/installed
 	$(EVALUATE) outputs/shapes-$(SHAPES_STEPS) -o outputs/evaluation/shapes --batch_size 50 --tasks shapes \
 		--num_samples $(NUM_SAMPLES)
 
-# That every table of the paper's comparisons can be made, at toy size. `experiments/README.md` has the real ones.
+# That every table of the paper's comparisons can be made, at toy size. docs/comparisons.md has the real ones.
 experiments: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/tables.py all --scale toy --seeds 1 \
 		--output_dir outputs/experiments-toy --results_dir outputs/experiments-toy/results
