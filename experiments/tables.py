@@ -253,22 +253,29 @@ def _take_device(devices: Any) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = f"{devices.get()}"
 
 
-def all_runs(
-    table: Table, num_seeds: int, data: Data, judge: Judge, output_dir: Path, num_processes: int
-) -> dict[str, list[Path]]:
-    """The folders of each row's runs, by seed; those that are missing are made, `num_processes` at a time."""
-    folders: dict[str, list[Path]] = {name: [] for name in table.rows}
+def folders_of(table: Table, num_seeds: int, output_dir: Path) -> dict[str, list[Path]]:
+    """The folders of each row's runs, by seed."""
+    return {
+        name: [folder_of(replace(settings, seed=seed), output_dir) for seed in range(num_seeds)]
+        for name, settings in table.rows.items()
+    }
+
+
+def make_runs(
+    tables: list[Table], num_seeds: int, data: Data, judge: Judge, output_dir: Path, num_processes: int
+) -> None:
+    """Makes the runs of the tables that are missing, `num_processes` at a time."""
     todo = {}
-    for seed in range(num_seeds):  # all rows of a seed before the next
-        for name, settings in table.rows.items():
-            settings = replace(settings, seed=seed)
-            folders[name].append(folder := folder_of(settings, output_dir))
-            todo[folder] = settings
-    _prepare(table, data, judge)
+    for table in tables:
+        for seed in range(num_seeds):  # all rows of a seed before the next
+            for settings in table.rows.values():
+                settings = replace(settings, seed=seed)
+                todo[folder_of(settings, output_dir)] = settings
+        _prepare(table, data, judge)
     if num_processes == 1:
         for folder, settings in tqdm(todo.items(), desc="runs"):
             run(settings, data, judge, folder)
-        return folders
+        return
     context = multiprocessing.get_context("spawn")
     devices = context.Queue()
     for i in range(num_processes):
@@ -282,7 +289,6 @@ def all_runs(
             pool.shutdown(wait=False, cancel_futures=True)
             error.add_note(f"in {futures[future]}" if isinstance(error, Exception) else "Call again to go on.")
             raise
-    return folders
 
 
 def kinds_of(table: Table) -> list[str]:
@@ -299,18 +305,6 @@ def _prepare(table: Table, data: Data, judge: Judge) -> None:
         for kind in kinds_of(table):
             data.latents(split) if kind == "kl" else data.codes(split)
     judge.features  # noqa: B018
-
-
-def make(name: str, scale: Scale, args: argparse.Namespace, command: str) -> Path:
-    """Makes the runs that are missing, and writes a table's page, or Figure 5's from the runs of table 3."""
-    table = TABLES["table3" if name == "figure5" else name](scale)
-    data = Data(args.output_dir, args.packages, **scale.data)
-    judge = Judge(data, scale.max_length, **scale.judge)
-    folders = all_runs(table, args.seeds, data, judge, args.output_dir, args.num_processes)
-    if name == "figure5":
-        return write_figure5(table, folders, args.results_dir, command)
-    ceilings = {kind: data.ceiling(kind) for kind in kinds_of(table)}
-    return write_table(name, table, folders, args.results_dir, command, ceilings)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -335,9 +329,24 @@ def main(argv: list[str] | None = None) -> None:
         scale = replace(scale, max_steps=args.max_steps)
     if scale.max_steps < 1 or scale.max_steps % scale.num_measurements:
         parser.error(f"--max_steps must be a multiple of {scale.num_measurements}; got {scale.max_steps}")
-    for name in [*TABLES, "figure5"] if args.table == "all" else [args.table]:
+    names = [*TABLES, "figure5"] if args.table == "all" else [args.table]
+    made = {name: TABLES["table3" if name == "figure5" else name](scale) for name in names}
+    data = Data(args.output_dir, args.packages, **scale.data)
+    judge = Judge(data, scale.max_length, **scale.judge)
+    make_runs([*made.values()], args.seeds, data, judge, args.output_dir, args.num_processes)
+    ceilings = {
+        kind: data.ceiling(kind) for kind in sorted({kind for table in made.values() for kind in kinds_of(table)})
+    }
+    for name, table in made.items():
         words = [name if word == args.table else word for word in argv]
-        print(make(name, scale, args, f"python experiments/tables.py {shlex.join(words)}"))
+        command = f"python experiments/tables.py {shlex.join(words)}"
+        folders = folders_of(table, args.seeds, args.output_dir)
+        if name == "figure5":
+            file = write_figure5(table, folders, args.results_dir, command)
+        else:
+            own = {kind: ceilings[kind] for kind in kinds_of(table)}
+            file = write_table(name, table, folders, args.results_dir, command, own)
+        print(file)
 
 
 if __name__ == "__main__":

@@ -275,7 +275,7 @@ def test_a_run_that_fails_stops_the_others_and_is_named(data, judge, tmp_path, m
     table.rows.update({name: replace(row, learning_rate=float(name)) for name, row in table.rows.items()})
     monkeypatch.setattr(tables, "run", stops)
     with pytest.raises(ValueError, match="no luck") as caught:
-        tables.all_runs(table, 1, data, judge, tmp_path, 2)
+        tables.make_runs([table], 1, data, judge, tmp_path, 2)
     assert "in " in caught.value.__notes__[0] and "llama-0.3M" in caught.value.__notes__[0]
 
 
