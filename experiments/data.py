@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -53,8 +53,7 @@ AUTOENCODERS = {
 KEPT = """--report_to none --eval_steps 1000000 --checkpointing_steps 500 --checkpoints_total_limit 1
     --resume_from_checkpoint latest"""
 AUTOENCODER_KINDS = {
-    # The paper has 1e-6. The decoder of a weight this low turns the small errors of small models into wrong colors.
-    "kl": {"small": "--kl_weight 1e-4", "paper": ""},
+    "kl": {"small": "", "paper": ""},
     "vq": {"small": "--vq --num_codes 512 --restart_codes_after 50", "paper": "--vq --restart_codes_after 50"},
 }
 
@@ -136,11 +135,11 @@ class Data:
                 unfinished.unlink(missing_ok=True)
         return file
 
-    def identity(self) -> dict[str, Any]:
-        """Whatever decides what the data are, for JSON."""
+    def identity(self, kinds: Sequence[str]) -> dict[str, Any]:
+        """All settings of the data of a model that needs these autoencoders, for JSON."""
         fields = {name: value for name, value in vars(self).items() if name in self.__dataclass_fields__}
         del fields["folder"], fields["packages"]
-        return {**fields, "texts": PACKAGES, "autoencoders": [self.autoencoder_flags(k) for k in AUTOENCODER_KINDS]}
+        return {**fields, "texts": PACKAGES, "autoencoders": [*map(self.autoencoder_flags, kinds)]}
 
     @cached_property
     def _documents(self) -> dict[str, list[str]]:

@@ -109,7 +109,7 @@ class Judge:
     guidance_scales: tuple[float, ...] = (1.0, 2.0, 3.0, 5.0)
 
     def identity(self) -> dict[str, Any]:
-        """Whatever decides what is measured, for JSON."""
+        """All settings of the measurements, for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "data"}
 
     @cached_property

@@ -75,6 +75,12 @@ class Settings:
             if number < 1 or number % parts:
                 raise ValueError(f"`{name}` must be a multiple of `{divisor}`, {parts}; got {number}.")
 
+    @property
+    def autoencoders(self) -> list[str]:
+        """Kinds of `Data.autoencoder` that the model needs."""
+        kinds = {"transfusion": ["kl"], "chameleon": ["vq"], "llama": []}
+        return kinds[self.family] if self.with_images else []
+
 
 class _Measurements(TrainerCallback):
     """Measures at even intervals, counts the seconds of training, and stops a run that has diverged."""
@@ -155,7 +161,9 @@ def run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str,
 
 
 def _run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str, Any]:
-    _check_settings({**asdict(settings), "data": data.identity(), "judge": judge.identity()}, folder)
+    _check_settings(
+        {**asdict(settings), "data": data.identity(settings.autoencoders), "judge": judge.identity()}, folder
+    )
     if (done := folder / "done.json").is_file():
         return json.loads(done.read_text())
     logging.disable_progress_bar()  # those of several runs would overwrite each other

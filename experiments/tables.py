@@ -87,7 +87,7 @@ SCALES = {
         judge={"num_inference_steps": 250},
     ),
 }
-SWEPT_LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+SWEPT_LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 
 
 IMAGES = ("captioned", "cider", "drawn", "frechet_distance")
@@ -222,10 +222,9 @@ def weight(scale: Scale) -> Table:
 
 
 def sweep(scale: Scale) -> Table:
-    """A sweep over the same learning rates for each family, at the second size."""
-    size = scale.sizes[min(1, len(scale.sizes) - 1)]
+    """The same learning rates for each family."""
     rows = {
-        f"{family}, {rate:g}": replace(_row(scale, family, size), learning_rate=rate)
+        f"{family}, {rate:g}": replace(_row(scale, family), learning_rate=rate)
         for family in scale.learning_rates
         for rate in SWEPT_LEARNING_RATES
     }
@@ -293,8 +292,7 @@ def make_runs(
 
 def kinds_of(table: Table) -> list[str]:
     """Kinds of the autoencoders that a table's models need."""
-    families = {row.family for row in table.rows.values() if row.with_images}
-    return [kind for kind, family in (("kl", "transfusion"), ("vq", "chameleon")) if family in families]
+    return sorted({kind for row in table.rows.values() for kind in row.autoencoders})
 
 
 def _prepare(table: Table, data: Data, judge: Judge) -> None:
