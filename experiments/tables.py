@@ -305,8 +305,7 @@ def _prepare(table: Table, data: Data, judge: Judge) -> None:
     judge.features  # noqa: B018
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
+def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=[*TABLES, "figure5", "all"])
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0")
@@ -323,10 +322,17 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1; got {getattr(args, name)}")
     scale = SCALES[args.scale]
-    if args.max_steps is not None:
-        scale = replace(scale, max_steps=args.max_steps)
-    if scale.max_steps < 1 or scale.max_steps % scale.num_measurements:
-        parser.error(f"--max_steps must be a multiple of {scale.num_measurements}; got {scale.max_steps}")
+    if args.max_steps is None:
+        args.max_steps = scale.max_steps
+    if args.max_steps < 1 or args.max_steps % scale.num_measurements:
+        parser.error(f"--max_steps must be a multiple of {scale.num_measurements}; got {args.max_steps}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    scale = replace(SCALES[args.scale], max_steps=args.max_steps)
     names = [*TABLES, "figure5"] if args.table == "all" else [args.table]
     made = {name: TABLES["table3" if name == "figure5" else name](scale) for name in names}
     data = Data(args.output_dir, args.packages, **scale.data)

@@ -51,7 +51,8 @@ from transfusion_hf.conversion.causal_lm import convert_causal_lm
 from transfusion_hf.hub.card import make_model_card
 
 ROOT = Path(__file__).parents[1]
-sys.path += [str(ROOT / "examples"), str(ROOT / "conversion")]
+sys.path += [str(ROOT / folder) for folder in ("examples", "conversion", "experiments")]
+import tables  # noqa: E402
 import train_vae  # noqa: E402
 
 TINY = ROOT / "tests" / "fixtures" / "tiny-transfusion"
@@ -69,6 +70,7 @@ NOT_RUN = {
     "distributed_config=DistributedConfig(tp_size=8)": "8 processes; test_processes.py has two",
     "--tp_size 8": "8 processes; test_processes.py has two",
     "examples/train_vae.py --train_dir photos": "the weights of VGG-16 and of MoCo; test_train_vae.py makes its own",
+    "experiments/tables.py": "hours; test_experiments_tables.py has stand-ins for the data",
     "transfusion app": "a server; test_app.py runs it",
     "--tasks wikipedia c4": "the weights of the judges; test_evaluation_*.py make their own",
 }
@@ -87,6 +89,7 @@ READERS = {
         (train.ModelArguments, train.DataArguments, train.PaperTrainingArguments)
     ).parse_args_into_dataclasses,
     "examples/train_vae.py": train_vae.parse_args,
+    "experiments/tables.py": tables.parse_args,
 }
 # What stands for `...` in a command.
 ELLIPSIS = "--tokenizer_name TOKENIZER --caption_dataset pictures --sample_size 16 --output_dir outputs/train"
