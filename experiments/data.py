@@ -18,12 +18,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from chameleon import encode_images
 from datasets import Dataset, Features, Image
 from diffusers import AutoencoderKL, VQModel
 from filelock import FileLock
@@ -262,13 +263,7 @@ class Data:
 
     def codes(self, split: str) -> np.ndarray:
         """The codes of the pictures, int64 `(num_pictures, height, width)`."""
-        vae: Any = self.autoencoder("vq")
-
-        def encode(pixel_values: torch.Tensor) -> torch.Tensor:
-            latents = vae.encode(pixel_values).latents
-            return vae.quantize(latents)[2][2].view(len(latents), *latents.shape[2:])
-
-        return self._encoded("vq", split, encode)
+        return self._encoded("vq", split, partial(encode_images, self.autoencoder("vq")))
 
     @torch.no_grad()
     def _encoded(self, kind: str, split: str, encode: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:

@@ -57,7 +57,7 @@ SCALES = {
         max_steps=3000,
         tokens_per_step=1024,
         max_length=256,
-        learning_rates={"llama": 4e-3, "chameleon": 8e-3, "transfusion": 4e-3},  # table `sweep`
+        learning_rates={"llama": 4e-3, "chameleon": 8e-3, "transfusion": 4e-3},  # of runs at 0.3M, until `sweep`
         # Errors of ε at high noise are magnified in x_0, and latents are not clipped (docs/front_ends.md).
         options={"prediction_type": "v_prediction"},
     ),
@@ -249,7 +249,9 @@ def folder_of(settings: Settings, output_dir: Path) -> Path:
 def _take_device(devices: Any) -> None:
     """Prepares a process of the pool: one core, and one GPU if there are any."""
     torch.set_num_threads(1)
-    os.environ["CUDA_VISIBLE_DEVICES"] = f"{devices.get()}"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    device = devices.get()
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[device] if device < len(visible) and visible[0] else f"{device}"
 
 
 def folders_of(table: Table, num_seeds: int, output_dir: Path) -> dict[str, list[Path]]:
@@ -271,7 +273,7 @@ def make_runs(
                 settings = replace(settings, seed=seed)
                 todo[folder_of(settings, output_dir)] = settings
         _prepare(table, data, judge)
-    if num_processes == 1:
+    if num_processes == 1 and torch.cuda.device_count() < 2:  # else the `Trainer` would take all GPUs
         for folder, settings in tqdm(todo.items(), desc="runs"):
             run(settings, data, judge, folder)
         return
