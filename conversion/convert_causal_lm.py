@@ -7,8 +7,9 @@ Turns a language model into a Transfusion that can learn to draw, and writes it 
 If the autoencoder comes without the scale of its latents, `--measure_vae_scale photos` measures it on a folder of
 pictures.
 
-MODEL is a folder or a repository of the Hub. The script reads and writes tensor by tensor, so the model may be larger
-than the memory. `--set prediction_type=v_prediction patch_encoder=unet` sets further fields of `TransfusionConfig`.
+MODEL is a folder or a repository of the Hub, in safetensors, or a GGUF file. The script reads and writes tensor by
+tensor, so the model may be larger than the memory; that of a GGUF file is in memory, in float32. `--set
+prediction_type=v_prediction patch_encoder=unet` sets further fields of `TransfusionConfig`.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionImageProcessor, measure_latent_scale
 from transfusion_hf.conversion.causal_lm import convert_causal_lm
+from transfusion_hf.conversion.gguf import find_gguf, load_gguf
 from transfusion_hf.data import load_rows
 
 NUM_MEASURED = 1000
@@ -44,7 +46,10 @@ def parse_fields(pairs: list[str]) -> dict:
 def check(model: str, output_dir: Path, revision: str | None) -> None:
     """Compares the logits of both models, which must fit into memory, in float32."""
     converted = TransfusionForCausalLMAndDiffusion.from_pretrained(output_dir)
-    original = AutoModelForCausalLM.from_pretrained(model, dtype=converted.dtype, revision=revision)
+    if (file := find_gguf(Path(model))) is None:
+        original = AutoModelForCausalLM.from_pretrained(model, dtype=converted.dtype, revision=revision)
+    else:
+        original = load_gguf(file)
     converted, original = converted.float(), original.float()
     ids = torch.randint(converted.config.image_start_token_id, (1, 64))
     ids = ids.clamp(max=original.config.vocab_size - 1)
@@ -70,7 +75,7 @@ def measure_vae_scale(vae: AutoencoderKL, pictures: str, image_column: str, side
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a folder or a repository of the Hub with a language model, in safetensors")
+    parser.add_argument("model", help="a language model: a folder or repository of the Hub, or a GGUF file")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--tokenizer", help="default: the model's own")
     parser.add_argument("--vae", help="an AutoencoderKL of diffusers; by default the model draws pixels")

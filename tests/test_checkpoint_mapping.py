@@ -19,7 +19,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
+    AutoTokenizer,
     Gemma3Config,
+    GgufConfig,
     LlamaConfig,
     LlavaConfig,
     T5Config,
@@ -435,3 +437,79 @@ def test_a_checkpoint_larger_than_the_memory_allowed_converts(tmp_path, tokenize
             )
         )
         assert torch.equal(after[: len(before)], before)
+
+
+@pytest.fixture
+def gguf_file(tmp_path, tokenizer) -> Path:
+    """A small Llama in 8 bits with its tokenizer, as llama.cpp writes them."""
+    gguf = pytest.importorskip("gguf")
+    model = causal_lm(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64)
+    config, state = model.config, model.state_dict()
+    file = tmp_path / "gguf" / "tiny.Q8_0.gguf"
+    file.parent.mkdir()
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    made = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(sorted(made["vocab"], key=made["vocab"].get))
+    writer.add_token_types([3] * 3 + [1] * (len(tokenizer) - 3))  # three special ones
+    writer.add_token_merges([" ".join(pair) for pair in made["merges"]])
+    for name in ("pad", "bos", "eos"):
+        getattr(writer, f"add_{name}_token_id")(getattr(tokenizer, f"{name}_token_id"))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in state.items():
+        stem, _, kind = name.rpartition(".")
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # its order of the halves of a head
+            tensor = tensor.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        array, form = tensor.numpy(), gguf.GGMLQuantizationType.F32
+        if array.ndim == 2:
+            form = gguf.GGMLQuantizationType.Q8_0
+            array = gguf.quantize(array, form)
+        writer.add_tensor(f"{names.get_name(stem)}.{kind}", array, raw_dtype=form)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def test_a_gguf_file_becomes_what_the_library_makes_of_it(gguf_file, tmp_path, tokenizer, capsys):
+    where = {"pretrained_model_name_or_path": gguf_file.parent, "gguf_file": gguf_file.name}
+    original = AutoModelForCausalLM.from_pretrained(**where, quantization_config=GgufConfig(dequantize=True)).float()
+    full = causal_lm(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64)
+    ids = torch.randint(3, 60, (2, 9))
+    torch.testing.assert_close(original(ids).logits, full(ids).logits, rtol=0, atol=0.05)
+    text = "a handwritten seven"
+    for source, output in ((gguf_file, tmp_path / "a"), (gguf_file.parent, tmp_path / "b")):
+        script.main([str(source), str(output), "--sample_size", "8", "--check"])
+        assert "difference of the text logits: 0\n" in capsys.readouterr().out
+        converted = TransfusionForCausalLMAndDiffusion.from_pretrained(output)
+        assert torch.equal(converted(ids).logits[..., : len(tokenizer)], original(ids).logits)
+        processor = TransfusionProcessor.from_pretrained(output)
+        assert processor.tokenizer(text).input_ids == AutoTokenizer.from_pretrained(**where)(text).input_ids
+
+
+def test_gguf_files_that_cannot_be_converted_are_refused(gguf_file, tmp_path):
+    output = tmp_path / "out"
+    other = gguf_file.with_name("other.gguf")
+    other.write_bytes(gguf_file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"holds 2 GGUF files: other\.gguf, tiny\.Q8_0\.gguf\. Pass the path of one"):
+        convert_causal_lm(gguf_file.parent, output, **IMAGES)
+    with pytest.raises(ValueError, match=r"other\.gguf is cut off, or no GGUF"):
+        convert_causal_lm(other, output, **IMAGES)
+    other.write_bytes(gguf_file.read_bytes().replace(b"blk.1.ffn_up.weight", b"blk.7.ffn_up.weight"))
+    with pytest.raises(ValueError, match=r"Tensors missing: model\.layers\.1\.mlp\.up_proj\.weight"):
+        convert_causal_lm(other, output, **IMAGES)
+    other.write_bytes(gguf_file.read_bytes().replace(b"llama", b"bloom"))
+    with pytest.raises(ValueError, match="bloom"):
+        convert_causal_lm(other, output, **IMAGES)
+    assert not output.exists()

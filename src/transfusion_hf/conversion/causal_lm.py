@@ -22,6 +22,7 @@ from ..modality_transfusion import image_name
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion, check_text_config, mean_row
 from ..processing_transfusion import IMAGE_TOKENS, TransfusionProcessor
 from ..vae.attach import attach_vae
+from .gguf import dequantised, find_gguf
 from .language_model import causal_lm_config, generation_values, init_patch_parts, refuse_unfit
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -176,7 +177,8 @@ def convert_causal_lm(
     [`from_causal_lm`]. `ValueError`, before anything is written, for what does not fit.
 
     Args:
-        pretrained_model_name_or_path (`str` or `os.PathLike`): A folder, or a repository of the Hub; safetensors.
+        pretrained_model_name_or_path (`str` or `os.PathLike`):
+            A folder or a repository of the Hub, in safetensors; or a GGUF file, or a folder that holds one.
         output_dir (`str` or `os.PathLike`): Must be empty or not exist; appears once all is written.
         tokenizer (*optional*): A tokenizer, or its folder or repository; defaults to the model's own.
         vae (*optional*): For [`attach_vae`].
@@ -192,6 +194,21 @@ def convert_causal_lm(
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"`dtype` must be one of {', '.join(map(str, DTYPES.values()))}; got {dtype!r}.")
     source = Path(pretrained_model_name_or_path)
+    if (file := find_gguf(source)) is not None:
+        with dequantised(file) as folder:
+            convert_causal_lm(
+                folder,
+                output_dir,
+                tokenizer,
+                vae,
+                pad_to_multiple_of,
+                dtype,
+                max_shard_size,
+                None,
+                image_tokens,
+                **kwargs,
+            )
+        return
     if is_remote := not source.is_dir():
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         source = Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
