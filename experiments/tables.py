@@ -87,7 +87,7 @@ SCALES = {
         judge={"num_inference_steps": 250},
     ),
 }
-SWEPT_LEARNING_RATES = (2e-3, 4e-3, 8e-3)
+SWEPT_LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 
 
 IMAGES = ("captioned", "cider", "drawn", "frechet_distance")
