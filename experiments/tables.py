@@ -87,7 +87,12 @@ SCALES = {
         judge={"num_inference_steps": 250},
     ),
 }
-SWEPT_LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)
+# Four for each family, moved by factors of two until the best one had neighbours on both sides.
+SWEPT_LEARNING_RATES = {
+    "llama": (1e-3, 2e-3, 4e-3, 8e-3),
+    "chameleon": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "transfusion": (1e-3, 2e-3, 4e-3, 8e-3),
+}
 
 
 IMAGES = ("captioned", "cider", "drawn", "frechet_distance")
@@ -222,11 +227,11 @@ def weight(scale: Scale) -> Table:
 
 
 def sweep(scale: Scale) -> Table:
-    """The same learning rates for each family."""
+    """As many learning rates for each family."""
     rows = {
         f"{family}, {rate:g}": replace(_row(scale, family), learning_rate=rate)
-        for family in scale.learning_rates
-        for rate in SWEPT_LEARNING_RATES
+        for family, rates in SWEPT_LEARNING_RATES.items()
+        for rate in rates
     }
     return Table("Learning rates", rows, {}, [])
 
