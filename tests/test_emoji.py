@@ -13,7 +13,9 @@ import emoji
 import emoji_data
 from emoji_data import CATEGORIES, NPM, load_emoji, load_picture, split
 
-CIRCLE = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><circle cx="36" cy="36" r="18" fill="red"/></svg>'
+CIRCLE = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><circle cx="36" cy="36" r="18" fill="red"/></svg>'
+)
 
 
 def make_packages(folder: Path, num_emoji: int = 20, **changes: str) -> Path:
@@ -75,7 +77,7 @@ def test_a_name_twice_and_a_category_that_does_not_exist_are_named(packages, tmp
     twice = make_packages(tmp_path, name="THING 2")
     with pytest.raises(ValueError, match="'thing 2' is the name of two emoji, 0001-FE0F and 0002-FE0F"):
         load_emoji(twice)
-    with pytest.raises(ValueError, match="`categories` must be some of Activities, .*, Flags, .*; got Cars"):
+    with pytest.raises(ValueError, match=r"`categories` must be some of Activities, .*, Flags, .*; got Cars"):
         load_emoji(packages, ("Cars", "Objects"))
 
 
@@ -83,7 +85,7 @@ def test_the_folders_are_those_that_transfusion_train_reads(packages, tmp_path, 
     emoji_data.main([str(tmp_path), "--packages", str(packages), "--image_size", "16"])
     assert "train: 18 emoji" in capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "train" / "metadata.jsonl").read_text().splitlines()]
-    train, held_out = split(load_emoji(packages))
+    train, _ = split(load_emoji(packages))
     assert {row["text"] for row in rows} == {wording for one in train for wording in one.wordings}
     assert Image.open(tmp_path / "held_out" / "000000.png").size == (16, 16)
 
