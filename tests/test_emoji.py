@@ -6,20 +6,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import emoji
 import emoji_data
+import judge_emoji
 from emoji_data import CATEGORIES, NPM, load_emoji, load_picture, split
 
-CIRCLE = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 72 72"><circle cx="36" cy="36" r="18" fill="red"/></svg>'
-)
+SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {0}">{1}</svg>'
+
+
+def color(i: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(i).integers(0, 200, 3).tolist())
 
 
 def make_packages(folder: Path, num_emoji: int = 20, **changes: str) -> Path:
-    """Emoji whose pictures are gray squares on nothing; the first OpenMoji is a circle."""
+    """Emoji whose pictures are squares on nothing, each of its color; the first OpenMoji is a circle."""
     for name, version, *_ in NPM.values():
         (folder / name).mkdir(parents=True)
         (folder / name / "package.json").write_text(json.dumps({"version": version}))
@@ -30,7 +34,7 @@ def make_packages(folder: Path, num_emoji: int = 20, **changes: str) -> Path:
         entries.append({**entry, "unified": f"{i:04X}-FE0F", "image": f"{i:04x}.png"})
         for name in ("noto", "twemoji"):
             picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
-            picture.paste((10 * i, 0, 0, 255), (16, 16, 48, 48))
+            picture.paste((*color(i), 255), (16, 16, 48, 48))
             file = folder / NPM[name][0] / NPM[name][-1] / f"{i:04x}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             picture.save(file)
@@ -39,7 +43,7 @@ def make_packages(folder: Path, num_emoji: int = 20, **changes: str) -> Path:
     (folder / NPM["noto"][0] / "emoji.json").write_text(json.dumps(entries))
     svg = folder / "openmoji" / "color" / "svg"
     svg.mkdir(parents=True)
-    (svg / "0000.svg").write_text(CIRCLE)
+    (svg / "0000.svg").write_text(SVG.format(8, '<circle cx="4" cy="4" r="2" fill="red"/>'))
     (svg / "0001.svg").write_text("<svg")
     return folder
 
@@ -63,7 +67,7 @@ def test_a_picture_stands_on_white_in_three_hands(packages):
     first, second, third = load_emoji(packages)[:3]
     noto = np.asarray(load_picture(third, 32, packages=packages))
     assert noto.shape == (32, 32, 3)
-    assert noto[0, 0].tolist() == [255] * 3 and noto[16, 16].tolist() == [20, 0, 0] == noto[8, 23].tolist()
+    assert noto[0, 0].tolist() == [255] * 3 and noto[16, 16].tolist() == [*color(2)] == noto[8, 23].tolist()
     assert load_picture(third, 64, "twemoji", packages).size == (64, 64)
     circle = np.asarray(load_picture(first, 32, "openmoji", packages))
     assert circle[16, 16].tolist() == [255, 0, 0] and circle[2, 2].tolist() == [255] * 3
@@ -121,3 +125,56 @@ def test_the_example_trains_for_a_few_steps_on_real_emoji(tmp_path):
     names = {one.name for one in load_emoji()}
     assert {"red apple", "dog face", "automobile"} <= names and len(names) == 1026
     assert load_emoji(categories=CATEGORIES)[0].category in CATEGORIES
+
+
+class Network(torch.nn.Module):
+    """In the place of EfficientNet: the color of what stands on white."""
+
+    def extract_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.amin((2, 3), keepdim=True)
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch) -> judge_emoji.EmojiJudge:
+    packages = make_packages(tmp_path / "packages")
+    svg = packages / "openmoji" / "color" / "svg"
+    for i in range(20):
+        square = f'<rect x="16" y="16" width="32" height="32" fill="rgb{color(i)}"/>'
+        (svg / f"{i:04X}.svg").write_text(SVG.format(64, square))
+    monkeypatch.setattr(judge_emoji, "fetch_python", lambda *args: None)
+    monkeypatch.setattr(judge_emoji.EmojiJudge, "network", Network())
+    return judge_emoji.EmojiJudge(load_emoji(packages), packages, tmp_path / "judge.joblib")
+
+
+def test_the_judge_names_real_pictures_in_a_hand_it_has_not_seen(judge, tmp_path):
+    pictures = judge.pictures("twemoji")
+    features = judge.features(pictures)
+    assert judge.name(features) == [one.name for one in judge.emoji]
+    assert judge.ranks(features, judge.emoji).tolist() == [0] * 20
+    ranks = judge.ranks(judge.features(pictures[1:] + pictures[:1]), judge.emoji)
+    assert (ranks > 0).all() and judge_emoji.shares(ranks)["first"] == 0 < judge_emoji.shares(ranks)["among five"]
+    again = judge_emoji.EmojiJudge(judge.emoji, Path("nowhere"), tmp_path / "judge.joblib")
+    assert np.array_equal(again.ranks(features, judge.emoji), judge.ranks(features, judge.emoji))
+    with pytest.raises(ValueError, match=r"joblib is a judge of 20 emoji, not 5; delete it"):
+        judge_emoji.EmojiJudge(judge.emoji[:5], Path("nowhere"), tmp_path / "judge.joblib")
+
+
+def test_a_caption_is_right_in_any_wording_and_phrase_of_the_training(judge):
+    one = judge.emoji[3]
+    for caption in ("thing 3", "a small thing", "an emoji of a thing", f"{one.category.lower()}: thing 3 "):
+        assert judge_emoji.is_right(caption, one)
+    for caption in ("thing 4", "3", "a thing 3 and a thing", "food & drinks: thing 3"):
+        assert not judge_emoji.is_right(caption, one)
+
+
+def test_a_model_is_judged_on_names_of_both_sides(judge, tmp_path, capsys):
+    words = ["--output_dir", str(tmp_path / "model"), "--max_steps", "1", "--hidden_size", "64", "--num_hidden_layers"]
+    words += ["1", "--per_device_train_batch_size", "2", "--use_cpu", "true", "--packages", str(judge.packages)]
+    emoji.main(words)
+    arguments = [str(tmp_path / "model"), "--num_drawings", "6", "--num_inference_steps", "2"]
+    arguments += ["--packages", str(judge.packages), "--judge", str(tmp_path / "judge.joblib")]
+    results = judge_emoji.main(arguments)
+    assert json.loads((tmp_path / "model" / "results.json").read_text()) == results
+    assert results["chance"] == 0.05 and results["num_drawings"] == 6 and results["num_held_out"] == 2
+    assert results["real pictures, Twemoji"]["first"] == 1 and results["drawn"]["first"] < 0.5
+    assert results["drawn"]["read right"] == 0 and (tmp_path / "model" / "held_out.png").stat().st_size > 5000
