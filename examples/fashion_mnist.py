@@ -171,17 +171,15 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def plot(drawn: list[Image.Image], test: FashionMNIST, captions: list[str], file: Path) -> None:
     """Ten columns of drawings, a class each; below them test pictures with what was read, in red if it is wrong."""
     figure, axes = plt.subplots(8, 10, figsize=(11, 9.6))
-    for i, axis in enumerate(axes.ravel()):
-        row, column = divmod(i, 10)
-        picture = drawn[column + 10 * row] if row < 6 else test[i - 60]["image"]
-        axis.imshow(picture.convert("L"), cmap="gray_r", vmin=0, vmax=255)
+    for axis in axes.ravel():
         axis.set(xticks=[], yticks=[])
-        if row == 0:
-            axis.set_title(CLASSES[column], fontsize=9)
-        if row >= 6:
-            axis.set_xlabel(
-                captions[i - 60], fontsize=8, color="k" if captions[i - 60] == test[i - 60]["text"] else "r"
-            )
+    for axis, picture in zip(axes[:6].ravel(), drawn, strict=False):
+        axis.imshow(picture.convert("L"), cmap="gray_r", vmin=0, vmax=255)
+    for axis, title in zip(axes[0], CLASSES, strict=True):
+        axis.set_title(title, fontsize=9)
+    for i, (axis, text) in enumerate(zip(axes[6:].ravel(), captions, strict=False)):
+        axis.imshow(test[i]["image"], cmap="gray_r", vmin=0, vmax=255)
+        axis.set_xlabel(text, fontsize=8, color="k" if text == test[i]["text"] else "r")
     figure.savefig(file, dpi=100, bbox_inches="tight")
     plt.close(figure)
 

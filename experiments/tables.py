@@ -90,7 +90,7 @@ SCALES = {
 # Four for each family, moved by factors of two until the best one had neighbours on both sides.
 SWEPT_LEARNING_RATES = {
     "llama": (1e-3, 2e-3, 4e-3, 8e-3),
-    "chameleon": (2e-3, 4e-3, 8e-3, 1.6e-2),
+    "chameleon": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "transfusion": (1e-3, 2e-3, 4e-3, 8e-3),
 }
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from fashion_mnist import CLASSES, PACKAGE, Classifier, FashionMNIST, main
+import fashion_mnist
+from fashion_mnist import CLASSES, PACKAGE, Arguments, Classifier, FashionMNIST, main
 
 
 def make_package(folder: Path) -> Path:
@@ -75,3 +76,18 @@ def test_the_real_package_has_60_000_pictures():
     assert (len(train), len(test)) == (60_000, 10_000)
     assert torch.from_numpy(train.labels).bincount().tolist() == [6000] * 10
     assert 70 < train.pixels.mean() < 75 and train[0]["text"] == "a boot"
+
+
+def test_real_pictures_are_judged_right(packages, tmp_path, monkeypatch):
+    train, test = FashionMNIST(packages, "train"), FashionMNIST(packages, "t10k")
+    Classifier.trained(train, tmp_path / "classifier.pt", num_epochs=12)
+    by_caption = {sample["text"]: sample["image"] for sample in map(train.__getitem__, range(100))}
+    monkeypatch.setattr(fashion_mnist, "draw", lambda _, __, captions, **___: [by_caption[c] for c in captions])
+    monkeypatch.setattr(fashion_mnist, "read", lambda _, __, samples, **___: [s["text"] for s in samples])
+    arguments = Arguments(output_dir=str(tmp_path / "run"), num_drawings=80, num_read=20, use_cpu=True)
+    (tmp_path / "run").mkdir()
+    results = fashion_mnist.judge(None, None, arguments, train, test)
+    assert results["drawn_right"] > 0.9 < results["classifier_accuracy"] and results["read_right"] == 1
+    monkeypatch.setattr(fashion_mnist, "draw", lambda *_, **__: [train[0]["image"]] * 80)
+    same = fashion_mnist.judge(None, None, arguments, train, test)
+    assert same["drawn_right"] < 0.2 and same["frechet_distance"] > 2 * results["frechet_distance"] > 0

@@ -1,0 +1,52 @@
+"""The examples on the packages with real weights and pictures, for a few steps: `make test-real`."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+import emoji
+import fashion_mnist
+import judge_emoji
+import smollm2_emoji
+from emoji_data import load_emoji
+
+pytestmark = pytest.mark.slow
+FEW = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--use_cpu", "true"]
+
+
+@pytest.fixture(autouse=True)
+def skip_without_packages():
+    """A package that cannot be had is the reason of a skip."""
+    try:
+        yield
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def test_an_emoji_model_is_trained_and_judged(tmp_path):
+    folder = tmp_path / "model"
+    emoji.main(["--output_dir", str(folder), *FEW, "--hidden_size", "64", "--num_hidden_layers", "1"])
+    few = ["--categories", "Activities", "--num_drawings", "5", "--num_inference_steps", "2"]
+    results = judge_emoji.main([str(folder), *few, "--judge", str(tmp_path / "judge.joblib")])
+    assert results["chance"] == pytest.approx(1 / len(load_emoji(categories=("Activities",))))
+    assert results["real pictures, moved"]["first"] > 0.5 < results["real pictures, Twemoji"]["among five"]
+    assert results["drawn"]["first"] < 0.5
+
+
+def test_fashion_mnist_is_drawn_read_and_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr(fashion_mnist.Classifier.trained.__func__, "__defaults__", (1,))  # epochs
+    few = ["--output_dir", str(tmp_path / "run"), *FEW, "--num_drawings", "20", "--num_read", "20"]
+    results = fashion_mnist.main([*few, "--num_inference_steps", "2"])
+    assert results["classifier_accuracy"] > 0.85 and results["drawn_right"] < 0.5
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+
+
+def test_smollm2_keeps_its_text(tmp_path):
+    results = smollm2_emoji.main(["--output_dir", str(tmp_path), *FEW])
+    assert results["text_logits_are_equal"] is True
+    assert all(answer["before"] == answer["after"] != "" for answer in results["chat"])
+    assert "Paris" in results["chat"][0]["before"]
+    assert (tmp_path / "model" / "model.safetensors").is_file()
