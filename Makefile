@@ -7,7 +7,8 @@ SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 # for a browser or for other processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo demo-vae evaluate experiments test test-demo test-slow test-newest browser lint docs clean
+.PHONY: demo demo-vae evaluate experiments emoji smollm2-emoji test test-demo test-real test-slow test-newest browser
+.PHONY: lint docs clean
 
 demo: .venv/installed
 	$(BIN)/python examples/quickstart.py
@@ -39,6 +40,18 @@ experiments: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/tables.py all --scale toy --seeds 1 \
 		--output_dir outputs/experiments-toy --results_dir outputs/experiments-toy/results
 
+# Emoji from scratch: hours on two cores. It goes on where it was broken off; a smaller EMOJI_STEPS takes less time.
+EMOJI_STEPS ?= 12000
+emoji: .venv/installed
+	OMP_NUM_THREADS=2 $(BIN)/python examples/emoji.py --max_steps $(EMOJI_STEPS) --output_dir \
+		outputs/emoji-$(EMOJI_STEPS) --resume_from_checkpoint true
+	$(BIN)/python examples/judge_emoji.py outputs/emoji-$(EMOJI_STEPS)
+
+# A language model that learns to draw emoji: hours on two cores. It goes on where it was broken off.
+smollm2-emoji: .venv/installed
+	OMP_NUM_THREADS=2 $(BIN)/python examples/smollm2_emoji.py
+	$(BIN)/python examples/judge_emoji.py outputs/smollm2-emoji/model
+
 test: .venv/installed
 	$(PYTEST)
 
@@ -48,6 +61,10 @@ test-demo: .venv/installed
 
 test-slow: .venv/installed
 	$(PYTEST) -m slow
+
+# The examples on real weights and pictures, a few steps each. What cannot be fetched is skipped.
+test-real: .venv/installed
+	$(PYTEST) -m slow --dist load tests/test_real_material.py
 
 # Chromium of Debian, for the tests of the page; without it they are skipped.
 browser:
