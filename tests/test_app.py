@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import runpy
 import shutil
 import socket
 import sys
@@ -249,6 +250,22 @@ def test_the_command_starts_the_page(monkeypatch):
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **kwargs: launched.update(kwargs))
     assert main(["app", TINY, "--device", "cpu", "--host", "0.0.0.0", "--port", "7000", "--share"]) == 0
     assert (launched["server_name"], launched["server_port"], launched["share"]) == ("0.0.0.0", 7000, True)
+
+
+def test_the_space_shows_the_model_that_its_variable_names(monkeypatch):
+    launched = {}
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **kwargs: launched.update(title=self.title, **kwargs))
+    script = Path(__file__).parents[1] / "examples" / "space" / "app.py"
+    monkeypatch.delenv("MODEL", raising=False)
+    with pytest.raises(SystemExit, match="Set the Space's variable MODEL"):
+        runpy.run_path(str(script))
+    monkeypatch.setenv("MODEL", TINY)
+    runpy.run_path(str(script))
+    assert launched["server_name"] == "0.0.0.0" and "tiny-transfusion" in launched["title"]
+    card = (script.parent / "README.md").read_text()
+    pinned = (Path(__file__).parents[1] / "constraints.txt").read_text()
+    version = next(line for line in pinned.splitlines() if line.startswith("gradio==")).removeprefix("gradio==")
+    assert f"sdk_version: {version}" in card
 
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys):
