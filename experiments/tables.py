@@ -57,7 +57,7 @@ SCALES = {
         max_steps=3000,
         tokens_per_step=1024,
         max_length=256,
-        learning_rates={"llama": 2e-3, "chameleon": 8e-3, "transfusion": 4e-3},  # the best of `sweep`, at this size
+        learning_rates={"llama": 2e-3, "chameleon": 1.6e-2, "transfusion": 4e-3},  # the best of `sweep`, at this size
         # Errors of ε at high noise are magnified in x_0, and latents are not clipped (docs/front_ends.md).
         options={"prediction_type": "v_prediction"},
     ),
