@@ -14,15 +14,12 @@ from pathlib import Path
 
 import numpy as np
 from common import ema_callbacks, say_next, with_special_tokens
-from emoji_data import CATEGORIES, PACKAGES, Emoji, load_emoji, load_picture, split
+from emoji_data import CATEGORIES, PACKAGES, PHRASES, Emoji, load_emoji, load_picture, split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import HfArgumentParser, LlamaConfig, PreTrainedTokenizerFast, TrainingArguments, set_seed
 
 from transfusion_hf import TransfusionDataCollator, TransfusionTrainer, new_transfusion
 from transfusion_hf.training.checkpoints import resume_from
-
-# Each wording may stand in such a phrase.
-PHRASES = ("{}", "{}", "a {}", "an emoji of a {}", "a picture of a {}", "{category}: {}")
 
 
 @dataclass

@@ -33,6 +33,8 @@ NPM = {
 CATEGORIES = (
     "Activities", "Animals & Nature", "Food & Drink", "Objects", "Smileys & Emotion", "Travel & Places",
 )  # fmt: skip
+# Of captions; each wording may stand in each.
+PHRASES = ("{}", "{}", "a {}", "an emoji of a {}", "a picture of a {}", "{category}: {}")
 
 
 @dataclass(frozen=True)

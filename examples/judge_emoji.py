@@ -19,8 +19,7 @@ import joblib
 import numpy as np
 import torch
 from common import draw, plt, read
-from emoji import PHRASES
-from emoji_data import CATEGORIES, PACKAGES, Emoji, load_emoji, load_picture, split
+from emoji_data import CATEGORIES, PACKAGES, PHRASES, Emoji, load_emoji, load_picture, split
 from package_data import fetch_python
 from PIL import Image
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis

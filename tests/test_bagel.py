@@ -1,12 +1,21 @@
-"""BAGEL: the naive twin reproduces what the released code computed from the same tiny weights."""
+"""
+BAGEL: the naive twin reproduces what the released code computed from the same tiny weights, and so does our class with
+BAGEL's options.
+"""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from reference_bagel import Bagel, Latents, Seen, Text, latents_of, windows_of
+from reference_bagel import Bagel, Latents, Seen, Text, latents_of, shifted, windows_of
 from safetensors.torch import load_file
+from transformers import Qwen3Config
+
+from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
+from transfusion_hf.conversion.bagel import reordered, transfusion_name
+from transfusion_hf.masking_transfusion import attention_block_ids, share_positions
+from transfusion_hf.patching_transfusion import sincos_positions
 
 FIXTURES = Path(__file__).parent / "fixtures" / "bagel"
 IDS = (300, 301, 302, 303)
@@ -93,3 +102,160 @@ def test_windows_and_latents_are_inverse():
     latents = torch.randn(3, 4, 6)
     assert torch.equal(latents_of(windows_of(latents)), latents)
     assert windows_of(latents)[1, 2].tolist() == latents[:, 2:4, 4:6].permute(1, 2, 0).flatten().tolist()
+
+
+PATCH = 304
+
+
+def block(rows: int = 4, columns: int = 6) -> list[int]:
+    return [302, *[PATCH] * (rows * columns), 303]
+
+
+@pytest.fixture(scope="module")
+def model(twin) -> TransfusionForCausalLMAndDiffusion:
+    """Our class with the tiny weights, in float64."""
+    llm = {name: value for name, value in twin.llm.items() if name not in ("model_type", "rope_theta")}
+    rope = {"rope_type": "default", "rope_theta": twin.llm["rope_theta"]}
+    config = TransfusionConfig(
+        text_config=Qwen3Config(**llm, rope_parameters=rope, head_dim=16, attention_bias=True),
+        latent_channels=16,
+        sample_size=[8, 12],
+        patch_size=2,
+        prediction_type="flow_prediction",
+        pos_embed_type="sincos",
+        timestep_embedding_level="hidden",
+        timestep_scale=1e-3,
+        untied_modalities=["image"],
+        untied_final_norm=True,
+        image_markers_in_block=True,
+        shared_image_position=True,
+        image_start_token_id=302,
+        image_token_id=PATCH,
+        image_end_token_id=303,
+    )
+    model = TransfusionForCausalLMAndDiffusion(config).double().eval()
+    state = {transfusion_name(name): reordered(name, value, 2) for name, value in twin.w.items()}
+    state.pop(None)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and all(name.endswith("o_proj.bias") for name in missing)
+    with torch.no_grad():
+        for name in missing:
+            model.get_parameter(name).zero_()
+    return model
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Norms and rotary embeddings of the library are in float32."""
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_class_writes_as_the_released_code(model, cases):
+    near(model(cases["text.ids"][None]).logits[0], cases["text.logits"])
+
+
+def test_positions_of_patches_are_those_of_the_checkpoint(twin):
+    table = twin.w["latent_pos_embed.pos_embed"]
+    torch.testing.assert_close(sincos_positions(8, 8, 64).double(), table, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "transfusion_varlen"])
+def test_blocks_with_their_markers_and_one_position_are_those_of_the_twin(model, twin, implementation):
+    torch.manual_seed(0)
+    first, second = torch.randn(16, 4, 4).double(), torch.randn(16, 8, 12).double()
+    segments = [Text([300, 5, 301]), Latents(windows_of(first)), Text([9, 8]), Latents(windows_of(second), 0.3)]
+    logits = twin.logits([*segments, Text([11, 12])])
+    velocity = latents_of(twin.velocity(segments[:3], windows_of(second), 0.3))
+    ids = torch.tensor([[300, 5, 301, *block(2, 2), 9, 8, *block(), 11, 12]])
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        # transformers' eager attention takes softmax in float32, where float64's mask of a pad is −∞.
+        layouts = [(ids, None), (padded, (padded != 0).long())][: 1 if implementation == "eager" else 2]
+        for one, mask in layouts:
+            positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+            output = model(
+                one,
+                latents=[first, second],
+                timesteps=torch.tensor([0.0, 300.0], dtype=torch.float64),
+                prediction_mask=torch.tensor([False, True]),
+                attention_mask=mask,
+                position_ids=positions,
+            )
+            near(output.image_predictions[0], velocity)
+            near(output.logits[0, -ids.shape[1] :][ids[0] != PATCH], logits[ids[0] != PATCH])
+    finally:
+        model.set_attn_implementation(before)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_the_class_draws_as_the_released_code(model, cases, use_cache):
+    times = [shifted(1 - i / 7, 3.0) for i in range(7)]
+    noise = cases["draw.plain.noise"].view(4, 6, 64)
+    kwargs = {"generation_mode": "image", "sigmas": times, "image_guidance_scale": 1.0, "pad_token_id": 0}
+    output = model.generate(
+        torch.tensor([PROMPT.ids]), init_noise=latents_of(noise)[None], use_cache=use_cache, **kwargs
+    )
+    near(output.images[0][0], cases["draw.plain.latents"])
+    assert output.sequences[0].tolist() == [*PROMPT.ids, *block()]
+
+
+def test_text_behind_images_goes_on_as_the_twin_with_and_without_cache(model, twin):
+    """Rows of different lengths: one has an image to read, both draw one and write on."""
+    torch.manual_seed(0)
+    image = torch.randn(16, 4, 4).double()
+    rows = [[300, 5, *block(2, 2), 9, 302], [300, 7, 302]]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    kwargs = {"latents": [image], "attention_mask": (ids != 0).long(), "pad_token_id": 0, "sigmas": [1.0, 0.5]}
+    kwargs |= {"image_guidance_scale": 1.0, "max_images": 1, "max_new_tokens": 25 + 4, "generator": None}
+    outputs = []
+    for use_cache in (True, False):
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        outputs.append(model.generate(ids, use_cache=use_cache, **{**kwargs, "generator": generators}))
+    cached, uncached = outputs
+    assert torch.equal(cached.sequences, uncached.sequences)
+    for i, context in enumerate(([Text([300, 5]), Latents(windows_of(image)), Text([9])], [Text([300, 7])])):
+        near(cached.images[i][0], uncached.images[i][0].double())
+        x = windows_of(torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(i))[0].double())
+        for t, after in ((1.0, 0.5), (0.5, 0.0)):
+            x = x + (after - t) * twin.velocity(context, x, t)
+        near(cached.images[i][0], latents_of(x))
+        new = cached.sequences[i, width + 25 :].tolist()
+        expected = []
+        for _ in range(4):
+            logits = twin.logits([*context, Latents(x), *([Text(expected)] if expected else [])])[-1]
+            logits[[302, 303, PATCH]] = -torch.inf
+            expected.append(int(logits.argmax()))
+        assert new == expected
+
+
+def test_positions_are_shared_once_and_documents_begin_anew(model):
+    ids = torch.tensor([[5, *block(1, 2), 6, 7, *block(1, 1), 8, 5, 302, PATCH, 303, 9]])
+    blocks = attention_block_ids(ids, model.config)
+    assert blocks.tolist() == [[-1, 0, 0, 0, 0, -1, -1, 1, 1, 1, -1, -1, 2, 2, 2, -1]]
+    positions = torch.tensor([[*range(11), *range(5)]])
+    shared, counted = share_positions(positions, blocks)
+    assert torch.equal(counted, positions)
+    assert shared.tolist() == [[0, 1, 1, 1, 1, 2, 3, 4, 4, 4, 5, 0, 1, 1, 1, 2]]
+    again, counted = share_positions(shared, blocks)
+    assert torch.equal(again, shared) and torch.equal(counted, positions)
+    lonely = torch.tensor([[0, 0, 1, 0]])  # documents of one token
+    assert all(torch.equal(each, lonely) for each in share_positions(lonely, torch.full((1, 4), -1)))
+
+
+@pytest.mark.parametrize("mode", ["interleaved", "text"])
+def test_a_single_row_is_read_alike_with_and_without_cache(model, twin, mode):
+    image = torch.randn(16, 4, 4, generator=torch.Generator().manual_seed(0)).double()
+    ids = torch.tensor([[300, 5, *block(2, 2), 9, *block(2, 2), 7]])
+    context = [Text([300, 5]), Latents(windows_of(image)), Text([9]), Latents(windows_of(-image)), Text([7])]
+    expected: list[int] = []
+    for _ in range(4):
+        logits = twin.logits([*context, *([Text(expected)] if expected else [])])[-1]
+        logits[[302, 303, PATCH]] = -torch.inf
+        expected.append(int(logits.argmax()))
+    for use_cache in (True, False):
+        kwargs = {"generation_mode": mode, "max_images": 0 if mode == "interleaved" else None, "pad_token_id": 0}
+        output = model.generate(ids, latents=[image, -image], max_new_tokens=4, use_cache=use_cache, **kwargs)
+        assert getattr(output, "sequences", output)[0, ids.shape[1] :].tolist() == expected

@@ -61,7 +61,7 @@ WINGS = {
     "kernels": set(),
     "cli": {"data", "training", "vae", "conversion", "hub", "inference", "evaluation"},
 }
-SHARED_SCRIPTS = {"common", "ratios"}
+SHARED_SCRIPTS = {"common", "emoji_data", "package_data", "ratios"}
 
 
 def imports_of(file: Path) -> list[ast.Import | ast.ImportFrom]:

@@ -33,6 +33,7 @@ _CHOICES: dict[str, list] = {
     "patch_encoder": ["linear", "unet"],
     "pos_embed_type": [None, "sincos"],
     "prediction_type": ["epsilon", "v_prediction", "sample", "flow_prediction"],
+    "timestep_embedding_level": ["patch", "hidden"],
     "untied_modalities": [None, [], ["image"]],
 }
 IMAGE_TOKEN_IDS = ("image_start_token_id", "image_token_id", "image_end_token_id")
@@ -98,6 +99,10 @@ class TransfusionConfig(PreTrainedConfig):
         pos_embed_type (`str`, *optional*):
             `"sincos"`: adds a two-dimensional sine-cosine embedding of row and column to each patch's vector.
         timestep_embedding_dim (`int`, defaults to 256): Number of sinusoids of t and width of their MLP; even.
+        timestep_embedding_level (`str`, defaults to `"patch"`):
+            With `"linear"`: `"patch"`: t is added before the linear layer, as wide as a patch (footnote 6).
+            `"hidden"`: behind it, as wide as the transformer.
+        timestep_scale (`float`, defaults to 1.0): Factor of t in the sinusoids; 1/T for t from 0 to 1.
         num_train_timesteps (`int`, defaults to 1000): T, the number of steps of the noise schedule.
         beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`): By diffusers' name; the default is cosine (Eq. 3).
         prediction_type (`str`, defaults to `"epsilon"`):
@@ -109,6 +114,12 @@ class TransfusionConfig(PreTrainedConfig):
         untied_modalities (`list[str]`, *optional*):
             `["image"]`: patches have separate projections, MLPs and norms in each layer, initialised as copies of the
             text's; attention is shared. `<BOI>` and `<EOI>` count as text. `None` or `[]`: all share all weights.
+        untied_final_norm (`bool`, defaults to `False`): With `untied_modalities`: the norm behind the last layer, too.
+        image_markers_in_block (`bool`, defaults to `False`):
+            Whether `<BOI>` and `<EOI>` belong to the block of their image: they see it and are seen by it.
+        shared_image_position (`bool`, defaults to `False`):
+            Whether all tokens of a block have one position, that of its first; the next token has the position after
+            it. What a model is given as `position_ids` counts all tokens, as everywhere.
         image_start_token_id, image_token_id, image_end_token_id (`int`, defaults to 32000, 32001 and 32002):
             Ids of `<BOI>`, of the placeholder for one patch, and of `<EOI>`.
         tie_word_embeddings (`bool`, *optional*):
@@ -136,12 +147,17 @@ class TransfusionConfig(PreTrainedConfig):
     unet_norm_num_groups: int | None = None
     pos_embed_type: str | None = None
     timestep_embedding_dim: int = 256
+    timestep_embedding_level: str = "patch"
+    timestep_scale: float | int = 1.0
     num_train_timesteps: int = 1000
     beta_schedule: str = "squaredcos_cap_v2"
     prediction_type: str = "epsilon"
     diffusion_loss_weight: float | int = 5.0
     bidirectional_image_attention: bool = True
     untied_modalities: list | None = None
+    untied_final_norm: bool = False
+    image_markers_in_block: bool = False
+    shared_image_position: bool = False
     image_start_token_id: int = 32000
     image_token_id: int = 32001
     image_end_token_id: int = 32002
@@ -237,6 +253,10 @@ class TransfusionConfig(PreTrainedConfig):
             f"`pos_embed_type='sincos'` needs a hidden size that is a multiple of 4; got {width}.":
                 self.pos_embed_type == "sincos" and width % 4,
             f"`diffusion_loss_weight` must not be negative; got {weight}.": weight < 0,
+            "`timestep_embedding_level='hidden'` needs `patch_encoder='linear'`: a U-Net takes t in its own blocks.":
+                self.timestep_embedding_level == "hidden" and self.patch_encoder != "linear",
+            "`untied_final_norm` needs `untied_modalities=['image']`.":
+                self.untied_final_norm and not self.untied_modalities,
             f"`sample_size` must be one integer or (height, width); got {size}.":
                 not isinstance(size, int) and len(size) != 2,
             **{f"`{name}` must lie inside the vocabulary, 0 to {vocab_size - 1}; got {value}. Enlarge "

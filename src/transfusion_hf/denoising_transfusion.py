@@ -32,7 +32,7 @@ from .diffusion_transfusion import (
     must_clip_x_0,
     sampling_step_kwargs,
 )
-from .masking_transfusion import create_transfusion_mask, image_block_ids
+from .masking_transfusion import attention_block_ids, create_transfusion_mask, share_positions
 
 States = tuple[torch.Tensor, torch.Tensor]  # keys and values of a layer, `(rows, heads, columns, dim)` each
 
@@ -144,9 +144,12 @@ def undo_on_error(cache: Cache | None) -> Iterator[None]:
         raise
 
 
-def positions_of(mask: torch.Tensor) -> torch.LongTensor:
-    """Positions `(rows, columns)` that count from each row's first token."""
-    return (mask.cumsum(dim=-1) - 1).clamp(min=0)
+def positions_of(ids: torch.LongTensor, mask: torch.Tensor, config: TransfusionConfig) -> torch.LongTensor:
+    """Positions `(rows, columns)` that count from each row's first token, as the decoder takes them."""
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    if config.shared_image_position:
+        positions, _ = share_positions(positions, attention_block_ids(ids, config))
+    return positions
 
 
 class DrawingLayer(CacheLayerMixin):
@@ -215,24 +218,24 @@ class Prefixes:
         """Whether anything stands before `<BOI>` that the conditional context has not."""
         return not self.is_bos_alone and any(len(row) > 1 for row in self.ids)
 
-    def align(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor, torch.LongTensor]:
+    def align(self, rows: list[torch.LongTensor], config: TransfusionConfig) -> tuple[torch.LongTensor, ...]:
         """Rows of ids as `(rows, columns)`, padded at the left, with their attention mask and their positions."""
         ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id, padding_side="left")
         lengths = torch.tensor([len(row) for row in rows], device=ids.device)
         mask = torch.arange(ids.shape[1], device=ids.device) >= (ids.shape[1] - lengths)[:, None]
-        return ids, mask.long(), positions_of(mask)
+        return ids, mask.long(), positions_of(ids, mask, config)
 
     def read(self, model: PreTrainedModel) -> None:
         """Fills the cache of all rows, once, however many images are drawn."""
         if self.cache is None and self.must_be_read:
-            ids, mask, _ = self.align([row[:-1] for row in self.ids])
+            ids, mask, _ = self.align([row[:-1] for row in self.ids], model.config)
             mask[mask.sum(dim=-1) == 0, -1] = 1  # a row without prefix sees a pad here; its drawing will not see it
             self.cache = DynamicCache()
             self.read_columns(model, ids, mask)
 
     def read_columns(self, model: PreTrainedModel, ids: torch.LongTensor, mask: torch.LongTensor) -> None:
         """Reads what the cache does not hold yet, of ids and mask `(rows, columns)` and the images."""
-        start, positions = self.num_cached, positions_of(mask)
+        start, positions = self.num_cached, positions_of(ids, mask, model.config)
         images = [image for row in self.latents for image in row] or None
         options = {"cache": self.cache, "use_cache": True, "logits_to_keep": 1}
         model(ids[:, start:], latents=images, attention_mask=mask, position_ids=positions[:, start:], **options)
@@ -344,12 +347,16 @@ class Drawing:
 
     def __post_init__(self) -> None:
         model, contexts, rows, main = self.model, self.contexts, self.rows, self.contexts[0]
-        num_patches = model.config.num_patches(*self.size)
-        block = main.ids[0].new_full((num_patches,), model.config.image_token_id)
+        config = model.config
+        num_patches, has_markers = config.num_patches(*self.size), config.image_markers_in_block
+        block = main.ids[0].new_full((num_patches + has_markers,), config.image_token_id)
+        if has_markers:
+            block[-1] = config.image_end_token_id
         all_ids = [torch.cat([context.ids[row], block]) for context in contexts for row in rows]
-        self.ids, self.mask, self.positions = main.align(all_ids)
-        self.columns, is_cached = self.ids.shape[1] - num_patches, main.num_cached > 0
-        self.num_cached = self.columns - 1 if is_cached else 0
+        self.ids, self.mask, self.positions = main.align(all_ids, config)
+        # Each step computes the columns behind these: the patches, or `<BOI>`, patches and `<EOI>`.
+        self.columns, is_cached = self.ids.shape[1] - num_patches - 2 * has_markers, main.num_cached > 0
+        self.num_cached = self.ids.shape[1] - len(block) - 1 if is_cached else 0
         # Images that the first pass reads. Behind a cache, the contexts of guidance are in caches of their own.
         self.latents = [[] if is_cached else context.latents[row] for context in contexts for row in rows]
         self.cache: Any = None
@@ -367,9 +374,10 @@ class Drawing:
         assert main.cache is not None
         for context in others:
             context.read(self.model)
-        rows, lengths = torch.tensor(self.rows, device=self.ids.device), self.positions[: len(self.rows), self.columns]
+        rows = torch.tensor(self.rows, device=self.ids.device)
+        lengths = self.mask[: len(self.rows), : self.num_cached].sum(dim=-1)
         # A context without a cache shows at most one token, the first of the conditional context.
-        behind_first = (main.num_cached + 2 - lengths).clamp(max=main.num_cached)
+        behind_first = (main.num_cached + 1 - lengths).clamp(max=main.num_cached)
         for number in range(len(main.cache.layers)):
             parts = []
             for context in self.contexts:
@@ -481,7 +489,7 @@ class Drawing:
         if num_rows not in self._block_masks:
             config = self.model.config
             block = self.ids[:num_rows, self.columns :]
-            block_ids = image_block_ids(block, config.image_token_id) if config.bidirectional_image_attention else None
+            block_ids = attention_block_ids(block, config) if config.bidirectional_image_attention else None
             embeds = torch.empty(*block.shape, 0, dtype=self.model.dtype, device=block.device)
             behind = (self.mask[:num_rows], self.cache, self.positions[:num_rows, self.columns :])
             self._block_masks[num_rows] = create_transfusion_mask(config.text_config, embeds, block_ids, *behind)

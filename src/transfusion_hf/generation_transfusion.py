@@ -26,7 +26,15 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 
-from .denoising_transfusion import Drawing, DrawingArguments, Prefixes, guidance_prefixes, move_columns, undo_on_error
+from .denoising_transfusion import (
+    Drawing,
+    DrawingArguments,
+    Prefixes,
+    guidance_prefixes,
+    move_columns,
+    positions_of,
+    undo_on_error,
+)
 from .masking_transfusion import check_num_images, image_block_ids
 from .patching_transfusion import stack_images
 
@@ -183,6 +191,10 @@ class TransfusionGenerationMixin(GenerationMixin):
             if arguments.generation_mode != "text":
                 sizes = arguments.sizes(self.config, num_rows)
                 return self._generate_interleaved(inputs, settings, arguments, sizes, kwargs)
+            if self.config.shared_image_position and input_ids is not None and kwargs.get("position_ids") is None:
+                mask = kwargs.get("attention_mask")
+                mask = torch.ones_like(input_ids) if mask is None else mask
+                kwargs["position_ids"] = positions_of(input_ids, mask, self.config)
             kwargs["negative_prompt_ids"] = arguments.negative_prompt_ids
             kwargs["negative_prompt_attention_mask"] = arguments.negative_prompt_attention_mask
             if generator is not None and settings.do_sample:
@@ -482,7 +494,7 @@ class _Decoder:
     def _write(self) -> None:
         """One stretch of text for all running rows, by the library's loop; then every row aligned again."""
         context = self.context
-        ids, mask, positions = context.align(context.ids)
+        ids, mask, positions = context.align(context.ids, self.config)
         columns, before = ids.shape[1], self.rows.num_new.clone()
         model_kwargs = {**self.model_kwargs, "position_ids": positions, "cache": context.cache}
         model_kwargs["attention_mask"] = None if mask.all() else mask
@@ -563,7 +575,9 @@ class _Decoder:
         assert cache is not None
         length = max(len(row) for row in ids) - 1
         for number, drawn_layer in enumerate(drawn.layers):
-            states = move_columns(drawn_layer, length, slice(len(rows)))
+            # Without `<EOI>`, which is a row's last token.
+            ends = torch.full((len(rows),), drawn_layer.keys.shape[2] - self.config.image_markers_in_block)
+            states = move_columns(drawn_layer, length, slice(len(rows)), ends)
             if number == len(cache.layers):  # all rows, before anything was read
                 cache.update(*states, number)
                 continue

@@ -30,6 +30,33 @@ def image_block_ids(input_ids: torch.LongTensor, image_token_id: int) -> torch.L
     return torch.where(is_patch, starts.cumsum(dim=-1) - 1, -1)
 
 
+def attention_block_ids(input_ids: torch.LongTensor, config: TransfusionConfig) -> torch.LongTensor:
+    """[`image_block_ids`], with `<BOI>` and `<EOI>` in the blocks of their images if `image_markers_in_block`."""
+    block_ids = image_block_ids(input_ids, config.image_token_id)
+    if not config.image_markers_in_block:
+        return block_ids
+    after, before = (torch.nn.functional.pad(block_ids, pad, value=-1) for pad in ((0, 1), (1, 0)))
+    block_ids = torch.where(input_ids == config.image_start_token_id, after[:, 1:], block_ids)
+    return torch.where(input_ids == config.image_end_token_id, before[:, :-1], block_ids)
+
+
+def share_positions(
+    position_ids: torch.LongTensor, block_ids: torch.LongTensor
+) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """
+    Positions `(batch, seq)` where each block has that of its first token, and what follows in its document moves up.
+    Positions of which this is true already stay. Returns them, and those that count all tokens of each document, from
+    which documents packed into a row are told.
+    """
+    steps = position_ids.diff(dim=-1, prepend=position_ids[:, :1])
+    is_repeated = (block_ids >= 0) & (block_ids == torch.nn.functional.pad(block_ids, (1, 0), value=-1)[:, :-1])
+    is_start = (steps != 1) & ~is_repeated
+    removed = torch.where(is_repeated, steps, 0).cumsum(dim=-1)
+    columns = torch.arange(position_ids.shape[1], device=position_ids.device).expand_as(position_ids)
+    before, first = (torch.where(is_start, x, 0).cummax(dim=-1).values for x in (removed, columns))
+    return position_ids - (removed - before), columns - first
+
+
 def check_num_images(num_images: int, num_blocks: int) -> None:
     if num_images != num_blocks:
         raise ValueError(

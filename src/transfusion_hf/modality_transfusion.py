@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 IMAGE = "image"  # the child of a decoder layer that holds the image's modules
 
@@ -80,11 +81,13 @@ class _View:
 
 class _Routed:
     """
-    Mixed into the class of a decoder layer and of its attention. The router is an argument of `forward`, so gradient
-    checkpointing keeps it for the backward pass, whenever and in whatever thread that runs.
+    Mixed into the class of a decoder layer, of its attention and, for the last norm, of the decoder. The router is an
+    argument of `forward`, so gradient checkpointing keeps it for the backward pass, whenever and in whatever thread
+    that runs.
     """
 
     plain_class: Any
+    is_decoder: bool  # which hands the router on to its layers
 
     def __reduce_ex__(self, protocol):
         return _new_routed, (self.plain_class,), self.__dict__
@@ -101,13 +104,16 @@ class _Routed:
                 children[name] = partial(own, modality_router=modality_router, image_modules=image.items)
             else:
                 children[name] = partial(modality_router, own, image)
+        if self.is_decoder:
+            kwargs["modality_router"] = modality_router
         return self.plain_class.forward(_View(self, children), *args, **kwargs)
 
 
 @cache
 def _routed_class(plain_class: Any) -> Any:
     # Under the same name, by which FSDP and others find the layers.
-    return type(plain_class.__name__, (_Routed, plain_class), {"plain_class": plain_class})
+    members = {"plain_class": plain_class, "is_decoder": issubclass(plain_class, PreTrainedModel)}
+    return type(plain_class.__name__, (_Routed, plain_class), members)
 
 
 def _new_routed(plain_class: Any) -> nn.Module:
@@ -116,12 +122,13 @@ def _new_routed(plain_class: Any) -> nn.Module:
     return routed_class.__new__(routed_class)
 
 
-def untie_modalities(language_model: nn.Module) -> None:
+def untie_modalities(language_model: nn.Module, final_norm: bool = False) -> None:
     """
     Gives each decoder layer a copy of its modules for image positions, used where `forward` gets a `modality_router`.
     Without one the model stays what it was, to the bit. `ValueError` if the layers have image weights already.
 
-    NOTE: the norm behind the last layer stays one for all: what follows it at a patch is the image's own linear layer.
+    With `final_norm` the norm behind the last layer gets one, too. By default it stays one for all: what follows it at
+    a patch is the image's own linear layer.
     """
     for layer in language_model.layers:
         attention = layer.self_attn
@@ -131,6 +138,10 @@ def untie_modalities(language_model: nn.Module) -> None:
         layer.add_module(IMAGE, nn.ModuleDict(modules))
         for part in (layer, attention):
             part.__class__ = _routed_class(part.__class__)
+    if final_norm:
+        name = next(name for name in ("norm", "final_layernorm") if hasattr(language_model, name))
+        language_model.add_module(IMAGE, nn.ModuleDict({name: copy.deepcopy(getattr(language_model, name))}))
+        language_model.__class__ = _routed_class(language_model.__class__)
     plan = language_model.tp_plan
     language_model.tp_plan = {**plan, **{image_name(name): style for name, style in plan.items()}}
 

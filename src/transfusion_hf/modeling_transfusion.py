@@ -35,11 +35,13 @@ from .diffusion_transfusion import (
 )
 from .generation_transfusion import TransfusionGenerationMixin
 from .masking_transfusion import (
+    attention_block_ids,
     check_attn_implementation,
     check_image_blocks,
     create_transfusion_mask,
     image_block_ids,
     is_prepared,
+    share_positions,
 )
 from .modality_transfusion import ModalityRouter, image_parameters, untie_modalities
 from .patching_transfusion import (
@@ -213,7 +215,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         check_text_config(config.text_config)
         self.language_model = AutoModel.from_config(config.text_config)
         if config.untied_modalities:
-            untie_modalities(self.language_model)
+            untie_modalities(self.language_model, config.untied_final_norm)
         self.patch_encoder, self.patch_decoder = make_patch_parts(config)
         self.post_init()
 
@@ -279,11 +281,15 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if patches is not None:
             hidden_states = patches.put_into(hidden_states)
 
+        counted = position_ids
+        if self.config.shared_image_position and patches is not None:
+            position_ids, counted = self._shared_positions(input_ids, position_ids, cache)
         if varlen_plan is not None or not is_prepared(attention_mask):
             # Text alone needs no blocks, and then transformers can use the faster causal kernels.
-            blocks = block_ids if patches is not None and self.config.bidirectional_image_attention else None
+            is_bidirectional = patches is not None and self.config.bidirectional_image_attention
+            blocks = attention_block_ids(input_ids, self.config) if is_bidirectional else None
             attention_mask = create_transfusion_mask(
-                text_config, hidden_states, blocks, attention_mask, cache, position_ids, varlen_plan
+                text_config, hidden_states, blocks, attention_mask, cache, counted, varlen_plan
             )
         if isinstance(attention_mask, VarlenPlan):
             kwargs["varlen_plan"], attention_mask = attention_mask, None
@@ -303,6 +309,13 @@ class TransfusionModel(TransfusionPreTrainedModel):
             chosen = patches.taken_from(outputs.last_hidden_state, prediction_mask)
             image_predictions = self.patch_decoder(*chosen) if chosen[0] else []
         return TransfusionModelOutputWithPast(**outputs, image_predictions=image_predictions)
+
+    def _shared_positions(self, input_ids: Any, position_ids: Any, cache: Cache | None) -> tuple[torch.Tensor, ...]:
+        if position_ids is None:
+            if cache is not None and cache.get_seq_length():
+                raise ValueError("`shared_image_position`: pass `position_ids` behind a `cache`, which hides images.")
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return share_positions(position_ids.expand(input_ids.shape), attention_block_ids(input_ids, self.config))
 
     def _encode(self, stacks: list[torch.Tensor], timesteps: torch.Tensor | None, is_patch: torch.Tensor) -> _Patches:
         if timesteps is None:

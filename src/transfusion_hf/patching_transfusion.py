@@ -79,10 +79,10 @@ class KeepFloat32(nn.Module):
 class TransfusionTimestepEmbedding(KeepFloat32):
     """Sinusoids of t and a small MLP. In the linear encoder as wide as a patch and added to each one (footnote 6)."""
 
-    def __init__(self, num_channels: int, out_dim: int):
+    def __init__(self, num_channels: int, out_dim: int, width: int | None = None, scale: float = 1.0):
         super().__init__()
-        self.sinusoids = Timesteps(num_channels, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.mlp = TimestepEmbedding(num_channels, num_channels, out_dim=out_dim).float()
+        self.sinusoids = Timesteps(num_channels, flip_sin_to_cos=True, downscale_freq_shift=0, scale=scale)
+        self.mlp = TimestepEmbedding(num_channels, width or num_channels, out_dim=out_dim).float()
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """`timesteps` of shape `(num_images,)` → `(num_images, out_dim)`."""
@@ -91,19 +91,25 @@ class TransfusionTimestepEmbedding(KeepFloat32):
 
 
 class TransfusionLinearPatchEncoder(nn.Module):
-    """Patch plus timestep embedding, then one linear layer: the paper's "linear" variant."""
+    """Patch plus timestep embedding, then one linear layer: the paper's "linear" variant; or t behind the layer."""
 
     def __init__(self, config: TransfusionConfig):
         super().__init__()
         self.patch_size = config.patch_size
-        patch_dim = config.latent_channels * config.patch_size**2
-        self.timestep_embedding = TransfusionTimestepEmbedding(config.timestep_embedding_dim, patch_dim)
-        self.proj = nn.Linear(patch_dim, config.text_config.hidden_size)
+        patch_dim, hidden_size = config.latent_channels * config.patch_size**2, config.text_config.hidden_size
+        self.is_added_behind = config.timestep_embedding_level == "hidden"
+        dim, width = (hidden_size, hidden_size) if self.is_added_behind else (patch_dim, None)
+        options = (config.timestep_embedding_dim, dim, width, config.timestep_scale)
+        self.timestep_embedding = TransfusionTimestepEmbedding(*options)
+        self.proj = nn.Linear(patch_dim, hidden_size)
 
     def forward(self, stacks: Stacks, timesteps: torch.Tensor) -> tuple[list[torch.Tensor], None]:
         """Latents x_t in stacks, and t of each image → stacks `(num_images, num_patches, hidden)`; no skips."""
         patches = [patchify(stack, self.patch_size) for stack in stacks]  # (images, patches, channels · p²)
         embeddings = self.timestep_embedding(timesteps).split([len(stack) for stack in stacks])
+        if self.is_added_behind:
+            states = _per_stack(self.proj, [patch.to(self.proj.weight.dtype) for patch in patches])
+            return [state + e[:, None].to(state) for state, e in zip(states, embeddings, strict=True)], None
         sums = [(p + e[:, None]).to(self.proj.weight.dtype) for p, e in zip(patches, embeddings, strict=True)]
         return _per_stack(self.proj, sums), None
 
@@ -141,7 +147,8 @@ class TransfusionUNetPatchEncoder(nn.Module):
         super().__init__()
         channels: Any = config.unet_block_out_channels  # a list once the configuration is complete
         num_layers, num_groups, width = config.unet_layers_per_block, config.unet_norm_num_groups, 4 * channels[0]
-        self.timestep_embedding = TransfusionTimestepEmbedding(config.timestep_embedding_dim, width)
+        options = {"width": None, "scale": config.timestep_scale}
+        self.timestep_embedding = TransfusionTimestepEmbedding(config.timestep_embedding_dim, width, **options)
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock2D(
