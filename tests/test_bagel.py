@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_bagel import Bagel, Latents, Seen, Text, latents_of, shifted, windows_of
+from reference_bagel import Bagel, Latents, Seen, Text, latents_of, windows_of
 from safetensors.torch import load_file
 from transformers import Qwen3Config
 
@@ -189,16 +189,68 @@ def test_blocks_with_their_markers_and_one_position_are_those_of_the_twin(model,
         model.set_attn_implementation(before)
 
 
+DRAWN = {
+    "plain": {"image_guidance_scale": 1.0},
+    "text4_global": {"guidance_interval": (0.4, 1.0), "guidance_renorm": "global"},
+    "text4_channel": {"guidance_renorm": "channel", "guidance_renorm_min": 0.5},
+}
+NESTED = {"generation_mode": "image", "guidance_type": "nested", "image_guidance_scale": 4.0, "pad_token_id": 0}
+NESTED |= {"timestep_shift": 3.0}
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_the_class_draws_as_the_released_code(model, cases, use_cache):
-    times = [shifted(1 - i / 7, 3.0) for i in range(7)]
-    noise = cases["draw.plain.noise"].view(4, 6, 64)
-    kwargs = {"generation_mode": "image", "sigmas": times, "image_guidance_scale": 1.0, "pad_token_id": 0}
-    output = model.generate(
-        torch.tensor([PROMPT.ids]), init_noise=latents_of(noise)[None], use_cache=use_cache, **kwargs
-    )
-    near(output.images[0][0], cases["draw.plain.latents"])
+@pytest.mark.parametrize("name", DRAWN)
+def test_the_class_draws_as_the_released_code(model, cases, name, use_cache):
+    noise = latents_of(cases[f"draw.{name}.noise"].view(4, 6, 64))[None]
+    kwargs = {**NESTED, "num_inference_steps": 7, "init_noise": noise, "use_cache": use_cache, **DRAWN[name]}
+    output = model.generate(torch.tensor([PROMPT.ids]), **kwargs)
+    near(output.images[0][0], cases[f"draw.{name}.latents"])
     assert output.sequences[0].tolist() == [*PROMPT.ids, *block()]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("renorm", ["global", "channel", "text_channel", None])
+def test_edits_are_guided_by_text_and_then_by_images_as_the_twin(model, twin, renorm, use_cache):
+    """Two rows in a batch: of one and of two images."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 16, 8, 12, generator=generator).double()
+    first, second = torch.randn(2, 16, 4, 4, generator=generator).double()
+    rows = [[300, 5, *block(2, 2), 9, 7], [*block(2, 2), *block(2, 2), 300, 8]]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    kwargs = {**NESTED, "num_inference_steps": 3, "init_noise": noise, "use_cache": use_cache}
+    kwargs |= {"input_image_guidance_scale": 1.5, "guidance_interval": (0.4, 1.0), "guidance_renorm": renorm}
+    latents = [first, second, -first]
+    output = model.generate(ids, latents=latents, attention_mask=(ids != 0).long(), **kwargs)
+    shown = [Latents(windows_of(one)) for one in latents]
+    contexts = [
+        ([Text([300, 5]), shown[0], Text([9, 7])], [shown[0]], [Text([300, 5, 9, 7])]),
+        ([shown[1], shown[2], Text([300, 8])], [shown[1], shown[2]], [Text([300, 8])]),
+    ]
+    options = {"num_points": 4, "text_scale": 4.0, "image_scale": 1.5, "interval": (0.4, 1.0)}
+    options |= {"renorm": renorm or "global", "renorm_min": 1.0 if renorm is None else 0.0}
+    for i, (context, without_text, without_images) in enumerate(contexts):
+        others = {"without_text": without_text, "without_images": without_images}
+        near(output.images[i][0], latents_of(twin.draw(context, windows_of(noise[i]), **options, **others)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_type": "bagel"}, r"`guidance_type` must be one of \('instruct_pix2pix', 'nested'\); got 'bagel'"),
+        ({"guidance_renorm": "image"}, r"`guidance_renorm` must be one of .*; got 'image'"),
+        ({"guidance_renorm": "global", "image_guidance_scale": 1.0}, "does nothing without guidance; raise"),
+        ({"guidance_renorm": "text_channel", "guidance_type": "instruct_pix2pix"}, "needs `guidance_type='nested'`"),
+        ({"guidance_interval": (0.5, 0.4)}, r"`guidance_interval` must be \(low, high\) with 0 ≤ low ≤ high ≤ 1"),
+        ({"timestep_shift": 0.0}, r"`timestep_shift` must be positive; got 0\.0"),
+        ({"sigmas": [1.0, 0.5]}, "`timestep_shift` is for flow matching, without `timesteps` and `sigmas`"),
+        ({"negative_prompt_ids": torch.tensor([[5]])}, "`negative_prompt_ids` has no place with"),
+        ({"input_image_guidance_scale": 1.5}, "guides by the images of the prompt, and a prompt has none"),
+    ],
+)
+def test_guidance_that_contradicts_itself_is_refused(model, changes, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(torch.tensor([PROMPT.ids]), **{**NESTED, "num_inference_steps": 2, **changes})
 
 
 def test_text_behind_images_goes_on_as_the_twin_with_and_without_cache(model, twin):

@@ -28,9 +28,12 @@ from .diffusion_transfusion import (
     at_timestep,
     clip_x_0,
     guide,
+    is_flow,
+    limit_norm,
     make_sampling_scheduler,
     must_clip_x_0,
     sampling_step_kwargs,
+    shift_timesteps,
 )
 from .masking_transfusion import attention_block_ids, create_transfusion_mask, share_positions
 
@@ -48,6 +51,11 @@ class DrawingArguments:
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     guidance_rescale: float = 0.0
+    guidance_type: str = "instruct_pix2pix"
+    guidance_interval: Sequence[float] | None = None
+    guidance_renorm: str | None = None
+    guidance_renorm_min: float = 0.0
+    timestep_shift: float | None = None
     strength: float = 1.0
     max_images: int | None = None
     progress_bar: bool = False
@@ -89,12 +97,47 @@ class DrawingArguments:
             raise ValueError(f"`max_images` must be 0 or more, or None; got {self.max_images}.")
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` must lie in 0 to 1; got {self.guidance_rescale}.")
+        self._validate_guidance()
         if self.negative_prompt_ids is not None and self.unconditional_scale == 1:
             raise ValueError("`negative_prompt_ids` does nothing at a guidance scale of 1; raise it or drop them.")
 
+    def _validate_guidance(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
+        is_nested = self.guidance_type == "nested"
+        if self.guidance_renorm is not None and self.image_guidance_scale == 1 == self.unconditional_scale:
+            raise ValueError("`guidance_renorm` does nothing without guidance; raise `image_guidance_scale`.")
+        if self.guidance_renorm == "text_channel" and not is_nested:
+            raise ValueError(
+                "`guidance_renorm='text_channel'` needs `guidance_type='nested'`, where text comes first."
+            )
+        if self.negative_prompt_ids is not None and is_nested:
+            raise ValueError("`negative_prompt_ids` has no place with `guidance_type='nested'`; drop one of them.")
+        interval = self.guidance_interval
+        if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+            raise ValueError(f"`guidance_interval` must be (low, high) with 0 ≤ low ≤ high ≤ 1; got {interval}.")
+        if self.timestep_shift is not None and not self.timestep_shift > 0:
+            raise ValueError(f"`timestep_shift` must be positive; got {self.timestep_shift}.")
+
+    def is_guided(self, step: int, num_steps: int, t: torch.Tensor, num_train_timesteps: int) -> bool:
+        """Whether guidance is on in this step, at t."""
+        if self.guidance_interval is not None and not (
+            self.guidance_interval[0] < float(t) / num_train_timesteps <= self.guidance_interval[1]
+        ):
+            return False
+        return self.guidance_start <= step / num_steps < self.guidance_end
+
     def sampling_scheduler(self, noise_scheduler: SchedulerMixin, device: torch.device) -> SchedulerMixin:
         """The scheduler, ready for the steps to take. Raises `ValueError` as [`make_sampling_scheduler`] does."""
-        steps = (self.num_inference_steps, device, self.timesteps, self.sigmas)
+        sigmas = self.sigmas
+        if self.timestep_shift is not None:
+            if not is_flow(noise_scheduler) or self.timesteps is not None or sigmas is not None:
+                raise ValueError("`timestep_shift` is for flow matching, without `timesteps` and `sigmas`.")
+            sigmas = shift_timesteps(
+                1 - torch.arange(self.num_inference_steps) / self.num_inference_steps, self.timestep_shift
+            )
+        steps = (self.num_inference_steps, device, self.timesteps, sigmas)
         return make_sampling_scheduler(noise_scheduler, self.scheduler, *steps)
 
     def sizes(self, config: TransfusionConfig, num_rows: int) -> list[tuple[int, int]]:
@@ -113,6 +156,10 @@ class DrawingArguments:
         return list(zip(*both, strict=True))
 
 
+_CHOICES: dict[str, tuple] = {
+    "guidance_type": ("instruct_pix2pix", "nested"),
+    "guidance_renorm": (None, "global", "channel", "text_channel"),
+}
 # What `generation_config.json` may hold.
 _NAMES = [field.name for field in fields(DrawingArguments)]
 DRAWING_DEFAULTS = {name: getattr(DrawingArguments, name) for name in _NAMES[: _NAMES.index("generator")]}
@@ -258,20 +305,32 @@ def guidance_prefixes(
     """
     boi = prompts.ids[0].new_tensor([config.image_start_token_id])
     bos = [row[:1] if len(row) > 1 and int(row[0]) == bos_token_id else row[:0] for row in prompts.ids]
-    contexts = []
-    if arguments.input_image_guidance_scale not in (None, arguments.image_guidance_scale):
-        image_ids = boi.new_tensor([config.image_start_token_id, config.image_token_id, config.image_end_token_id])
-        rows = []
-        for first, row, latents in zip(bos, prompts.ids, prompts.latents, strict=True):
-            blocks = row[torch.isin(row, image_ids)]
-            if len(blocks) and blocks[-1] == boi:  # where the prompt itself asks for a drawing
-                blocks = blocks[:-1]
+    is_nested, contexts = arguments.guidance_type == "nested", []
+    image_ids = boi.new_tensor([config.image_start_token_id, config.image_token_id, config.image_end_token_id])
+    # Where the prompt itself asks for a drawing it ends with `<BOI>`.
+    asked = [row[:-1] if len(row) and row[-1] == boi else row for row in prompts.ids]
+    images, texts = ([row[torch.isin(row, image_ids) == keep] for row in asked] for keep in (True, False))
+    if arguments.input_image_guidance_scale not in (None, 1 if is_nested else arguments.image_guidance_scale):
+        for blocks, latents in zip(images, prompts.latents, strict=True):
             if not latents or int((blocks == boi).sum()) != len(latents):
                 raise ValueError(
                     "`input_image_guidance_scale` guides by the images of the prompt, and a prompt has none (or they "
                     "are in `cache`); leave it `None`."
                 )
-            rows.append(torch.cat([first, blocks, boi]))
+    else:
+        texts = []
+    if is_nested:
+        nothing: list[list[torch.Tensor]] = [[] for _ in images]
+        if arguments.image_guidance_scale != 1:
+            rows = [torch.cat([*parts, boi]) for parts in zip(bos, images, strict=True)]
+            is_alone = not any(prompts.latents) and not texts
+            contexts.append(Prefixes(rows, prompts.latents, prompts.pad_token_id, is_bos_alone=is_alone))
+        if texts:
+            rows = [torch.cat([row, boi]) for row in texts]
+            contexts.append(Prefixes(rows, nothing, prompts.pad_token_id))
+        return contexts
+    if texts:
+        rows = [torch.cat([*parts, boi]) for parts in zip(bos, images, strict=True)]
         contexts.append(Prefixes(rows, prompts.latents, prompts.pad_token_id))
     if arguments.unconditional_scale != 1:
         negative = _negative_prompts(config, arguments, sizes, boi)
@@ -305,19 +364,29 @@ def _negative_prompts(config: TransfusionConfig, arguments: DrawingArguments, si
     return rows
 
 
-def combine(predictions: list[torch.Tensor], arguments: DrawingArguments) -> torch.Tensor:
+def combine(predictions: list[torch.Tensor], arguments: DrawingArguments, patch_size: int) -> torch.Tensor:
     """
     The guided prediction. With a scale s_I of the input image apart from the scale s (Eq. 3 of InstructPix2Pix, arXiv
-    2211.09800): ε(∅) + s_I·(ε(image) − ε(∅)) + s·(ε(image, text) − ε(image)), then rescaled by φ (Eq. 16, arXiv
-    2305.08891).
+    2211.09800): ε(∅) + s_I·(ε(image) − ε(∅)) + s·(ε(image, text) − ε(image)). Nested: ε' = ε(image) +
+    s·(ε(image, text) − ε(image)), then ε(text) + s_I·(ε' − ε(text)). Then rescaled by φ (Eq. 16, arXiv 2305.08891).
 
     Args:
         predictions (`list[torch.Tensor]`): Of the conditional context, then of each context of guidance.
     """
-    conditional, other, *nothing = predictions
-    guided = guide(conditional, other, arguments.image_guidance_scale)
-    if nothing:
-        guided = guided + (arguments.unconditional_scale - 1) * (other - nothing[0])
+    conditional, *others = predictions
+    guided, renorm, is_nested = conditional, arguments.guidance_renorm, arguments.guidance_type == "nested"
+    if not is_nested or arguments.image_guidance_scale != 1:
+        other, *others = others
+        guided = guide(conditional, other, arguments.image_guidance_scale)
+    if renorm == "text_channel":
+        guided = limit_norm(guided, conditional, arguments.guidance_renorm_min, patch_size)
+    if others and is_nested:
+        guided = guide(guided, others[0], arguments.unconditional_scale)
+    elif others:
+        guided = guided + (arguments.unconditional_scale - 1) * (other - others[0])
+    if renorm in ("global", "channel"):
+        size = patch_size if renorm == "channel" else None
+        guided = limit_norm(guided, conditional, arguments.guidance_renorm_min, size)
     rescale = arguments.guidance_rescale
     return rescale_noise_cfg(guided, conditional, rescale) if rescale else guided
 
@@ -438,13 +507,13 @@ class Drawing:
         if start:
             timesteps = timesteps[start:]
             x_t = at_timestep(scheduler, known, noise, timesteps[0])
-        num_steps = len(timesteps)
+        num_steps, patch_size = len(timesteps), self.model.config.patch_size
         for i, t in enumerate(logging.tqdm(timesteps, desc="draw", leave=False, disable=not arguments.progress_bar)):
             # Some schedulers keep x_t at another scale than the model was trained on.
             x_in = scheduler.scale_model_input(x_t, t) if hasattr(scheduler, "scale_model_input") else x_t
-            is_guided = arguments.guidance_start <= i / num_steps < arguments.guidance_end
+            is_guided = arguments.is_guided(i, num_steps, t, self.model.config.num_train_timesteps)
             predictions = list(self._predict(x_in, t, num_contexts if is_guided else 1).split(len(x_t)))
-            prediction = predictions[0] if len(predictions) == 1 else combine(predictions, arguments)
+            prediction = predictions[0] if len(predictions) == 1 else combine(predictions, arguments, patch_size)
             if hasattr(streamer, "put_step"):
                 streamer.put_step(self.model, i + 1, num_steps, x_in, prediction, t)
             if clips:

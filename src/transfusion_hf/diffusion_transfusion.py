@@ -376,6 +376,29 @@ def guide(conditional: torch.Tensor, unconditional: torch.Tensor, guidance_scale
     return unconditional + guidance_scale * (conditional - unconditional)
 
 
+def limit_norm(
+    guided: torch.Tensor, conditional: torch.Tensor, minimum: float, patch_size: int | None
+) -> torch.Tensor:
+    """
+    The guided prediction, `(images, channels, height, width)`, shrunk to the norm of the conditional one where it is
+    longer, but to no less than `minimum` of itself; image by image, or with `patch_size` patch by patch.
+    """
+    squares = [x.square().sum(dim=1, keepdim=True) for x in (conditional, guided)]
+    if patch_size is None:
+        squares = [x.sum(dim=(2, 3), keepdim=True) for x in squares]
+    else:
+        squares = [nn.functional.avg_pool2d(x, patch_size) for x in squares]
+    ratio = (squares[0] / squares[1].clamp(min=torch.finfo(guided.dtype).tiny)).sqrt().clamp(minimum, 1.0)
+    return guided * (
+        ratio if patch_size is None else ratio.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
+    )
+
+
+def shift_timesteps(timesteps: torch.Tensor, shift: float) -> torch.Tensor:
+    """t in 0 to 1, moved towards noise by `shift` above 1: s·t / (1 + (s − 1)·t) (arXiv 2403.03206, Eq. 23)."""
+    return shift * timesteps / (1 + (shift - 1) * timesteps)
+
+
 def at_timestep(scheduler: SchedulerMixin, x_0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """A known x_0 as a sampling scheduler keeps it at its timestep `t` of shape `()`."""
     timesteps = t.expand(len(x_0))

@@ -125,6 +125,17 @@ class TransfusionGenerationMixin(GenerationMixin):
             guidance_start (`float`, defaults to 0.0), guidance_end (`float`, defaults to 1.0):
                 The fractions of the steps between which guidance is on; the other steps cost one context.
             guidance_rescale (`float`, defaults to 0.0): φ of arXiv 2305.08891, against overexposure.
+            guidance_type (`str`, defaults to `"instruct_pix2pix"`):
+                How two scales go together. `"nested"`, as in BAGEL (arXiv 2505.14683): `image_guidance_scale` moves
+                away from the prompt's images without its text, then `input_image_guidance_scale` from its text
+                without the images.
+            guidance_interval (`tuple[float, float]`, *optional*): Guidance is on where low < t/T ≤ high.
+            guidance_renorm (`str`, *optional*), guidance_renorm_min (`float`, defaults to 0.0):
+                Shrinks the guided prediction to the norm of the conditional one where it is longer, but to no less
+                than this share: over the image (`"global"`), each patch (`"channel"`), or each patch of what text
+                alone has guided (`"text_channel"`).
+            timestep_shift (`float`, *optional*):
+                With flow matching: steps evenly from 1 to 0, shifted by s·t / (1 + (s − 1)·t).
             init_image (`torch.FloatTensor` of shape `(batch, channels, height, width)` or `(1, …)`, *optional*):
                 In `"image"` mode: what to begin with, in [−1, 1], in the size of the drawing. With `strength`: a
                 variation of it. With `mask_image`: inpainting.

@@ -147,8 +147,8 @@ class TransfusionUNetPatchEncoder(nn.Module):
         super().__init__()
         channels: Any = config.unet_block_out_channels  # a list once the configuration is complete
         num_layers, num_groups, width = config.unet_layers_per_block, config.unet_norm_num_groups, 4 * channels[0]
-        options = {"width": None, "scale": config.timestep_scale}
-        self.timestep_embedding = TransfusionTimestepEmbedding(config.timestep_embedding_dim, width, **options)
+        options = (config.timestep_embedding_dim, width, None, config.timestep_scale)
+        self.timestep_embedding = TransfusionTimestepEmbedding(*options)
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock2D(
