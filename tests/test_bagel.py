@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_bagel import Bagel, Latents, Seen, Text, latents_of, windows_of
+from reference_bagel import Bagel, Latents, Seen, Text, latents_of, shifted, windows_of
 from safetensors.torch import load_file
 from transformers import Qwen3Config
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 from transfusion_hf.conversion.bagel import reordered, transfusion_name
+from transfusion_hf.diffusion_transfusion import sample_timesteps
 from transfusion_hf.masking_transfusion import attention_block_ids, share_positions
 from transfusion_hf.patching_transfusion import sincos_positions
 
@@ -129,6 +130,7 @@ def model(twin) -> TransfusionForCausalLMAndDiffusion:
         untied_final_norm=True,
         image_markers_in_block=True,
         shared_image_position=True,
+        hide_noised_images=True,
         image_start_token_id=302,
         image_token_id=PATCH,
         image_end_token_id=303,
@@ -163,7 +165,7 @@ def test_positions_of_patches_are_those_of_the_checkpoint(twin):
 def test_blocks_with_their_markers_and_one_position_are_those_of_the_twin(model, twin, implementation):
     torch.manual_seed(0)
     first, second = torch.randn(16, 4, 4).double(), torch.randn(16, 8, 12).double()
-    segments = [Text([300, 5, 301]), Latents(windows_of(first)), Text([9, 8]), Latents(windows_of(second), 0.3)]
+    segments = [Text([300, 5, 301]), Latents(windows_of(first)), Text([9, 8]), Latents(windows_of(second), 0.3, True)]
     logits = twin.logits([*segments, Text([11, 12])])
     velocity = latents_of(twin.velocity(segments[:3], windows_of(second), 0.3))
     ids = torch.tensor([[300, 5, 301, *block(2, 2), 9, 8, *block(), 11, 12]])
@@ -311,3 +313,88 @@ def test_a_single_row_is_read_alike_with_and_without_cache(model, twin, mode):
         kwargs = {"generation_mode": mode, "max_images": 0 if mode == "interleaved" else None, "pad_token_id": 0}
         output = model.generate(ids, latents=[image, -image], max_new_tokens=4, use_cache=use_cache, **kwargs)
         assert getattr(output, "sequences", output)[0, ids.shape[1] :].tolist() == expected
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("implementation", ["sdpa", "transfusion_varlen"])
+def test_a_training_step_is_that_of_the_twin(model, implementation, is_packed):
+    """A noised image, hidden, before its clean copy and text, and a document of its own behind it; with gradients."""
+    twin, generator, t = make_twin(requires_grad=True), torch.Generator().manual_seed(0), (0.3, 0.8)
+    first, second = (torch.randn(16, *size, generator=generator).double() for size in ((8, 12), (4, 4)))
+    noise = [
+        torch.randn(x.shape, generator=torch.Generator().manual_seed(i + 1), dtype=x.dtype)
+        for i, x in enumerate((first, second))  # as `noise_seeds` 0 and 1 say
+    ]
+    documents = [
+        [PROMPT, Latents(windows_of(first), t[0], is_hidden=True), Latents(windows_of(first)), Text([11, 12, 13])],
+        [Text([300, 8, 9]), Latents(windows_of(second), t[1], is_hidden=True), Text([14, 15])],
+    ]
+    losses = [twin.losses(d, windows_of(e)) for d, e in zip(documents, noise, strict=True)]
+    diffusion = torch.stack([squared.mean() for squared, _ in losses]).mean()
+    entropy = torch.stack([e for _, entropies in losses for e in entropies]).mean()
+    (entropy + 5.0 * diffusion).backward()
+
+    rows = [[*PROMPT.ids, *block(), *block(), 11, 12, 13], [300, 8, 9, *block(2, 2), 14, 15]]
+    labels = [[-100 if token in (302, PATCH, 303) else token for token in row] for row in rows]
+    for row, label in zip(rows, labels, strict=True):
+        for i in range(len(row)):
+            if i == 0 or row[i - 1] in (302, PATCH, 303):
+                label[i] = -100
+    if is_packed:
+        ids, targets = ([each[0] + each[1]] for each in (rows, labels))
+        where = {"position_ids": torch.tensor([[*range(len(rows[0])), *range(len(rows[1]))]])}
+    else:
+        width = len(rows[0])
+        ids, targets = (
+            [row + [fill] * (width - len(row)) for row in each] for each, fill in ((rows, 0), (labels, -100))
+        )
+        where = {"attention_mask": (torch.tensor(ids) != 0).long()}
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation(implementation)
+    model.zero_grad()
+    try:
+        output = model(
+            torch.tensor(ids),
+            latents=[first, first, second],
+            labels=torch.tensor(targets),
+            timesteps=torch.tensor([300.0, 0.0, 800.0], dtype=torch.float64),
+            image_loss_mask=torch.tensor([True, False, True]),
+            noise_seeds=[0, 7, 1],
+            **where,
+        )
+    finally:
+        model.set_attn_implementation(before)
+    near(output.lm_loss, entropy.detach())
+    near(output.diffusion_loss, diffusion.detach())
+    output.loss.backward()
+    for name, value in twin.w.items():
+        if (ours := transfusion_name(name)) is not None:
+            near(model.get_parameter(ours).grad, reordered(name, value.grad, 2))
+
+
+def test_t_of_training_is_logit_normal_and_shifted():
+    torch.manual_seed(0)
+    limit = torch.full((40_000,), 1000)
+    t = sample_timesteps(limit, distribution="logit_normal", shift=3.0)
+    assert 0 <= t.min() and t.max() <= 999
+    normal = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
+    expected = [shifted(float(x), 3.0) for x in normal.sigmoid()]
+    found = (t / 1000).quantile(torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
+    torch.testing.assert_close(found, torch.tensor(expected), rtol=0, atol=0.01)
+    again = [sample_timesteps(limit[:5], [1, 2, 3, 4, 5], "logit_normal") for _ in range(2)]
+    assert torch.equal(*again) and len(set(again[0].tolist())) > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timestep_embedding_level": "hidden", "patch_encoder": "unet"}, "needs `patch_encoder='linear'`"),
+        ({"timestep_distribution": "normal"}, "`timestep_distribution` must be 'uniform' or 'logit_normal'"),
+        ({"train_timestep_shift": 0}, "`train_timestep_shift` must be positive; got 0"),
+        ({"hide_noised_images": True, "bidirectional_image_attention": False}, "an image would not see itself"),
+        ({"untied_final_norm": True}, "`untied_final_norm` needs `untied_modalities"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TransfusionConfig(**changes)

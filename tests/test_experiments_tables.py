@@ -269,6 +269,7 @@ def stops(*args):
     raise ValueError("no luck")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_the_others_and_is_named(data, judge, tmp_path, monkeypatch):
     """In processes, where the runs that wait would otherwise be made first."""
     table = Table("A table", {f"{i}": replace(FAMILIES["llama"], seed=i) for i in range(6)}, {}, [])

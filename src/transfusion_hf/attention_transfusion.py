@@ -8,6 +8,9 @@ The mask is cut into *passes* whose pairs of query and key are disjoint and toge
    are causal again, since with i = e−2−a and j = e−1−b: j ≥ i+1 ⇔ b ≤ a;
 3. behind a cache, full attention of the new positions to those cached.
 
+Blocks that others must not see are left out of the first two; each attends fully to itself and to what it sees of the
+document before it.
+
 Outputs are merged by their log-sum-exp. In the backward pass dS = P∘(dO·Vᵀ − rowsum(dO∘O)) with P = exp(S − lse) needs
 of the other passes only the final output and lse: the kernel's own backward, called with those, gives a pass's share.
 """
@@ -75,7 +78,9 @@ class VarlenPlan:
 
 
 @torch.compiler.disable
-def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: Any = "cpu") -> VarlenPlan:
+def make_varlen_plan(
+    real, seq: int, block_ids=None, document_ids=None, device: Any = "cpu", hidden=None
+) -> VarlenPlan:
     """
     Cuts Transfusion's mask into passes, on the CPU.
 
@@ -86,6 +91,7 @@ def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: 
             Of the new positions, from `image_block_ids`. `None`: causal throughout.
         document_ids (the same): Documents packed into a row, in runs; without a cache only.
         device (`torch.device`): Where to put the plan.
+        hidden (`torch.BoolTensor` of shape `(batch, seq)`, *optional*): Blocks that are seen by themselves alone.
     """
     real = real.bool().cpu()
     batch, num_keys = real.shape
@@ -104,9 +110,13 @@ def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: 
         return VarlenPlan(passes, batch * seq, batch * num_keys, block_ids, document_ids).to(device)
 
     labels = rows if document_ids is None else rows * (int(document_ids.max()) + 1) + document_ids.cpu()
-    lengths = torch.unique_consecutive(labels[new], return_counts=True)[1].tolist()
-    query_index, key_index = (None, None) if is_whole and not past else (queries[new], new_keys[new])
-    passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
+    apart = torch.zeros_like(new) if hidden is None else hidden.cpu() & new
+    seen_new, documents = new & ~apart, labels
+    if seen_new.any():
+        lengths = torch.unique_consecutive(labels[seen_new], return_counts=True)[1].tolist()
+        is_all = is_whole and not past and not apart.any()
+        query_index, key_index = (None, None) if is_all else (queries[seen_new], new_keys[seen_new])
+        passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
 
     if cached.any():
         chosen = new & cached.any(dim=1, keepdim=True)
@@ -115,7 +125,7 @@ def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: 
         passes.append(VarlenPass(queries[chosen], keys[:, :past][seen], query_lengths, key_lengths, is_causal=False))
 
     if blocks is not None:
-        is_patch = (blocks >= 0) & new
+        is_patch = (blocks >= 0) & seen_new
         labels = rows * (int(blocks.max()) + 1) + blocks
         lengths = torch.unique_consecutive(labels[is_patch], return_counts=True)[1].tolist()
         if any(n > 1 for n in lengths):
@@ -123,6 +133,18 @@ def make_varlen_plan(real, seq: int, block_ids=None, document_ids=None, device: 
             key_index = torch.cat([part[1:].flip(0) for part in new_keys[is_patch].split(lengths)])
             lengths = [n - 1 for n in lengths if n > 1]
             passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
+    if apart.any():
+        assert blocks is not None
+        labels = rows * (int(blocks.max()) + 1) + blocks
+        own = [(labels == label) & apart for label in torch.unique(labels[apart])]
+        before = [seen_new & (documents == documents[one][0]) & (queries < queries[one][0]) for one in own]
+        for targets in (own, before):
+            pairs = [pair for pair in zip(own, targets, strict=True) if pair[1].any()]
+            if pairs:
+                index = (torch.cat([x[pair[i]] for pair in pairs]) for i, x in enumerate((queries, new_keys)))
+                lengths = ([int(pair[i].sum()) for pair in pairs] for i in range(2))
+                (query_index, key_index), (query_lengths, key_lengths) = index, lengths
+                passes.append(VarlenPass(query_index, key_index, query_lengths, key_lengths, is_causal=False))
     return VarlenPlan(passes, batch * seq, batch * num_keys, block_ids, document_ids).to(device)
 
 

@@ -34,6 +34,7 @@ _CHOICES: dict[str, list] = {
     "pos_embed_type": [None, "sincos"],
     "prediction_type": ["epsilon", "v_prediction", "sample", "flow_prediction"],
     "timestep_embedding_level": ["patch", "hidden"],
+    "timestep_distribution": ["uniform", "logit_normal"],
     "untied_modalities": [None, [], ["image"]],
 }
 IMAGE_TOKEN_IDS = ("image_start_token_id", "image_token_id", "image_end_token_id")
@@ -104,6 +105,9 @@ class TransfusionConfig(PreTrainedConfig):
             `"hidden"`: behind it, as wide as the transformer.
         timestep_scale (`float`, defaults to 1.0): Factor of t in the sinusoids; 1/T for t from 0 to 1.
         num_train_timesteps (`int`, defaults to 1000): T, the number of steps of the noise schedule.
+        timestep_distribution (`str`, defaults to `"uniform"`):
+            Of t/T in training; `"logit_normal"`: sigmoid(n) with n ~ N(0, 1) (arXiv 2403.03206).
+        train_timestep_shift (`float`, defaults to 1.0): Moves t/T in training to s·t / (1 + (s − 1)·t) (ibid.).
         beta_schedule (`str`, defaults to `"squaredcos_cap_v2"`): By diffusers' name; the default is cosine (Eq. 3).
         prediction_type (`str`, defaults to `"epsilon"`):
             `"epsilon"` (Eq. 3), `"v_prediction"`, `"sample"`, or `"flow_prediction"` (flow matching, without
@@ -111,6 +115,8 @@ class TransfusionConfig(PreTrainedConfig):
         diffusion_loss_weight (`float`, defaults to 5.0): λ in L = L_LM + λ·L_DDPM (Eq. 4).
         bidirectional_image_attention (`bool`, defaults to `True`):
             Whether the patches of one image attend to each other (Fig. 4). `False`: the causal ablation of Table 5.
+        hide_noised_images (`bool`, defaults to `False`):
+            Whether a noised image is seen by its own block alone. A clean copy then follows where it is to be read.
         untied_modalities (`list[str]`, *optional*):
             `["image"]`: patches have separate projections, MLPs and norms in each layer, initialised as copies of the
             text's; attention is shared. `<BOI>` and `<EOI>` count as text. `None` or `[]`: all share all weights.
@@ -150,10 +156,13 @@ class TransfusionConfig(PreTrainedConfig):
     timestep_embedding_level: str = "patch"
     timestep_scale: float | int = 1.0
     num_train_timesteps: int = 1000
+    timestep_distribution: str = "uniform"
+    train_timestep_shift: float | int = 1.0
     beta_schedule: str = "squaredcos_cap_v2"
     prediction_type: str = "epsilon"
     diffusion_loss_weight: float | int = 5.0
     bidirectional_image_attention: bool = True
+    hide_noised_images: bool = False
     untied_modalities: list | None = None
     untied_final_norm: bool = False
     image_markers_in_block: bool = False
@@ -255,6 +264,10 @@ class TransfusionConfig(PreTrainedConfig):
             f"`diffusion_loss_weight` must not be negative; got {weight}.": weight < 0,
             "`timestep_embedding_level='hidden'` needs `patch_encoder='linear'`: a U-Net takes t in its own blocks.":
                 self.timestep_embedding_level == "hidden" and self.patch_encoder != "linear",
+            f"`train_timestep_shift` must be positive; got {self.train_timestep_shift}.":
+                self.train_timestep_shift <= 0,
+            "`hide_noised_images` needs `bidirectional_image_attention`: an image would not see itself.":
+                self.hide_noised_images and not self.bidirectional_image_attention,
             "`untied_final_norm` needs `untied_modalities=['image']`.":
                 self.untied_final_norm and not self.untied_modalities,
             f"`sample_size` must be one integer or (height, width); got {size}.":

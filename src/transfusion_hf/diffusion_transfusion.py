@@ -166,13 +166,24 @@ def content_seeds(stacks: Stacks) -> list[int]:
     return [zlib.crc32(image.cpu().contiguous().numpy().tobytes()) for stack in stacks for image in stack.float()]
 
 
-def sample_timesteps(max_timesteps: torch.LongTensor, seeds: Sequence[int] | None = None) -> torch.LongTensor:
-    """Draws each image's t uniform below its `max_timesteps` (§4.3.4), from its seed or torch's global generator."""
+def sample_timesteps(
+    max_timesteps: torch.LongTensor,
+    seeds: Sequence[int] | None = None,
+    distribution: str = "uniform",
+    shift: float = 1.0,
+) -> torch.LongTensor:
+    """
+    Draws each image's t below its `max_timesteps` (§4.3.4), from its seed or torch's global generator. `distribution`
+    and `shift` are those of [`TransfusionConfig`], of t as a share of the limit.
+    """
+    draw = torch.rand if distribution == "uniform" else torch.randn
     if seeds is None:
-        uniform = torch.rand(max_timesteps.shape, device=max_timesteps.device)
+        drawn = draw(max_timesteps.shape, device=max_timesteps.device)
     else:
-        uniform = torch.stack([torch.rand((), generator=_generator(seed)) for seed in seeds]).to(max_timesteps.device)
-    return (uniform * max_timesteps).long()
+        drawn = torch.stack([draw((), generator=_generator(seed)) for seed in seeds]).to(max_timesteps.device)
+    share = drawn if distribution == "uniform" else drawn.sigmoid()
+    share = share if shift == 1 else shift_timesteps(share, shift)
+    return (share * max_timesteps).long().minimum(max_timesteps - 1)
 
 
 def check_per_image(num_images: int, **given: Any) -> None:
@@ -231,7 +242,14 @@ def chosen_rows(stacks: Stacks, mask: torch.BoolTensor) -> list[list[int]]:
 
 
 def noise_images(
-    noise_scheduler: SchedulerMixin, x_0: Stacks, timesteps=None, max_timesteps=None, image_loss_mask=None, seeds=None
+    noise_scheduler: SchedulerMixin,
+    x_0: Stacks,
+    timesteps=None,
+    max_timesteps=None,
+    image_loss_mask=None,
+    seeds=None,
+    distribution: str = "uniform",
+    shift: float = 1.0,
 ) -> tuple[Stacks, torch.LongTensor, torch.BoolTensor | None, Stacks]:
     """
     The forward diffusion of a training step: draws t and ε, and noises the images in `image_loss_mask`. The arguments
@@ -249,7 +267,7 @@ def noise_images(
     elif not ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
         raise ValueError(f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}.")
     if timesteps is None:
-        timesteps = sample_timesteps(max_timesteps, seeds) + first
+        timesteps = sample_timesteps(max_timesteps, seeds, distribution, shift) + first
     else:
         check_timesteps(timesteps, num_images, num_train_timesteps - 1 + first)
     timesteps, eps, mask = timesteps.to(device), sample_noise(x_0, seeds), None

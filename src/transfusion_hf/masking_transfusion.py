@@ -40,6 +40,13 @@ def attention_block_ids(input_ids: torch.LongTensor, config: TransfusionConfig) 
     return torch.where(input_ids == config.image_end_token_id, before[:, :-1], block_ids)
 
 
+def positions_of_images(block_ids: torch.LongTensor, chosen: torch.BoolTensor) -> torch.BoolTensor:
+    """Where the blocks of the images stand that `chosen`, of shape `(num_images,)`, names: `(batch, seq)`."""
+    num_blocks = block_ids.amax(dim=-1, keepdim=True) + 1
+    image = num_blocks.cumsum(dim=0) - num_blocks + block_ids
+    return (block_ids >= 0) & chosen.to(block_ids.device)[image.clamp(0, len(chosen) - 1)]
+
+
 def share_positions(
     position_ids: torch.LongTensor, block_ids: torch.LongTensor
 ) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -92,7 +99,14 @@ def check_image_blocks(stacks: list[torch.Tensor] | None, block_ids: Any, config
 
 
 def create_transfusion_mask(
-    text_config, inputs_embeds, block_ids, attention_mask, cache, position_ids, varlen_plan: VarlenPlan | None = None
+    text_config,
+    inputs_embeds,
+    block_ids,
+    attention_mask,
+    cache,
+    position_ids,
+    varlen_plan: VarlenPlan | None = None,
+    hidden: torch.BoolTensor | None = None,
 ) -> Any:
     """
     The mask for the new positions, in the form that the decoder takes: a tensor, a `BlockMask`, `None`, or a dict of
@@ -102,6 +116,8 @@ def create_transfusion_mask(
         block_ids (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
             Of the new positions, from [`image_block_ids`]; `None`: causal throughout. An image never straddles the
             border between cache and new positions, so the cached ones are not needed.
+        hidden (`torch.BoolTensor` of shape `(batch, seq)`, *optional*):
+            Of the new positions: blocks that are seen by themselves alone.
 
     Raises:
         ValueError: the decoder runs on a stock flash implementation; `varlen_plan` was made for another batch.
@@ -115,16 +131,30 @@ def create_transfusion_mask(
         if not torch.compiler.is_compiling():
             _check_varlen_plan(varlen_plan, attn_implementation, (batch, seq), block_ids, position_ids)
         return varlen_plan.to(inputs_embeds.device)
+    document_ids = None
+    if attention_mask is None and cache is None and (hidden is not None or attn_implementation == VARLEN_ATTENTION):
+        document_ids = _document_ids(position_ids, batch, seq)
     if attn_implementation == VARLEN_ATTENTION:
-        document_ids = _document_ids(position_ids, batch, seq) if attention_mask is None and cache is None else None
         if attention_mask is None:
             attention_mask = torch.ones(batch, seq if cache is None else cache.get_seq_length() + seq)
-        return make_varlen_plan(attention_mask, seq, block_ids, document_ids, inputs_embeds.device)
+        return make_varlen_plan(attention_mask, seq, block_ids, document_ids, inputs_embeds.device, hidden)
+    options: dict[str, Any] = {}
+    if hidden is not None:
+        past = 0 if cache is None else cache.get_seq_length()
+        is_seen = ~torch.nn.functional.pad(hidden, (past, 0), value=False)
+        # The library would hand over positions in place of columns where it finds documents itself.
+        documents = torch.zeros_like(is_seen, dtype=torch.long) if document_ids is None else document_ids
+        position_ids = None if document_ids is not None else position_ids
+
+        def is_visible(batch, head, query, key):  # before the blocks are added, so that each sees itself
+            return is_seen[batch, key] & (documents[batch, query] == documents[batch, key])
+
+        options["and_mask_function"] = is_visible
     if block_ids is not None and cache is not None:
         # The library wants the ids of prefix and query together; shorter ones give a wrong mask without an error.
         block_ids = torch.nn.functional.pad(block_ids, (cache.get_seq_length(), 0), value=-1)
     return create_masks_for_generate(
-        text_config, inputs_embeds, attention_mask, cache, position_ids, block_sequence_ids=block_ids
+        text_config, inputs_embeds, attention_mask, cache, position_ids, block_sequence_ids=block_ids, **options
     )
 
 

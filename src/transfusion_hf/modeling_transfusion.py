@@ -41,6 +41,7 @@ from .masking_transfusion import (
     create_transfusion_mask,
     image_block_ids,
     is_prepared,
+    positions_of_images,
     share_positions,
 )
 from .modality_transfusion import ModalityRouter, image_parameters, untie_modalities
@@ -288,8 +289,12 @@ class TransfusionModel(TransfusionPreTrainedModel):
             # Text alone needs no blocks, and then transformers can use the faster causal kernels.
             is_bidirectional = patches is not None and self.config.bidirectional_image_attention
             blocks = attention_block_ids(input_ids, self.config) if is_bidirectional else None
+            hidden = None
+            if blocks is not None and self.config.hide_noised_images and timesteps is not None:
+                is_noised = timesteps > 0 if prediction_mask is None else prediction_mask & (timesteps > 0)
+                hidden = positions_of_images(blocks, is_noised)
             attention_mask = create_transfusion_mask(
-                text_config, hidden_states, blocks, attention_mask, cache, counted, varlen_plan
+                text_config, hidden_states, blocks, attention_mask, cache, counted, varlen_plan, hidden
             )
         if isinstance(attention_mask, VarlenPlan):
             kwargs["varlen_plan"], attention_mask = attention_mask, None
@@ -488,8 +493,9 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             if noise_seeds is None and not self.training:
                 noise_seeds = content_seeds(stacks)
             stacks, timesteps, prediction_mask, targets = noise_images(
-                self.noise_scheduler, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds
-            )
+                self.noise_scheduler, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds,
+                self.config.timestep_distribution, self.config.train_timestep_shift,
+            )  # fmt: skip
         rest = {"position_ids": position_ids, "cache": cache, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
         outputs = self.model(input_ids, stacks, timesteps, prediction_mask, attention_mask, **rest, **kwargs)
         predictions = outputs.image_predictions if blank is None else self.model.patch_decoder(*blank)
