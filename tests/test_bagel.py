@@ -10,12 +10,12 @@ import pytest
 import torch
 from reference_bagel import Bagel, Latents, Seen, Text, latents_of, shifted, windows_of
 from safetensors.torch import load_file
-from transformers import Qwen3Config
+from transformers import DynamicCache, Qwen3Config
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 from transfusion_hf.conversion.bagel import reordered, transfusion_name
 from transfusion_hf.diffusion_transfusion import sample_timesteps
-from transfusion_hf.masking_transfusion import attention_block_ids, share_positions
+from transfusion_hf.masking_transfusion import attention_block_ids, positions_of_images, share_positions
 from transfusion_hf.patching_transfusion import sincos_positions
 
 FIXTURES = Path(__file__).parent / "fixtures" / "bagel"
@@ -221,7 +221,8 @@ def test_edits_are_guided_by_text_and_then_by_images_as_the_twin(model, twin, re
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     kwargs = {**NESTED, "num_inference_steps": 3, "init_noise": noise, "use_cache": use_cache}
-    kwargs |= {"input_image_guidance_scale": 1.5, "guidance_interval": (0.4, 1.0), "guidance_renorm": renorm}
+    image_scale = 1.5 if renorm else None
+    kwargs |= {"input_image_guidance_scale": image_scale, "guidance_interval": (0.4, 1.0), "guidance_renorm": renorm}
     latents = [first, second, -first]
     output = model.generate(ids, latents=latents, attention_mask=(ids != 0).long(), **kwargs)
     shown = [Latents(windows_of(one)) for one in latents]
@@ -229,7 +230,7 @@ def test_edits_are_guided_by_text_and_then_by_images_as_the_twin(model, twin, re
         ([Text([300, 5]), shown[0], Text([9, 7])], [shown[0]], [Text([300, 5, 9, 7])]),
         ([shown[1], shown[2], Text([300, 8])], [shown[1], shown[2]], [Text([300, 8])]),
     ]
-    options = {"num_points": 4, "text_scale": 4.0, "image_scale": 1.5, "interval": (0.4, 1.0)}
+    options = {"num_points": 4, "text_scale": 4.0, "image_scale": image_scale or 1.0, "interval": (0.4, 1.0)}
     options |= {"renorm": renorm or "global", "renorm_min": 1.0 if renorm is None else 0.0}
     for i, (context, without_text, without_images) in enumerate(contexts):
         others = {"without_text": without_text, "without_images": without_images}
@@ -398,3 +399,30 @@ def test_t_of_training_is_logit_normal_and_shifted():
 def test_options_that_contradict_each_other_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         TransfusionConfig(**changes)
+
+
+def test_each_image_is_found_in_its_row():
+    blocks = torch.tensor([[-1, 0, 0, -1, 1], [0, -1, 1, 1, -1]])
+    found = positions_of_images(blocks, torch.tensor([True, False, False, True]))
+    assert found.int().tolist() == [[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]
+
+
+def test_contexts_with_images_are_kept_between_drawings(model):
+    """Rows of two sizes are drawn in turn."""
+    images = [*torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0)).double()]
+    ids = torch.tensor([[300, 5, *block(2, 2), 9, 7, 302]]).expand(2, -1)
+    kwargs = {**NESTED, "num_inference_steps": 2, "height": [8, 4], "width": 12}
+    drawn = []
+    for use_cache in (True, False):
+        generators = [torch.Generator().manual_seed(i) for i in range(2)]
+        output = model.generate(ids, latents=images, use_cache=use_cache, generator=generators, **kwargs)
+        drawn.append([row[0] for row in output.images])
+    for cached, uncached in zip(*drawn, strict=True):
+        near(cached, uncached.double())
+
+
+def test_images_hidden_in_a_cache_are_no_context_of_nested_guidance(model):
+    ids, cache = torch.tensor([[300, 5, *block(2, 2), 9, 302]]), DynamicCache()
+    model(ids[:, :-2], latents=torch.zeros(1, 16, 4, 4).double(), cache=cache, use_cache=True)
+    with pytest.raises(ValueError, match=r"guides by the images of the prompt, .* are in `cache`"):
+        model.generate(ids, cache=cache, **NESTED, num_inference_steps=2)

@@ -310,15 +310,15 @@ def guidance_prefixes(
     # Where the prompt itself asks for a drawing it ends with `<BOI>`.
     asked = [row[:-1] if len(row) and row[-1] == boi else row for row in prompts.ids]
     images, texts = ([row[torch.isin(row, image_ids) == keep] for row in asked] for keep in (True, False))
-    if arguments.input_image_guidance_scale not in (None, 1 if is_nested else arguments.image_guidance_scale):
-        for blocks, latents in zip(images, prompts.latents, strict=True):
-            if not latents or int((blocks == boi).sum()) != len(latents):
-                raise ValueError(
-                    "`input_image_guidance_scale` guides by the images of the prompt, and a prompt has none (or they "
-                    "are in `cache`); leave it `None`."
-                )
-    else:
-        texts = []
+    has_scale = arguments.input_image_guidance_scale not in (None, 1 if is_nested else arguments.image_guidance_scale)
+    for blocks, latents in zip(images, prompts.latents, strict=True):
+        is_hidden = int((blocks == boi).sum()) != len(latents)
+        if (has_scale and (is_hidden or not latents)) or (is_nested and is_hidden):
+            raise ValueError(
+                f"`{'input_image_guidance_scale' if has_scale else 'guidance_type'}` guides by the images of the "
+                "prompt, and a prompt has none (or they are in `cache`); leave it at its default."
+            )
+    texts = texts if has_scale else []
     if is_nested:
         nothing: list[list[torch.Tensor]] = [[] for _ in images]
         if arguments.image_guidance_scale != 1:
