@@ -29,6 +29,8 @@ from report import AT_SCALES, METRICS, Claim, Table, write_figure5, write_table
 from runs import Settings, run
 from tqdm.auto import tqdm
 
+from transfusion_hf import TransfusionConfig
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -100,7 +102,10 @@ IMAGES = ("captioned", "cider", "drawn", "frechet_distance")
 
 def _row(scale: Scale, family: str = "transfusion", size: str | None = None, **kwargs: Any) -> Settings:
     if family == "transfusion":
-        kwargs["options"] = {"patch_size": 2, **scale.options, **kwargs.get("options", {})}
+        options = {**scale.options, **kwargs.get("options", {})}
+        # What is the default is left out, so that tables share the run.
+        given = {name: value for name, value in options.items() if value != getattr(TransfusionConfig, name)}
+        kwargs["options"] = {"patch_size": options.get("patch_size", 2), **given}
     return Settings(
         family,
         size or scale.size,

@@ -191,6 +191,10 @@ def test_tables_have_the_papers_rows_and_share_their_runs(scale, tmp_path):
     num_rows = sum(len(table.rows) for table in made.values())
     settings = {str(row) for table in made.values() for row in table.rows.values()}
     assert len(folders) == len(settings) < num_rows, "the same folder for the same run alone"
+    size = SCALES[scale].size
+    shared = [made["table3"].rows[f"Transfusion {size}"], made["table8"].rows["t ≤ 500"]]
+    shared += [made["table5"].rows["linear, bidirectional"], made["table6"].rows["linear, 2×2"]]
+    assert shared == [made["table7"].rows[f"linear, {size}"]] * 4 == [made["weight"].rows["λ = 5"]] * 4
     for table in made.values():
         assert {*table.paper} <= {*table.rows}
         assert {claim.better for claim in table.claims} | {claim.worse for claim in table.claims} <= {*table.rows}
