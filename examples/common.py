@@ -122,22 +122,28 @@ def build_model(
 
 
 @dataclass
-class ShapesTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with defaults for small models of shapes."""
+class SmallTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with defaults for small models."""
 
-    output_dir: str | None = "outputs/shapes"
     learning_rate: float = 2e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 100
-    max_steps: int = 2000
     per_device_train_batch_size: int = 32
     adam_beta2: float = 0.95
     weight_decay: float = 0.1
-    save_strategy: str = "no"
     logging_steps: float = 20
     report_to: str = "none"
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
+
+
+@dataclass
+class ShapesTrainingArguments(SmallTrainingArguments):
+    """The same for shapes."""
+
+    output_dir: str | None = "outputs/shapes"
+    max_steps: int = 2000
+    save_strategy: str = "no"
 
 
 def build_shapes_model(

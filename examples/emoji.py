@@ -13,35 +13,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from common import ema_callbacks, say_next, with_special_tokens
+from common import SmallTrainingArguments, ema_callbacks, say_next, with_special_tokens
 from emoji_data import CATEGORIES, PACKAGES, PHRASES, Emoji, load_emoji, load_picture, split
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import HfArgumentParser, LlamaConfig, PreTrainedTokenizerFast, TrainingArguments, set_seed
+from transformers import HfArgumentParser, LlamaConfig, PreTrainedTokenizerFast, set_seed
 
 from transfusion_hf import TransfusionDataCollator, TransfusionTrainer, new_transfusion
 from transfusion_hf.training.checkpoints import resume_from
 
 
 @dataclass
-class Arguments(TrainingArguments):
+class Arguments(SmallTrainingArguments):
     output_dir: str | None = "outputs/emoji"
     learning_rate: float = 1e-3
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 200
     max_steps: int = 12_000
-    per_device_train_batch_size: int = 32
-    adam_beta2: float = 0.95
-    weight_decay: float = 0.1
     save_steps: float = 500
     save_total_limit: int | None = 1
-    logging_steps: float = 50
-    report_to: str = "none"
-    remove_unused_columns: bool = False
-    ddp_find_unused_parameters: bool | None = False
     image_size: int = field(default=32, metadata={"help": "Pixels of a side: 32, or 64."})
     hidden_size: int = 320
     num_hidden_layers: int = 8
-    patch_size: int = 4
+    patch_size: int = field(default=4, metadata={"help": "Pixels of a side, at 32; it grows with `image_size`."})
     prediction_type: str = "v_prediction"
     patch_encoder: str = "linear"
     ema_decay: float = 0.999

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import draw, ema_callbacks, plt, read, say_next, with_special_tokens
+from common import SmallTrainingArguments, draw, ema_callbacks, plt, read, say_next, with_special_tokens
 from package_data import fetch_debian
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser, LlamaConfig, TrainingArguments, set_seed
+from transformers import HfArgumentParser, LlamaConfig, set_seed
 
 from transfusion_hf import (
     TransfusionDataCollator,
@@ -42,21 +42,13 @@ SIZES = {"1M": (5, 128, 4), "3M": (6, 192, 4), "10M": (8, 320, 5)}  # layers, hi
 
 
 @dataclass
-class Arguments(TrainingArguments):
+class Arguments(SmallTrainingArguments):
     output_dir: str | None = None
-    learning_rate: float = 2e-3
-    lr_scheduler_type: str = "cosine"
     warmup_steps: float = 200
     max_steps: int = 4000
     per_device_train_batch_size: int = 64
-    adam_beta2: float = 0.95
-    weight_decay: float = 0.1
     save_steps: float = 500
     save_total_limit: int | None = 1
-    logging_steps: float = 50
-    report_to: str = "none"
-    remove_unused_columns: bool = False
-    ddp_find_unused_parameters: bool | None = False
     size: str = field(default="1M", metadata={"help": "Parameters of the transformer: 1M, 3M or 10M."})
     patch_encoder: str = field(default="linear", metadata={"help": "Or 'unet'."})
     ema_decay: float = 0.999

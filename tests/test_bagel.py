@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache, Qwen3Config
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
+from transfusion_hf.attention_transfusion import make_varlen_plan
 from transfusion_hf.conversion.bagel import reordered, transfusion_name
 from transfusion_hf.diffusion_transfusion import sample_timesteps
 from transfusion_hf.masking_transfusion import attention_block_ids, positions_of_images, share_positions
@@ -426,3 +427,17 @@ def test_images_hidden_in_a_cache_are_no_context_of_nested_guidance(model):
     model(ids[:, :-2], latents=torch.zeros(1, 16, 4, 4).double(), cache=cache, use_cache=True)
     with pytest.raises(ValueError, match=r"guides by the images of the prompt, .* are in `cache`"):
         model.generate(ids, cache=cache, **NESTED, num_inference_steps=2)
+
+
+def test_a_plan_that_does_not_know_hidden_images_is_refused(model):
+    ids = torch.tensor([[300, *block(2, 2), 9]])
+    plan = make_varlen_plan(torch.ones_like(ids), ids.shape[1], attention_block_ids(ids, model.config))
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation("transfusion_varlen")
+    try:
+        with pytest.raises(
+            ValueError, match="`varlen_plan` does not know `hide_noised_images`; have the collator make"
+        ):
+            model(ids, latents=torch.zeros(1, 16, 4, 4).double(), labels=ids, varlen_plan=plan)
+    finally:
+        model.set_attn_implementation(before)

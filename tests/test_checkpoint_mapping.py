@@ -27,7 +27,7 @@ from transformers import (
     T5Config,
 )
 
-from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor
+from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor, set_trainable
 from transfusion_hf.conversion.causal_lm import convert_causal_lm, transfusion_key
 from transfusion_hf.conversion.export import extract_causal_lm
 
@@ -513,3 +513,31 @@ def test_gguf_files_that_cannot_be_converted_are_refused(gguf_file, tmp_path):
     with pytest.raises(ValueError, match="bloom"):
         convert_causal_lm(other, output, **IMAGES)
     assert not output.exists()
+
+
+@pytest.mark.parametrize("name", ["llama", "phi"])
+def test_the_last_norm_of_images_is_converted_trained_and_left_behind(tmp_path, tokenizer, name):
+    original = causal_lm(name, vocab_size=len(tokenizer))
+    with torch.no_grad():
+        for parameter in original.base_model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    original.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    fields = {**IMAGES, "untied_modalities": ["image"], "untied_final_norm": True}
+    convert_causal_lm(tmp_path / "lm", tmp_path / "converted", **fields)
+    saved: dict[str, torch.Tensor] = {}
+    for file in (tmp_path / "converted").glob("*.safetensors"):
+        saved |= load_file(file)
+    norm = {"llama": "norm", "phi": "final_layernorm"}[name]
+    twin, own = (f"model.language_model.{part}{norm}.weight" for part in ("image.", ""))
+    assert torch.equal(saved[twin], saved[own])
+    ids = torch.randint(3, 60, (2, 9))
+    for model in (
+        TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "converted"),
+        TransfusionForCausalLMAndDiffusion.from_causal_lm(str(tmp_path / "lm"), **fields),
+    ):
+        assert torch.equal(model.get_parameter(twin), model.get_parameter(own))
+        assert twin in set_trainable(model, "image_weights") and not model.get_parameter(own).requires_grad
+        assert torch.equal(model(ids).logits[..., : len(tokenizer)], original(ids).logits)
+        back = extract_causal_lm(model, len(tokenizer)).state_dict()
+        assert all(torch.equal(back[key], value) for key, value in original.state_dict().items())

@@ -8,6 +8,7 @@ import reference
 import tiny
 import torch
 
+from transfusion_hf import TransfusionConfig
 from transfusion_hf.diffusion_transfusion import add_noise, sample_noise, sample_timesteps
 from transfusion_hf.masking_transfusion import create_transfusion_mask, image_block_ids
 from transfusion_hf.patching_transfusion import TransfusionTimestepEmbedding, patchify, stack_images, unpatchify
@@ -174,7 +175,7 @@ def test_unpatching_undoes_patching_for_every_size_and_layout():
 
 def test_timestep_sinusoids_are_float32_cosines_and_sines():
     timesteps = torch.tensor([0, 1, 500, 999])
-    sinusoids = TransfusionTimestepEmbedding(256, 8).sinusoids(timesteps)
+    sinusoids = TransfusionTimestepEmbedding(TransfusionConfig(), 8).sinusoids(timesteps)
     frequencies = 10000 ** (-torch.arange(128, dtype=torch.float64) / 128)
     angles = timesteps[:, None].double() * frequencies
     assert sinusoids.dtype == torch.float32

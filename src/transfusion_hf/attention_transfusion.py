@@ -91,7 +91,8 @@ def make_varlen_plan(
             Of the new positions, from `image_block_ids`. `None`: causal throughout.
         document_ids (the same): Documents packed into a row, in runs; without a cache only.
         device (`torch.device`): Where to put the plan.
-        hidden (`torch.BoolTensor` of shape `(batch, seq)`, *optional*): Blocks that are seen by themselves alone.
+        hidden (`torch.BoolTensor` of shape `(batch, seq)`, *optional*):
+            `True` in images that no position outside of their own block may attend to.
     """
     real = real.bool().cpu()
     batch, num_keys = real.shape

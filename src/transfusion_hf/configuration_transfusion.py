@@ -116,7 +116,8 @@ class TransfusionConfig(PreTrainedConfig):
         bidirectional_image_attention (`bool`, defaults to `True`):
             Whether the patches of one image attend to each other (Fig. 4). `False`: the causal ablation of Table 5.
         hide_noised_images (`bool`, defaults to `False`):
-            Whether a noised image is seen by its own block alone. A clean copy then follows where it is to be read.
+            Whether only the positions of its own block attend to a noised image. Put a clean copy behind it where
+            later text needs the image.
         untied_modalities (`list[str]`, *optional*):
             `["image"]`: patches have separate projections, MLPs and norms in each layer, initialised as copies of the
             text's; attention is shared. `<BOI>` and `<EOI>` count as text. `None` or `[]`: all share all weights.

@@ -117,10 +117,11 @@ def create_transfusion_mask(
             Of the new positions, from [`image_block_ids`]; `None`: causal throughout. An image never straddles the
             border between cache and new positions, so the cached ones are not needed.
         hidden (`torch.BoolTensor` of shape `(batch, seq)`, *optional*):
-            Of the new positions: blocks that are seen by themselves alone.
+            `True` at the new positions of images that no position outside of their own block may attend to.
 
     Raises:
-        ValueError: the decoder runs on a stock flash implementation; `varlen_plan` was made for another batch.
+        ValueError: the decoder runs on a stock flash implementation; `varlen_plan` was made for another batch, or
+            comes with `hidden` images, which it does not know.
     """
     attn_implementation = text_config._attn_implementation
     check_attn_implementation(attn_implementation)
@@ -128,6 +129,8 @@ def create_transfusion_mask(
     if varlen_plan is not None:
         if attention_mask is not None or cache is not None:
             raise ValueError("`varlen_plan` excludes `attention_mask` and `cache`; pass one of them.")
+        if hidden is not None:
+            raise ValueError("`varlen_plan` does not know `hide_noised_images`; have the collator make none.")
         if not torch.compiler.is_compiling():
             _check_varlen_plan(varlen_plan, attn_implementation, (batch, seq), block_ids, position_ids)
         return varlen_plan.to(inputs_embeds.device)

@@ -153,7 +153,9 @@ def _copies(module: nn.Module, without: str | None = None) -> dict[str, nn.Modul
 
 def image_name(name: str) -> str:
     """The name of the image twin, if any, of a decoder's weight or of a module in a parallel plan."""
-    return re.sub(r"(^|\.)layers\.(\d+|\*)\.", rf"\g<0>{IMAGE}.", name, count=1)
+    return re.sub(
+        r"(^|\.)layers\.(\d+|\*)\.|\blanguage_model\.(?=(final_layer)?norm\.)", rf"\g<0>{IMAGE}.", name, count=1
+    )
 
 
 def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:

@@ -282,13 +282,14 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if patches is not None:
             hidden_states = patches.put_into(hidden_states)
 
+        if self.config.image_markers_in_block and patches is not None:
+            block_ids = attention_block_ids(input_ids, self.config)
         counted = position_ids
         if self.config.shared_image_position and patches is not None:
-            position_ids, counted = self._shared_positions(input_ids, position_ids, cache)
+            position_ids, counted = self._shared_positions(block_ids, position_ids, cache)
         if varlen_plan is not None or not is_prepared(attention_mask):
             # Text alone needs no blocks, and then transformers can use the faster causal kernels.
-            is_bidirectional = patches is not None and self.config.bidirectional_image_attention
-            blocks = attention_block_ids(input_ids, self.config) if is_bidirectional else None
+            blocks = block_ids if patches is not None and self.config.bidirectional_image_attention else None
             hidden = None
             if blocks is not None and self.config.hide_noised_images and timesteps is not None:
                 is_noised = timesteps > 0 if prediction_mask is None else prediction_mask & (timesteps > 0)
@@ -315,12 +316,12 @@ class TransfusionModel(TransfusionPreTrainedModel):
             image_predictions = self.patch_decoder(*chosen) if chosen[0] else []
         return TransfusionModelOutputWithPast(**outputs, image_predictions=image_predictions)
 
-    def _shared_positions(self, input_ids: Any, position_ids: Any, cache: Cache | None) -> tuple[torch.Tensor, ...]:
+    def _shared_positions(self, block_ids: Any, position_ids: Any, cache: Cache | None) -> tuple[torch.Tensor, ...]:
         if position_ids is None:
             if cache is not None and cache.get_seq_length():
                 raise ValueError("`shared_image_position`: pass `position_ids` behind a `cache`, which hides images.")
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return share_positions(position_ids.expand(input_ids.shape), attention_block_ids(input_ids, self.config))
+            position_ids = torch.arange(block_ids.shape[1], device=block_ids.device)
+        return share_positions(position_ids.expand(block_ids.shape), block_ids)
 
     def _encode(self, stacks: list[torch.Tensor], timesteps: torch.Tensor | None, is_patch: torch.Tensor) -> _Patches:
         if timesteps is None:

@@ -79,8 +79,9 @@ class KeepFloat32(nn.Module):
 class TransfusionTimestepEmbedding(KeepFloat32):
     """Sinusoids of t and a small MLP. In the linear encoder as wide as a patch and added to each one (footnote 6)."""
 
-    def __init__(self, num_channels: int, out_dim: int, width: int | None = None, scale: float = 1.0):
+    def __init__(self, config: TransfusionConfig, out_dim: int, width: int | None = None):
         super().__init__()
+        num_channels, scale = config.timestep_embedding_dim, config.timestep_scale
         self.sinusoids = Timesteps(num_channels, flip_sin_to_cos=True, downscale_freq_shift=0, scale=scale)
         self.mlp = TimestepEmbedding(num_channels, width or num_channels, out_dim=out_dim).float()
 
@@ -98,9 +99,8 @@ class TransfusionLinearPatchEncoder(nn.Module):
         self.patch_size = config.patch_size
         patch_dim, hidden_size = config.latent_channels * config.patch_size**2, config.text_config.hidden_size
         self.is_added_behind = config.timestep_embedding_level == "hidden"
-        dim, width = (hidden_size, hidden_size) if self.is_added_behind else (patch_dim, None)
-        options = (config.timestep_embedding_dim, dim, width, config.timestep_scale)
-        self.timestep_embedding = TransfusionTimestepEmbedding(*options)
+        widths = (hidden_size, hidden_size) if self.is_added_behind else (patch_dim, None)
+        self.timestep_embedding = TransfusionTimestepEmbedding(config, *widths)
         self.proj = nn.Linear(patch_dim, hidden_size)
 
     def forward(self, stacks: Stacks, timesteps: torch.Tensor) -> tuple[list[torch.Tensor], None]:
@@ -147,8 +147,7 @@ class TransfusionUNetPatchEncoder(nn.Module):
         super().__init__()
         channels: Any = config.unet_block_out_channels  # a list once the configuration is complete
         num_layers, num_groups, width = config.unet_layers_per_block, config.unet_norm_num_groups, 4 * channels[0]
-        options = (config.timestep_embedding_dim, width, None, config.timestep_scale)
-        self.timestep_embedding = TransfusionTimestepEmbedding(*options)
+        self.timestep_embedding = TransfusionTimestepEmbedding(config, width)
         self.conv_in = nn.Conv2d(config.latent_channels, channels[0], kernel_size=3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownBlock2D(

@@ -109,7 +109,7 @@ def from_causal_lm(
         refuse_unfit(found["missing_keys"], found["unexpected_keys"], misshapen)  # else the library fills in at random
     model.model.language_model = language_model.base_model
     if config.untied_modalities:
-        untie_modalities(model.model.language_model)
+        untie_modalities(model.model.language_model, config.untied_final_norm)
     model.lm_head = language_model.get_output_embeddings()
     config.text_config = model.model.language_model.config
     model.grow_vocabulary(config.image_end_token_id + 1, pad_to_multiple_of)
