@@ -1,5 +1,5 @@
 """
-BAGEL (arXiv 2505.14683) as slowly and plainly as possible, in float64, written from facts about the released model
+BAGEL (arXiv 2505.14683), naively and in float64, written from facts about the released model
 and not from its code. Weights have BAGEL's names. A sequence is a list of segments; nothing is cached or batched.
 """
 
@@ -190,40 +190,29 @@ class Bagel:
             heads.append(weights @ v[:, group * dim : (group + 1) * dim])
         x = x + self._each(f"{name}self_attn.o_proj", torch.cat(heads, 1), is_latent)
         h = self._norm(f"{name}post_attention_layernorm", x, is_latent)
-        rows = []
-        for state, latent in zip(h, is_latent, strict=True):
-            mlp = f"{name}mlp_moe_gen." if latent else f"{name}mlp."
-            gated = silu(self._linear(f"{mlp}gate_proj", state)) * self._linear(f"{mlp}up_proj", state)
-            rows.append(self._linear(f"{mlp}down_proj", gated))
-        return x + torch.stack(rows)
+        outputs = []
+        for mlp in (f"{name}mlp_moe_gen.", f"{name}mlp."):
+            gated = silu(self._linear(f"{mlp}gate_proj", h)) * self._linear(f"{mlp}up_proj", h)
+            outputs.append(self._linear(f"{mlp}down_proj", gated))
+        return x + torch.where(torch.tensor(is_latent)[:, None], *outputs)
 
     def _rotated(self, states: Tensor, positions: list[int]) -> Tensor:
         half = states.shape[1] // 2
-        rows = []
-        for state, position in zip(states, positions, strict=True):
-            angles = [position / self.llm["rope_theta"] ** (i / half) for i in range(half)]
-            cos = torch.tensor([math.cos(a) for a in angles], dtype=torch.float64)
-            sin = torch.tensor([math.sin(a) for a in angles], dtype=torch.float64)
-            a, b = state[:half], state[half:]
-            rows.append(torch.cat([a * cos - b * sin, b * cos + a * sin]))
-        return torch.stack(rows)
+        angles = [[p / self.llm["rope_theta"] ** (i / half) for i in range(half)] for p in positions]
+        cos, sin = (torch.tensor(angles, dtype=torch.float64).cos(), torch.tensor(angles, dtype=torch.float64).sin())
+        a, b = states[:, :half], states[:, half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], 1)
 
     # Modules: text's, or with `_moe_gen` those of latents
 
     def _each(self, name: str, states: Tensor, is_latent: list[bool]) -> Tensor:
-        return torch.stack(
-            [
-                self._linear(f"{name}_moe_gen" if latent else name, x)
-                for x, latent in zip(states, is_latent, strict=True)
-            ]
-        )
+        both = (self._linear(f"{name}_moe_gen", states), self._linear(name, states))
+        return torch.where(torch.tensor(is_latent)[:, None], *both)
 
     def _norm(self, name: str, states: Tensor, is_latent: list[bool]) -> Tensor:
-        rows = []
-        for x, latent in zip(states, is_latent, strict=True):
-            scale = torch.rsqrt(x.square().mean() + self.llm["rms_norm_eps"])
-            rows.append(x * scale * self.w[f"{name}_moe_gen.weight" if latent else f"{name}.weight"])
-        return torch.stack(rows)
+        scale = torch.rsqrt(states.square().mean(1, keepdim=True) + self.llm["rms_norm_eps"])
+        both = (self.w[f"{name}_moe_gen.weight"], self.w[f"{name}.weight"])
+        return states * scale * torch.where(torch.tensor(is_latent)[:, None], *both)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
