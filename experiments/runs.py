@@ -20,7 +20,6 @@ from metrics import Judge
 from models import build_chameleon, build_llama, build_transfusion, num_flops, num_image_tokens, num_parameters
 from streams import MixedSteps, TokenRows, TransfusionRows
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.utils import logging
 
 from transfusion_hf import TransfusionTrainer
 from transfusion_hf.training.checkpoints import NotFiniteError
@@ -166,7 +165,6 @@ def _run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str
     )
     if (done := folder / "done.json").is_file():
         return json.loads(done.read_text())
-    logging.disable_progress_bar()  # those of several runs would overwrite each other
     set_seed(settings.seed)
     model, processor, collate = build(settings, data)
     steps = MixedSteps(

@@ -28,6 +28,7 @@ from models import LEARNING_RATES, PAPER_SIZES, SMALL_SIZES
 from report import AT_SCALES, METRICS, Claim, Table, write_figure5, write_table
 from runs import Settings, run
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from transfusion_hf import TransfusionConfig
 
@@ -259,6 +260,7 @@ def folder_of(settings: Settings, output_dir: Path) -> Path:
 def _take_device(devices: Any) -> None:
     """Prepares a process of the pool: one core, and one GPU if there are any."""
     torch.set_num_threads(1)
+    logging.disable_progress_bar()  # those of several runs would overwrite each other
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     device = devices.get()
     os.environ["CUDA_VISIBLE_DEVICES"] = visible[device] if device < len(visible) and visible[0] else f"{device}"

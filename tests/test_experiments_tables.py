@@ -12,6 +12,7 @@ import torch
 from filelock import FileLock
 from tiny_experiments import make_packages, save_untrained
 from transformers import Trainer
+from transformers.utils.logging import is_progress_bar_enabled
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 import parity
@@ -68,6 +69,7 @@ def test_every_family_is_trained_and_measured(data, judge, tmp_path, family):
     low, high = {"llama": (80, 230), "stability": (80, 230), "chameleon": (250, 900)}.get(family, (150, 420))
     assert low < tokens < high, "tokens of a step, without padding"
     assert not (tmp_path / "checkpoints").exists()
+    assert is_progress_bar_enabled(), "who calls it keeps the bars of the library"
 
 
 class Killed(BaseException):
