@@ -10,6 +10,7 @@ import pytest
 import torch
 from reference_bagel import Bagel, Latents, Seen, Text, latents_of, shifted, windows_of
 from safetensors.torch import load_file
+from torch.nn.functional import pad
 from transformers import DynamicCache, Qwen3Config
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
@@ -106,7 +107,7 @@ def test_windows_and_latents_are_inverse():
     assert windows_of(latents)[1, 2].tolist() == latents[:, 2:4, 4:6].permute(1, 2, 0).flatten().tolist()
 
 
-PATCH = 304
+PATCH, VISION = 304, 305
 
 
 def block(rows: int = 4, columns: int = 6) -> list[int]:
@@ -135,10 +136,15 @@ def model(twin) -> TransfusionForCausalLMAndDiffusion:
         image_start_token_id=302,
         image_token_id=PATCH,
         image_end_token_id=303,
+        vision_config={**twin.vit, "num_hidden_layers": 2, "image_size": 140, "vision_use_head": False},
+        vision_token_id=VISION,
     )
     model = TransfusionForCausalLMAndDiffusion(config).double().eval()
     state = {transfusion_name(name): reordered(name, value, 2) for name, value in twin.w.items()}
     state.pop(None)
+    table = state["model.vision_encoder.vision_tower.embeddings.position_embedding.weight"]
+    # The tiny table has the first 16 of 10 × 10 places; the real one is whole.
+    state["model.vision_encoder.vision_tower.embeddings.position_embedding.weight"] = pad(table, (0, 0, 0, 84))
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected and all(name.endswith("o_proj.bias") for name in missing)
     with torch.no_grad():
@@ -327,20 +333,25 @@ def test_a_training_step_is_that_of_the_twin(model, implementation, is_packed):
         torch.randn(x.shape, generator=torch.Generator().manual_seed(i + 1), dtype=x.dtype)
         for i, x in enumerate((first, second))  # as `noise_seeds` 0 and 1 say
     ]
+    pixels = torch.randn(2, 3, 14, 28, generator=generator).double()
+    hidden = [Latents(windows_of(x), t[i], is_hidden=True) for i, x in enumerate((first, second))]
     documents = [
-        [PROMPT, Latents(windows_of(first), t[0], is_hidden=True), Latents(windows_of(first)), Text([11, 12, 13])],
-        [Text([300, 8, 9]), Latents(windows_of(second), t[1], is_hidden=True), Text([14, 15])],
+        [PROMPT, hidden[0], Latents(windows_of(first)), Seen(pixels[0]), Text([11, 12, 13])],
+        [Seen(pixels[1]), Text([300, 8, 9]), hidden[1], Text([14, 15])],
     ]
     losses = [twin.losses(d, windows_of(e)) for d, e in zip(documents, noise, strict=True)]
     diffusion = torch.stack([squared.mean() for squared, _ in losses]).mean()
     entropy = torch.stack([e for _, entropies in losses for e in entropies]).mean()
     (entropy + 5.0 * diffusion).backward()
 
-    rows = [[*PROMPT.ids, *block(), *block(), 11, 12, 13], [300, 8, 9, *block(2, 2), 14, 15]]
-    labels = [[-100 if token in (302, PATCH, 303) else token for token in row] for row in rows]
+    rows = [
+        [*PROMPT.ids, *block(), *block(), *seen(1, 2), 11, 12, 13],
+        [*seen(1, 2), 300, 8, 9, *block(2, 2), 14, 15],
+    ]
+    labels = [[-100 if token in (302, PATCH, VISION, 303) else token for token in row] for row in rows]
     for row, label in zip(rows, labels, strict=True):
         for i in range(len(row)):
-            if i == 0 or row[i - 1] in (302, PATCH, 303):
+            if i == 0 or row[i - 1] in (302, 303):
                 label[i] = -100
     if is_packed:
         ids, targets = ([each[0] + each[1]] for each in (rows, labels))
@@ -358,6 +369,7 @@ def test_a_training_step_is_that_of_the_twin(model, implementation, is_packed):
         output = model(
             torch.tensor(ids),
             latents=[first, first, second],
+            vision_pixel_values=pixels,
             labels=torch.tensor(targets),
             timesteps=torch.tensor([300.0, 0.0, 800.0], dtype=torch.float64),
             image_loss_mask=torch.tensor([True, False, True]),
@@ -371,7 +383,8 @@ def test_a_training_step_is_that_of_the_twin(model, implementation, is_packed):
     output.loss.backward()
     for name, value in twin.w.items():
         if (ours := transfusion_name(name)) is not None:
-            near(model.get_parameter(ours).grad, reordered(name, value.grad, 2))
+            grad = model.get_parameter(ours).grad
+            near(grad[: len(value)] if "position_embedding" in name else grad, reordered(name, value.grad, 2))
 
 
 def test_t_of_training_is_logit_normal_and_shifted():
@@ -441,3 +454,31 @@ def test_a_plan_that_does_not_know_hidden_images_is_refused(model):
             model(ids, latents=torch.zeros(1, 16, 4, 4).double(), labels=ids, varlen_plan=plan)
     finally:
         model.set_attn_implementation(before)
+
+
+def seen(rows: int, columns: int) -> list[int]:
+    return [302, *[VISION] * (rows * columns), 303]
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("renorm", ["global", "text_channel"])
+def test_the_class_edits_as_the_released_code(model, cases, renorm, use_cache):
+    """The image stands twice before the prompt: as latents, and as what the vision encoder sees."""
+    ids = torch.tensor([[*block(), *seen(2, 3), *PROMPT.ids]])
+    noise = latents_of(cases[f"edit.{renorm}.noise"].view(4, 6, 64))[None]
+    images = {"latents": cases["vae.latents_mode"], "vision_pixel_values": cases["vit.image"][None]}
+    guidance = {"input_image_guidance_scale": 1.5, "guidance_interval": (0.4, 1.0), "guidance_renorm": renorm}
+    kwargs = {**NESTED, **images, **guidance, "num_inference_steps": 5, "init_noise": noise, "use_cache": use_cache}
+    output = model.generate(ids, **kwargs)
+    expected = latents_of(cases[f"edit.{renorm}.latent_windows"].view(4, 6, 64))
+    near(output.images[0][0], expected)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("mode", ["text", "interleaved"])
+def test_the_class_answers_as_the_released_code(model, cases, mode, use_cache):
+    ids = torch.tensor([[*seen(2, 3), *PROMPT.ids, 300]])
+    kwargs = {"vision_pixel_values": cases["vit.image"][None], "generation_mode": mode, "use_cache": use_cache}
+    output = model.generate(ids, max_new_tokens=11, pad_token_id=0, **kwargs)
+    sequences = output if mode == "text" else output.sequences
+    assert sequences[0, ids.shape[1] - 1 :].tolist() == cases["answer.ids"].tolist()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
@@ -59,6 +59,12 @@ CUSTOM_PIPELINES = {
     }.items()
 }
 _IS_REMOTE_CODE = __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
+
+
+def image_token_ids(config: "TransfusionConfig") -> list[int]:
+    """Of all tokens that stand for images, or for parts of them."""
+    ids = [getattr(config, name) for name in (*IMAGE_TOKEN_IDS, "vision_token_id")]
+    return [token_id for token_id in ids if token_id is not None]
 
 
 def _preset_text_config(name: str) -> LlamaConfig:
@@ -129,6 +135,10 @@ class TransfusionConfig(PreTrainedConfig):
             it. What a model is given as `position_ids` counts all tokens, as everywhere.
         image_start_token_id, image_token_id, image_end_token_id (`int`, defaults to 32000, 32001 and 32002):
             Ids of `<BOI>`, of the placeholder for one patch, and of `<EOI>`.
+        vision_config (`SiglipVisionConfig` or `dict`, *optional*):
+            A vision encoder for images that are read: a SigLIP without pooling head, of any number of patches up to
+            that of its `image_size`, and two linear layers behind it.
+        vision_token_id (`int`, *optional*): With `vision_config`: of the placeholder for one of its patches.
         tie_word_embeddings (`bool`, *optional*):
             That of `text_config`, which is where it is kept: setting it here, then or later, sets it there.
 
@@ -137,7 +147,10 @@ class TransfusionConfig(PreTrainedConfig):
     """
 
     model_type = "transfusion"
-    sub_configs_defaults = {"text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama")}
+    sub_configs_defaults = {
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama"),
+        "vision_config": SubConfigSpec(config_class=SiglipVisionConfig, optional=True),
+    }
     # An evaluation loop gathers every other output of `forward`.
     keys_to_ignore_at_inference = [
         "cache", "lm_loss", "diffusion_loss", "image_predictions", "image_losses", "image_timesteps",
@@ -171,6 +184,8 @@ class TransfusionConfig(PreTrainedConfig):
     image_start_token_id: int = 32000
     image_token_id: int = 32001
     image_end_token_id: int = 32002
+    vision_config: Any = None  # a `SiglipVisionConfig` once constructed
+    vision_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.text_config is None:
@@ -254,7 +269,9 @@ class TransfusionConfig(PreTrainedConfig):
         width, vocab_size = self.text_config.hidden_size, self.text_config.vocab_size
         counts = {name: getattr(self, name) for name in ("latent_channels", "patch_size", "num_train_timesteps")}
         choices = [(name, getattr(self, name), allowed) for name, allowed in _CHOICES.items()]
+        vision, vision_id = self.vision_config, self.vision_token_id
         ids = {name: getattr(self, name) for name in IMAGE_TOKEN_IDS}
+        ids |= {} if vision_id is None else {"vision_token_id": vision_id}
         _refuse({
             **{f"`{name}` must be at least 1; got {value}.": value < 1 for name, value in counts.items()},
             **{f"`{name}` must be {', '.join(map(repr, allowed[:-1]))} or {allowed[-1]!r}; got {value!r}.":
@@ -276,7 +293,13 @@ class TransfusionConfig(PreTrainedConfig):
             **{f"`{name}` must lie inside the vocabulary, 0 to {vocab_size - 1}; got {value}. Enlarge "
                 "`text_config.vocab_size` or make model and processor by `new_transfusion(tokenizer)`.":
                 not 0 <= value < vocab_size for name, value in ids.items()},
-            f"The three image tokens must differ; got {', '.join(f'{name}={value}' for name, value in ids.items())}.":
+            "`vision_config` and `vision_token_id` belong together; pass both or neither.":
+                (vision is None) != (vision_id is None),
+            "`vision_config` must have `vision_use_head=False`, and one `image_size` that is a multiple of its "
+            f"`patch_size`; got {getattr(vision, 'image_size', None)} and {getattr(vision, 'patch_size', None)}.":
+                vision is not None and (vision.vision_use_head or not isinstance(vision.image_size, int)
+                or vision.image_size % vision.patch_size),
+            f"The image tokens must differ; got {', '.join(f'{name}={value}' for name, value in ids.items())}.":
                 len(set(ids.values())) < len(ids),
         })  # fmt: skip
         if self.patch_encoder == "unet":

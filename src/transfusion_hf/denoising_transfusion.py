@@ -8,7 +8,7 @@ and in the cache. Guidance adds further contexts of the same images; all context
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
-from .configuration_transfusion import TransfusionConfig
+from .configuration_transfusion import TransfusionConfig, image_token_ids
 from .diffusion_transfusion import (
     at_least_float32,
     at_timestep,
@@ -244,6 +244,7 @@ class Prefixes:
         ids (`list[torch.LongTensor]`): Without padding; the last one is `<BOI>`.
         latents (`list[list[torch.FloatTensor]]`): The images among the ids of each row that are not in `cache`.
         pad_token_id (`int`)
+        seen (`list[list[torch.FloatTensor]]`, *optional*): The same for the vision encoder: pixels.
         cache (`DynamicCache`, *optional*):
             Keys and values of all ids but the last, pads at the left. Empty or `None`: they are still to be read.
         is_bos_alone (`bool`, defaults to `False`):
@@ -255,6 +256,20 @@ class Prefixes:
     pad_token_id: int
     cache: DynamicCache | None = None
     is_bos_alone: bool = False
+    seen: list[list[torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.seen = self.seen or [[] for _ in self.ids]
+
+    def forget_images(self) -> None:
+        """Once they are in the cache."""
+        self.latents, self.seen = [[] for _ in self.ids], [[] for _ in self.ids]
+
+    def images(self, rows: Sequence[int]) -> dict[str, list[torch.Tensor]]:
+        """Those of these rows, as arguments of the model."""
+        given = {"latents": self.latents, "vision_pixel_values": self.seen}
+        flat = {name: [image for row in rows for image in images[row]] for name, images in given.items()}
+        return {name: images for name, images in flat.items() if images}
 
     @property
     def num_cached(self) -> int:
@@ -283,9 +298,8 @@ class Prefixes:
     def read_columns(self, model: PreTrainedModel, ids: torch.LongTensor, mask: torch.LongTensor) -> None:
         """Reads what the cache does not hold yet, of ids and mask `(rows, columns)` and the images."""
         start, positions = self.num_cached, positions_of(ids, mask, model.config)
-        images = [image for row in self.latents for image in row] or None
-        options = {"cache": self.cache, "use_cache": True, "logits_to_keep": 1}
-        model(ids[:, start:], latents=images, attention_mask=mask, position_ids=positions[:, start:], **options)
+        options = {"cache": self.cache, "use_cache": True, "logits_to_keep": 1, **self.images(range(len(ids)))}
+        model(ids[:, start:], attention_mask=mask, position_ids=positions[:, start:], **options)
 
 
 def guidance_prefixes(
@@ -306,14 +320,15 @@ def guidance_prefixes(
     boi = prompts.ids[0].new_tensor([config.image_start_token_id])
     bos = [row[:1] if len(row) > 1 and int(row[0]) == bos_token_id else row[:0] for row in prompts.ids]
     is_nested, contexts = arguments.guidance_type == "nested", []
-    image_ids = boi.new_tensor([config.image_start_token_id, config.image_token_id, config.image_end_token_id])
+    image_ids = boi.new_tensor(image_token_ids(config))
     # Where the prompt itself asks for a drawing it ends with `<BOI>`.
     asked = [row[:-1] if len(row) and row[-1] == boi else row for row in prompts.ids]
     images, texts = ([row[torch.isin(row, image_ids) == keep] for row in asked] for keep in (True, False))
     has_scale = arguments.input_image_guidance_scale not in (None, 1 if is_nested else arguments.image_guidance_scale)
-    for blocks, latents in zip(images, prompts.latents, strict=True):
-        is_hidden = int((blocks == boi).sum()) != len(latents)
-        if (has_scale and (is_hidden or not latents)) or (is_nested and is_hidden):
+    shown = [[*latents, *seen] for latents, seen in zip(prompts.latents, prompts.seen, strict=True)]
+    for blocks, row in zip(images, shown, strict=True):
+        is_hidden = int((blocks == boi).sum()) != len(row)
+        if (has_scale and (is_hidden or not row)) or (is_nested and is_hidden):
             raise ValueError(
                 f"`{'input_image_guidance_scale' if has_scale else 'guidance_type'}` guides by the images of the "
                 "prompt, and a prompt has none (or they are in `cache`); leave it at its default."
@@ -323,15 +338,13 @@ def guidance_prefixes(
         nothing: list[list[torch.Tensor]] = [[] for _ in images]
         if arguments.image_guidance_scale != 1:
             rows = [torch.cat([*parts, boi]) for parts in zip(bos, images, strict=True)]
-            is_alone = not any(prompts.latents) and not texts
-            contexts.append(Prefixes(rows, prompts.latents, prompts.pad_token_id, is_bos_alone=is_alone))
+            contexts.append(replace(prompts, ids=rows, is_bos_alone=not any(shown) and not texts))
         if texts:
             rows = [torch.cat([row, boi]) for row in texts]
             contexts.append(Prefixes(rows, nothing, prompts.pad_token_id))
         return contexts
     if texts:
-        rows = [torch.cat([*parts, boi]) for parts in zip(bos, images, strict=True)]
-        contexts.append(Prefixes(rows, prompts.latents, prompts.pad_token_id))
+        contexts.append(replace(prompts, ids=[torch.cat([*parts, boi]) for parts in zip(bos, images, strict=True)]))
     if arguments.unconditional_scale != 1:
         negative = _negative_prompts(config, arguments, sizes, boi)
         rows = [torch.cat([row, boi]) for row in (bos if negative is None else negative)]
@@ -349,7 +362,7 @@ def _negative_prompts(config: TransfusionConfig, arguments: DrawingArguments, si
         raise ValueError(f"`negative_prompt_ids` has {len(ids)} rows for {num_rows} prompts; pass 1 or {num_rows}.")
     ids = ids.to(boi.device).expand(num_rows, -1)
     mask = torch.ones_like(ids) if mask is None else mask.to(boi.device).expand(num_rows, -1)
-    if (ids == config.image_token_id).any():
+    if torch.isin(ids, ids.new_tensor(image_token_ids(config)[1:])).any():
         raise ValueError("`negative_prompt_ids` holds an image; a negative prompt is text.")
     rows = [row[keep.bool()] for row, keep in zip(ids, mask, strict=True)]
     rows = [row[:-1] if len(row) and row[-1] == boi else row for row in rows]
@@ -428,6 +441,7 @@ class Drawing:
         self.num_cached = self.ids.shape[1] - len(block) - 1 if is_cached else 0
         # Images that the first pass reads. Behind a cache, the contexts of guidance are in caches of their own.
         self.latents = [[] if is_cached else context.latents[row] for context in contexts for row in rows]
+        self.seen = [[] if is_cached else context.seen[row] for context in contexts for row in rows]
         self.cache: Any = None
         if main.cache is not None:
             self.cache = Cache(layer_class_to_replicate=partial(DrawingLayer, self.ids.shape[1]))
@@ -547,8 +561,9 @@ class Drawing:
         new, options = (slice(num_rows), slice(self.num_cached, None)), {"cache": self.cache, "logits_to_keep": 1}
         options |= {"attention_mask": self.mask[:num_rows], "position_ids": self.positions[new]}
         options |= {"timesteps": torch.where(is_last.to(t.device), t, 0), "prediction_mask": is_last}
-        latents = [image for row in images for image in row]
-        output = self.model(self.ids[new], latents=latents, use_cache=self.cache is not None, **options)
+        options["latents"] = [image for row in images for image in row]
+        options["vision_pixel_values"] = [image for row in self.seen[:num_rows] for image in row] or None
+        output = self.model(self.ids[new], use_cache=self.cache is not None, **options)
         if self.cache is not None:
             self._keep(self.columns)
         return torch.stack(output.image_predictions[: len(x_t) * num_contexts])

@@ -26,6 +26,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput, logging
 from transformers.utils.deprecation import deprecate_kwarg
 
+from .configuration_transfusion import image_token_ids
 from .denoising_transfusion import (
     Drawing,
     DrawingArguments,
@@ -192,9 +193,9 @@ class TransfusionGenerationMixin(GenerationMixin):
         if isinstance(generator, list) and len(generator) != num_rows:
             raise ValueError(f"`generator` holds {len(generator)} generators for {num_rows} rows; pass one each.")
         # Placeholders and <EOI> are appended by the decoder, never sampled (§3).
-        never = [self.config.image_token_id, self.config.image_end_token_id]
-        if arguments.generation_mode == "text":
-            never.append(self.config.image_start_token_id)
+        never = image_token_ids(self.config)
+        if arguments.generation_mode != "text":
+            never.remove(self.config.image_start_token_id)
         logits_processor = LogitsProcessorList([*(logits_processor or []), _never(never, self.device)])
         kwargs |= {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
         _take_stop_strings(settings, kwargs)
@@ -219,12 +220,13 @@ class TransfusionGenerationMixin(GenerationMixin):
 
     def _expand_images(self, input_ids: torch.LongTensor, settings: GenerationConfig, kwargs: dict[str, Any]) -> int:
         """Repeats the images of each prompt for the rows that beams or several sequences make of it; counts them."""
-        if input_ids.ndim == 2 and input_ids.numel() and (input_ids[:, -1] == self.config.image_token_id).any():
+        patches = input_ids.new_tensor([self.config.image_token_id, self.config.vision_token_id or -1])
+        if input_ids.ndim == 2 and input_ids.numel() and torch.isin(input_ids[:, -1], patches).any():
             raise ValueError("`input_ids` ends among the patches of an image; end a prompt with text, <EOI> or <BOI>.")
         expand_size = max(settings.num_beams or 1, settings.num_return_sequences or 1)
-        for name in ("pixel_values", "latents"):  # the library would repeat them one by one
+        for name in ("pixel_values", "latents", "vision_pixel_values"):  # the library would repeat them one by one
             if expand_size > 1 and kwargs.get(name) is not None:
-                rows = self._split_by_row(kwargs[name], input_ids)
+                rows = self._split_by_row(kwargs[name], input_ids, name)
                 kwargs[name] = [image for row in rows for _ in range(expand_size) for image in row]
         return len(input_ids) * expand_size
 
@@ -269,11 +271,12 @@ class TransfusionGenerationMixin(GenerationMixin):
 
         return sample
 
-    def _split_by_row(self, images, input_ids: torch.LongTensor) -> list[list[torch.Tensor]]:
+    def _split_by_row(self, images, input_ids: torch.LongTensor, name: str = "latents") -> list[list[torch.Tensor]]:
         """The images of each row, told by its image blocks."""
-        images = [image for stack in stack_images(images) for image in stack]
-        counts = (image_block_ids(input_ids, self.config.image_token_id).amax(dim=-1) + 1).tolist()
-        check_num_images(len(images), sum(counts))
+        images, is_seen = [image for stack in stack_images(images) for image in stack], name == "vision_pixel_values"
+        token_id = self.config.vision_token_id if is_seen else self.config.image_token_id
+        counts = (image_block_ids(input_ids, token_id).amax(dim=-1) + 1).tolist()
+        check_num_images(len(images), sum(counts), *([f"`{name}`"] if is_seen else []))
         iterator = iter(images)
         return [[next(iterator) for _ in range(count)] for count in counts]
 
@@ -295,7 +298,8 @@ class TransfusionGenerationMixin(GenerationMixin):
     # The library looks for `inputs_embeds` in this signature before it accepts them.
     def prepare_inputs_for_generation(self, input_ids, is_first_iteration=False, inputs_embeds=None, **kwargs):
         if not is_first_iteration and kwargs.get("use_cache", True):
-            kwargs.pop("latents", None)  # as the library does with `pixel_values`: they are in the cache
+            for name in ("latents", "vision_pixel_values"):  # as the library does with `pixel_values`: in the cache
+                kwargs.pop(name, None)
         return super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -414,7 +418,8 @@ class _Decoder:
         self._take_rules(logits_processor, stopping_criteria)
         self._park_prompts()
         context, is_image_mode = self.context, self.arguments.generation_mode == "image"
-        prompts = Prefixes(list(context.ids), [list(row) for row in context.latents], context.pad_token_id)
+        latents, seen = ([list(row) for row in images] for images in (context.latents, context.seen))
+        prompts = Prefixes(list(context.ids), latents, context.pad_token_id, seen=seen)
         bos_token_id = generation_config.bos_token_id
         self.guidance = guidance_prefixes(self.config, self.arguments, prompts, self.sizes, bos_token_id)
         # Prefixes are read before the first drawing where it cannot keep them for the next one: images of several
@@ -460,6 +465,9 @@ class _Decoder:
         images = [model_kwargs.pop(name, None) for name in ("pixel_values", "latents")]
         if stacks := self.model.latent_stacks(*images):
             self.context.latents = self.model._split_by_row(stacks, prompts[:, self.context.num_cached :])
+        if (seen := model_kwargs.pop("vision_pixel_values", None)) is not None:
+            new_ids = prompts[:, self.context.num_cached :]
+            self.context.seen = self.model._split_by_row(seen, new_ids, "vision_pixel_values")
         self.images: list[list[torch.Tensor]] = [[] for _ in ids]
 
     def _take_rules(self, logits_processor: LogitsProcessorList, stopping_criteria: StoppingCriteriaList) -> None:
@@ -510,8 +518,7 @@ class _Decoder:
         model_kwargs = {**self.model_kwargs, "position_ids": positions, "cache": context.cache}
         model_kwargs["attention_mask"] = None if mask.all() else mask
         self.generation_config._mask_length = columns  # the library looks up how long a mask of ones would be
-        if any(context.latents):
-            model_kwargs["latents"] = [image for row in context.latents for image in row]
+        model_kwargs |= context.images(range(len(ids)))
         # The end of a stretch of text is not that of the generation.
         streamer = None if self.streamer is None else SimpleNamespace(put=self.streamer.put, end=lambda: None)
         rules = (self.logits_processor, self.stopping_criteria, self.generation_config)
@@ -540,7 +547,7 @@ class _Decoder:
     def _align_cache(self, ends: torch.LongTensor) -> None:
         """Moves what ends at these columns to the last one. The cache then holds all images read so far."""
         if self.context.cache is not None:
-            self.context.latents = [[] for _ in self.context.ids]
+            self.context.forget_images()
             length = max(len(row) for row in self.context.ids) - 1
             for layer in self.context.cache.layers:
                 layer.keys, layer.values = move_columns(layer, length, ends=ends)
@@ -576,7 +583,7 @@ class _Decoder:
         ends_here = self.arguments.generation_mode == "image"
         self.rows.finished[rows] |= ends_here | (self.rows.num_new[rows] >= self.rows.max_new_tokens)
         if context.cache is not None:
-            context.latents = [[] for _ in context.ids]
+            context.forget_images()
             if self.keeps_cache or not (ends_here or self.rows.finished.all()):
                 self._commit(rows, drawing.read_back(x_0))
 

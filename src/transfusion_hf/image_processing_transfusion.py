@@ -3,7 +3,7 @@
 import base64
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -14,7 +14,13 @@ from PIL import Image, ImageOps, TiffImagePlugin
 from torchvision.transforms.v2 import functional as F
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import PILImageResampling, SizeDict, pil_torch_interpolation_mapping
+from transformers.image_utils import (
+    PILImageResampling,
+    SizeDict,
+    make_flat_list_of_images,
+    pil_torch_interpolation_mapping,
+)
+from transformers.processing_utils import ImagesKwargs
 
 
 def read_picture(picture: Any) -> Image.Image:
@@ -55,15 +61,44 @@ def _with_libtiff(image: Any) -> Image.Image:
         TiffImagePlugin.READ_LIBTIFF = False
 
 
+class TransfusionImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
+    """
+    Args:
+        size_divisor (`int`, *optional*):
+            Instead of resizing to `size` exactly: to sides that are multiples of it, the shorter one at least
+            `shortest_edge` and the longer one at most `longest_edge`, which counts more, and no further.
+        vision_size (`dict[str, int]`), vision_size_divisor (`int`, *optional*): The same for a vision encoder.
+        read_images_as (`str` or `list[str]`, *optional*):
+            `"latents"`, `"vision"`, or `"both"`, which is the default with a `vision_size`; a list has one per image.
+    """
+
+    size_divisor: int | None
+    vision_size: dict[str, int] | None
+    vision_size_divisor: int | None
+    read_images_as: str | list[str] | None
+
+
+def sides_to_resize_to(sides: tuple[int, int], size: SizeDict, divisor: int) -> tuple[int, int]:
+    """Height and width, multiples of `divisor`, that [`TransfusionImagesKwargs`] describes."""
+    longest = size.longest_edge // divisor * divisor if size.longest_edge else max(sides) + divisor
+    scale = max(min(longest / max(sides), 1.0), size.shortest_edge / min(sides))
+    scale = min(scale, longest / max(sides))
+    height, width = (min(longest, max(divisor, round(side * scale / divisor) * divisor)) for side in sides)
+    return height, width
+
+
 class TransfusionImageProcessor(TorchvisionBackend):
     """
     Resizes, crops to the centre and maps to [−1, 1] (§4.1: 256×256). With `do_resize=False, do_center_crop=False`
     images keep their sizes, and `pixel_values` is a list if they differ. Accepts PIL images of any mode: reduces 16
     bits to 8, lays transparency over white, and converts to gray or colour, as `image_mean` has one number or three.
+    Images for a vision encoder become `vision_pixel_values`. Takes what [`TransfusionImagesKwargs`] says, too.
     """
 
     _auto_class = "AutoImageProcessor"  # the library saves its code
+    valid_kwargs = TransfusionImagesKwargs
     model_input_names = ["pixel_values"]
+    size_divisor = vision_size = vision_size_divisor = read_images_as = None
     do_convert_rgb = do_resize = do_center_crop = do_rescale = do_normalize = True
     size = {"shortest_edge": 256}
     default_to_square = False
@@ -105,12 +140,38 @@ class TransfusionImageProcessor(TorchvisionBackend):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("L" if len(self.image_mean) == 1 else "RGB")
 
-    def preprocess(self, images, *args, return_tensors=None, **kwargs) -> BatchFeature:
-        # The library would stack images of several sizes and fail.
-        pixel_values = super().preprocess(images, *args, return_tensors=None, **kwargs)["pixel_values"]
-        if len({image.shape for image in pixel_values}) == 1:
-            pixel_values = torch.stack(list(pixel_values))
-        return BatchFeature({"pixel_values": pixel_values})
+    def kinds(self, read_images_as: str | Sequence[str] | None, num_images: int) -> list[str]:
+        """How each image is read. `ValueError` for unknown kinds, too few, or those that need a vision encoder."""
+        kinds = read_images_as or self.read_images_as or ("latents" if self.vision_size is None else "both")
+        kinds = [kinds] * num_images if isinstance(kinds, str) else list(kinds)
+        allowed = ("latents",) if self.vision_size is None else ("latents", "vision", "both")
+        if len(kinds) != num_images or not set(kinds) <= {*allowed}:
+            raise ValueError(
+                f"`read_images_as` must be one of {allowed}, or a list with one for each of {num_images} images; got "
+                f"{read_images_as!r}. (Without a `vision_size`, the model has no vision encoder.)"
+            )
+        return kinds
+
+    def preprocess(self, images, *args, return_tensors=None, read_images_as=None, **kwargs) -> BatchFeature:
+        images = make_flat_list_of_images(self.fetch_images(images))
+        kinds, features = self.kinds(read_images_as, len(images)), BatchFeature()
+        vision = {"size": self.vision_size, "size_divisor": self.vision_size_divisor, "do_center_crop": False}
+        for kind, name, own in (("latents", "pixel_values", {}), ("vision", "vision_pixel_values", vision)):
+            chosen = [image for image, one in zip(images, kinds, strict=True) if one in (kind, "both")]
+            if not chosen:
+                continue
+            # The library would stack images of several sizes and fail.
+            values = super().preprocess(chosen, *args, return_tensors=None, **{**kwargs, **own})["pixel_values"]
+            features[name] = torch.stack(list(values)) if len({x.shape for x in values}) == 1 else values
+        return features
+
+    def _preprocess(self, images, do_resize, size, resample, size_divisor=None, **kwargs) -> BatchFeature:
+        if do_resize and size_divisor:
+            interpolation = pil_torch_interpolation_mapping.get(resample, resample)
+            sides = [sides_to_resize_to(image.shape[-2:], size, size_divisor) for image in images]
+            images = [F.resize(x, s, interpolation, antialias=True) for x, s in zip(images, sides, strict=True)]
+        do_resize = do_resize and not size_divisor
+        return super()._preprocess(images, do_resize=do_resize, size=size, resample=resample, **kwargs)
 
     def _crop_long_side(self, image: Image.Image, size: SizeDict, crop: SizeDict, resample: Any) -> Image.Image:
         """

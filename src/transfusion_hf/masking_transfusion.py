@@ -22,17 +22,27 @@ def check_attn_implementation(attn_implementation: str | dict | None) -> None:
         )
 
 
-def image_block_ids(input_ids: torch.LongTensor, image_token_id: int) -> torch.LongTensor:
-    """0, 1, … at the patches of each row's images, −1 at text: `(batch, seq)`. A run of placeholders is one image."""
-    is_patch = input_ids == image_token_id
+def image_block_ids(input_ids: torch.LongTensor, *token_ids: int) -> torch.LongTensor:
+    """0, 1, … at the patches of each row's images, −1 at text: `(batch, seq)`. A run of a placeholder is one image."""
+    is_patch = input_ids == token_ids[0]
+    for token_id in token_ids[1:]:
+        is_patch = is_patch | (input_ids == token_id)
     starts = is_patch.clone()
-    starts[:, 1:] &= ~is_patch[:, :-1]
+    starts[:, 1:] &= input_ids[:, 1:] != input_ids[:, :-1]
     return torch.where(is_patch, starts.cumsum(dim=-1) - 1, -1)
 
 
-def attention_block_ids(input_ids: torch.LongTensor, config: TransfusionConfig) -> torch.LongTensor:
-    """[`image_block_ids`], with `<BOI>` and `<EOI>` in the blocks of their images if `image_markers_in_block`."""
-    block_ids = image_block_ids(input_ids, config.image_token_id)
+def attention_block_ids(
+    input_ids: torch.LongTensor, config: TransfusionConfig, has_vision: bool = True
+) -> torch.LongTensor:
+    """
+    [`image_block_ids`], of what the vision encoder reads, too, and with `<BOI>` and `<EOI>` in the blocks of their
+    images if `image_markers_in_block`.
+    """
+    token_ids = [config.image_token_id]
+    if has_vision and config.vision_token_id is not None:
+        token_ids.append(config.vision_token_id)
+    block_ids = image_block_ids(input_ids, *token_ids)
     if not config.image_markers_in_block:
         return block_ids
     after, before = (torch.nn.functional.pad(block_ids, pad, value=-1) for pad in ((0, 1), (1, 0)))
@@ -64,11 +74,27 @@ def share_positions(
     return position_ids - (removed - before), columns - first
 
 
-def check_num_images(num_images: int, num_blocks: int) -> None:
+_NAMES = "`pixel_values` or `latents`"
+
+
+def check_num_images(num_images: int, num_blocks: int, names: str = _NAMES) -> None:
     if num_images != num_blocks:
         raise ValueError(
-            f"`pixel_values` or `latents` hold {num_images} images but `input_ids` has {num_blocks} image blocks; "
+            f"{names} hold {num_images} images but `input_ids` has {num_blocks} image blocks; "
             "pass one image per block."
+        )
+
+
+def check_blocks(num_patches: list[int], block_ids: torch.LongTensor, names: str = _NAMES) -> None:
+    """Raises `ValueError` unless images of these numbers of patches and the blocks match in number and length."""
+    num_blocks = block_ids.amax(dim=-1, keepdim=True) + 1
+    num_before = num_blocks.cumsum(dim=0) - num_blocks  # in the rows above
+    block_lengths = torch.bincount((num_before + block_ids)[block_ids >= 0]).tolist()  # in patches
+    check_num_images(len(num_patches), len(block_lengths), names)
+    if num_patches != block_lengths:
+        raise ValueError(
+            f"`input_ids` has image blocks of {block_lengths} patches but the images have {num_patches}; an image "
+            "needs one placeholder per patch, in one uninterrupted run."
         )
 
 
@@ -86,16 +112,23 @@ def check_image_blocks(stacks: list[torch.Tensor] | None, block_ids: Any, config
         num_patches += [config.num_patches(*stack.shape[2:])] * len(stack)
         if not torch.isfinite(stack).all():
             raise ValueError("`pixel_values` or `latents` hold NaN or infinite values; expected finite numbers.")
-    num_blocks = block_ids.amax(dim=-1, keepdim=True) + 1
-    num_before = num_blocks.cumsum(dim=0) - num_blocks  # in the rows above
-    block_lengths = torch.bincount((num_before + block_ids)[block_ids >= 0]).tolist()  # in patches
-    check_num_images(len(num_patches), len(block_lengths))
-    if num_patches != block_lengths:
-        raise ValueError(
-            f"`input_ids` has image blocks of {block_lengths} patches but the images have {num_patches}; an image "
-            "needs one placeholder per patch, in one uninterrupted run."
-        )
+    check_blocks(num_patches, block_ids)
     return len(num_patches)
+
+
+def check_vision_blocks(stacks: list[torch.Tensor] | None, input_ids: torch.LongTensor, config) -> None:
+    """Raises `ValueError` unless finite pixels for the vision encoder and blocks match in number and length."""
+    num_patches, side, longest = [], config.vision_config.patch_size, config.vision_config.image_size
+    for stack in stacks or []:
+        if stack.ndim != 4 or any(n % side or not 0 < n <= longest for n in stack.shape[2:]):
+            raise ValueError(
+                "`vision_pixel_values` must have shape (num_images, 3, height, width), sides multiples of "
+                f"{side} up to {longest}; got {tuple(stack.shape)}. Use the model's processor."
+            )
+        if not torch.isfinite(stack).all():
+            raise ValueError("`vision_pixel_values` holds NaN or infinite values; expected finite numbers.")
+        num_patches += [stack.shape[2] * stack.shape[3] // side**2] * len(stack)
+    check_blocks(num_patches, image_block_ids(input_ids, config.vision_token_id), "`vision_pixel_values`")
 
 
 def create_transfusion_mask(
@@ -161,9 +194,12 @@ def create_transfusion_mask(
     )
 
 
-def make_packed_plan(input_ids: torch.LongTensor, position_ids: torch.LongTensor, image_token_id: int) -> VarlenPlan:
-    """The plan of packed rows `(batch, seq)`, whose positions restart at each document; padding counts as one."""
-    block_ids = image_block_ids(input_ids, image_token_id)
+def make_packed_plan(input_ids: torch.LongTensor, position_ids: torch.LongTensor, *token_ids: int) -> VarlenPlan:
+    """
+    The plan of packed rows `(batch, seq)`, whose positions restart at each document; padding counts as one.
+    `token_ids` are those of placeholders.
+    """
+    block_ids = image_block_ids(input_ids, *token_ids)
     document_ids = _document_ids(position_ids, *input_ids.shape)
     return make_varlen_plan(torch.ones_like(input_ids), input_ids.shape[1], block_ids, document_ids)
 

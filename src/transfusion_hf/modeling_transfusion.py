@@ -38,6 +38,7 @@ from .masking_transfusion import (
     attention_block_ids,
     check_attn_implementation,
     check_image_blocks,
+    check_vision_blocks,
     create_transfusion_mask,
     image_block_ids,
     is_prepared,
@@ -48,6 +49,7 @@ from .modality_transfusion import ModalityRouter, image_parameters, untie_modali
 from .patching_transfusion import (
     FrozenLinear,
     TransfusionVAE,
+    TransfusionVisionEncoder,
     apply_by_size,
     make_patch_parts,
     sincos_positions,
@@ -152,7 +154,7 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     # The decoder adds its own layers at construction.
     _no_split_modules: set[str] | list[str] = [
         "TransfusionLinearPatchEncoder", "TransfusionLinearPatchDecoder", "TransfusionUNetPatchEncoder",
-        "TransfusionUNetPatchDecoder", "TransfusionVAE",
+        "TransfusionUNetPatchDecoder", "TransfusionVAE", "SiglipEncoderLayer",
     ]  # fmt: skip
     _keep_in_fp32_modules_strict: set[str] | list[str] = ["timestep_embedding"]
     _supports_sdpa = True
@@ -218,6 +220,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         if config.untied_modalities:
             untie_modalities(self.language_model, config.untied_final_norm)
         self.patch_encoder, self.patch_decoder = make_patch_parts(config)
+        self.vision_encoder: Any = None if config.vision_config is None else TransfusionVisionEncoder(config)
         self.post_init()
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
@@ -234,6 +237,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         varlen_plan: VarlenPlan | None = None,
+        vision_pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> TransfusionModelOutputWithPast:
         r"""
@@ -256,6 +260,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 In place of `input_ids`, for text alone.
             varlen_plan (`VarlenPlan`, *optional*):
                 In place of `attention_mask`, for `"transfusion_varlen"`: the plan that the collator makes.
+            vision_pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
+                With `config.vision_config`: the images, in [−1, 1], that stand at runs of `vision_token_id`, of all
+                rows in order; or, where sizes differ, a list of them.
             position_ids, cache, use_cache, kwargs: As the decoder takes them.
 
         Raises:
@@ -267,6 +274,9 @@ class TransfusionModel(TransfusionPreTrainedModel):
             raise ValueError(f"`input_ids` must hold at least one token; got shape {tuple(input_ids.shape)}.")
         text_config, stacks = self.config.text_config, None if latents is None else stack_images(latents) or None
         block_ids: Any = None if input_ids is None else image_block_ids(input_ids, self.config.image_token_id)
+        seen = None if vision_pixel_values is None else stack_images(vision_pixel_values) or None
+        if seen is not None and (self.vision_encoder is None or input_ids is None):
+            raise ValueError("`vision_pixel_values` need `input_ids` and a `config.vision_config`; drop them.")
         # Under a prepared mask, in a step of generation, there is nothing left to check.
         if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
             count, last = check_image_blocks(stacks, block_ids, self.config), self.config.num_train_timesteps - 1
@@ -275,25 +285,31 @@ class TransfusionModel(TransfusionPreTrainedModel):
             if count and timesteps is not None:
                 check_per_image(count, prediction_mask=prediction_mask)
                 check_timesteps(timesteps, count, last + self.config.first_timestep)
+            if self.vision_encoder is not None and input_ids is not None:
+                check_vision_blocks(seen, input_ids, self.config)
 
         # Before the embedding of the text, where `_encode_blank` is too: FSDP2 wants one order in all processes.
         patches = None if stacks is None else self._encode(stacks, timesteps, block_ids >= 0)
         hidden_states: Any = inputs_embeds if input_ids is None else self.get_input_embeddings()(input_ids)
         if patches is not None:
             hidden_states = patches.put_into(hidden_states)
+        is_learning = self.training and torch.is_grad_enabled()
+        if seen is not None or (self.vision_encoder is not None and is_learning):
+            hidden_states = self._put_seen(hidden_states, input_ids, seen)
 
-        if self.config.image_markers_in_block and patches is not None:
+        has_images = patches is not None or seen is not None
+        if has_images and (self.config.image_markers_in_block or seen is not None):
             block_ids = attention_block_ids(input_ids, self.config)
         counted = position_ids
-        if self.config.shared_image_position and patches is not None:
+        if self.config.shared_image_position and has_images:
             position_ids, counted = self._shared_positions(block_ids, position_ids, cache)
         if varlen_plan is not None or not is_prepared(attention_mask):
             # Text alone needs no blocks, and then transformers can use the faster causal kernels.
-            blocks = block_ids if patches is not None and self.config.bidirectional_image_attention else None
+            blocks = block_ids if has_images and self.config.bidirectional_image_attention else None
             hidden = None
-            if blocks is not None and self.config.hide_noised_images and timesteps is not None:
+            if self.config.hide_noised_images and patches is not None and timesteps is not None:
                 is_noised = timesteps > 0 if prediction_mask is None else prediction_mask & (timesteps > 0)
-                hidden = positions_of_images(blocks, is_noised)
+                hidden = positions_of_images(attention_block_ids(input_ids, self.config, False), is_noised)
             attention_mask = create_transfusion_mask(
                 text_config, hidden_states, blocks, attention_mask, cache, counted, varlen_plan, hidden
             )
@@ -301,7 +317,6 @@ class TransfusionModel(TransfusionPreTrainedModel):
             kwargs["varlen_plan"], attention_mask = attention_mask, None
         # Text alone runs as if there were no image weights, except that in training these get a gradient of 0: another
         # process may have images.
-        is_learning = self.training and torch.is_grad_enabled()
         if self.config.untied_modalities and (patches is not None or is_learning):
             where = (None, 0) if patches is None else (patches.is_patch, sum(patches.lengths))
             kwargs["modality_router"] = ModalityRouter(text_config.model_type, hidden_states.shape[:2], *where)
@@ -315,6 +330,15 @@ class TransfusionModel(TransfusionPreTrainedModel):
             chosen = patches.taken_from(outputs.last_hidden_state, prediction_mask)
             image_predictions = self.patch_decoder(*chosen) if chosen[0] else []
         return TransfusionModelOutputWithPast(**outputs, image_predictions=image_predictions)
+
+    def _put_seen(self, hidden_states: torch.Tensor, input_ids: Any, stacks: Any) -> torch.Tensor:
+        """`hidden_states` with what the vision encoder sees; without images, with a 0 for the sake of gradients."""
+        if stacks is None:
+            side = self.config.vision_config.patch_size
+            (blank,) = self.vision_encoder([hidden_states.new_zeros(1, 3, side, side)])
+            return hidden_states + 0.0 * blank.sum()
+        flat = torch.cat([states.flatten(0, 1) for states in self.vision_encoder(stacks)]).to(hidden_states.dtype)
+        return hidden_states.masked_scatter((input_ids == self.config.vision_token_id)[..., None], flat)
 
     def _shared_positions(self, block_ids: Any, position_ids: Any, cache: Cache | None) -> tuple[torch.Tensor, ...]:
         if position_ids is None:
@@ -435,6 +459,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         num_items_in_batch: torch.Tensor | int | None = None,
         num_images_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
+        vision_pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> TransfusionCausalLMOutputWithPast:
         r"""
@@ -457,7 +482,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             noise_seeds (`list[int]` or `torch.LongTensor` of shape `(num_images,)`, *optional*):
                 Seeds of t and ε. Default: in training the global generator; in evaluation the image's own values, so
                 that an evaluation loss is the same every time.
-            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache: As in `TransfusionModel.forward`.
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, use_cache, vision_pixel_values:
+                As in `TransfusionModel.forward`.
             labels (`torch.LongTensor` of shape `(batch, seq)`, *optional*):
                 The input ids, with −100 wherever there is no LM loss: patches, `<EOI>`, padding (footnote 8). They are
                 shifted here and masked no further; `shift_labels` are shifted already.
@@ -498,6 +524,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 self.config.timestep_distribution, self.config.train_timestep_shift,
             )  # fmt: skip
         rest = {"position_ids": position_ids, "cache": cache, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+        rest["vision_pixel_values"] = vision_pixel_values
         outputs = self.model(input_ids, stacks, timesteps, prediction_mask, attention_mask, **rest, **kwargs)
         predictions = outputs.image_predictions if blank is None else self.model.patch_decoder(*blank)
         if predictions is not None:

@@ -1,5 +1,6 @@
 """
-Images to transformer vectors and back (§3, arXiv 2408.11039): linear, U-Net, and the frozen VAE around either (§4.1).
+Images to transformer vectors and back (§3, arXiv 2408.11039): linear, U-Net, and the frozen VAE around either (§4.1);
+and a vision encoder for images that are read, which the paper does not have.
 
 Images travel as *stacks*: a list of tensors `(num_images, channels, height, width)` in which neighbours of one size
 are stacked. A batch of equal images is a single tensor, and one of mixed sizes keeps its order.
@@ -14,6 +15,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
 from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UpBlock2D
 from torch import nn
+from transformers import SiglipVisionModel
 
 from .configuration_transfusion import TransfusionConfig
 
@@ -217,6 +219,36 @@ def make_patch_parts(config: TransfusionConfig) -> tuple[nn.Module, nn.Module]:
     if config.patch_encoder == "unet":
         return TransfusionUNetPatchEncoder(config), TransfusionUNetPatchDecoder(config)
     return TransfusionLinearPatchEncoder(config), TransfusionLinearPatchDecoder(config)
+
+
+class TransfusionVisionEncoder(nn.Module):
+    """
+    A SigLIP and two linear layers behind it, for images that are read (as in BAGEL, arXiv 2505.14683). An image of any
+    size has the positions of the table's first rows and columns, and its own sines and cosines at the end.
+    """
+
+    def __init__(self, config: TransfusionConfig):
+        super().__init__()
+        vision, self.hidden_size = config.vision_config, config.text_config.hidden_size
+        self.patch_size, self.side = vision.patch_size, vision.image_size // vision.patch_size
+        self.vision_tower = SiglipVisionModel._from_config(vision)
+        self.linear_1 = nn.Linear(vision.hidden_size, self.hidden_size)
+        self.act = nn.GELU(approximate="tanh")
+        self.linear_2 = nn.Linear(self.hidden_size, self.hidden_size)
+
+    def forward(self, stacks: Stacks) -> list[torch.Tensor]:
+        """Pixels `(num_images, 3, height, width)` in [−1, 1] → `(num_images, num_patches, hidden)`, both in stacks."""
+        return [states for (states,) in apply_by_size(self._encode, [(stack,) for stack in stacks])]
+
+    def _encode(self, pixels: torch.Tensor) -> Tensors:
+        tower, (rows, columns) = self.vision_tower, (n // self.patch_size for n in pixels.shape[2:])
+        embedding = tower.embeddings
+        patches = embedding.patch_embedding(pixels.to(embedding.patch_embedding.weight.dtype))
+        table = embedding.position_embedding.weight.unflatten(0, (self.side, self.side))
+        states = patches.flatten(2).transpose(1, 2) + table[:rows, :columns].flatten(0, 1)
+        states = tower.post_layernorm(tower.encoder(inputs_embeds=states).last_hidden_state)
+        states = self.linear_2(self.act(self.linear_1(states)))
+        return (states + sincos_positions(rows, columns, self.hidden_size).to(states),)
 
 
 class FrozenLinear(nn.Module):

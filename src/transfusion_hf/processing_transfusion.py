@@ -18,15 +18,22 @@ from .image_processing_transfusion import TransfusionImageProcessor
 
 
 def make_labels(
-    input_ids, attention_mask, image_start_token_id: int, image_token_id: int, image_end_token_id: int
+    input_ids,
+    attention_mask,
+    image_start_token_id: int,
+    image_token_id: int,
+    image_end_token_id: int,
+    vision_token_id: int | None = None,
 ) -> torch.LongTensor:
     """
     Labels for `forward`: the ids, with −100 where there is no LM loss (§3, footnote 8). That is at patches, which are
-    denoised; at `<EOI>`, which `generate()` appends; at the token after `<BOI>`; at padding; and at a row's first
-    token, which nothing predicts. `<BOI>` is a target like any token. Ids and mask have the shape `(batch, seq)`.
+    denoised or read; at `<EOI>`, which `generate()` appends; at the token after `<BOI>`; at padding; and at a row's
+    first token, which nothing predicts. `<BOI>` is a target like any other. Ids and mask have shape `(batch, seq)`.
     """
     is_real = attention_mask.bool()
     has_loss = is_real & (input_ids != image_token_id) & (input_ids != image_end_token_id)
+    if vision_token_id is not None:
+        has_loss &= input_ids != vision_token_id
     has_loss[:, 1:] &= is_real[:, :-1] & (input_ids[:, :-1] != image_start_token_id)
     has_loss[:, :1] = False
     return input_ids.masked_fill(~has_loss, -100)
@@ -47,6 +54,7 @@ def chat_parts(messages: Iterable[dict[str, Any]]) -> Iterator[tuple[str | None,
 
 
 IMAGE_TOKENS = {"image_token": "<image>", "image_start_token": "<BOI>", "image_end_token": "<EOI>"}
+VISION_TOKEN = {"vision_token": "<vision>"}
 
 
 def add_image_tokens(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, str]) -> None:
@@ -108,6 +116,9 @@ class TransfusionProcessor(ProcessorMixin):
         pixels_per_patch (`int`, defaults to 2): Side of a patch in pixels, `config.pixels_per_patch`.
         patch_size (`int`, *optional*): The same in latent pixels, `config.patch_size`; default: `pixels_per_patch`.
         image_token, image_start_token, image_end_token (`str`): Default to `"<image>"`, `"<BOI>"` and `"<EOI>"`.
+        vision_token (`str`, *optional*):
+            The placeholder for a patch of the vision encoder. An image that is read as `"both"` becomes a block of
+            latents and one of these.
         chat_template (`str`, or `dict[str, str]` by name, *optional*):
             Defaults to the tokenizer's, extended by images in the messages of both roles, or to plain `role: content`
             lines if it has none.
@@ -125,19 +136,23 @@ class TransfusionProcessor(ProcessorMixin):
         image_start_token: str = "<BOI>",
         image_end_token: str = "<EOI>",
         chat_template: str | dict[str, str] | None = None,
+        vision_token: str | None = None,
     ):
         self.pixels_per_patch = pixels_per_patch
         self.patch_size = pixels_per_patch if patch_size is None else patch_size
         self.image_token, self.image_start_token, self.image_end_token = tokens = (
             image_token, image_start_token, image_end_token,
         )  # fmt: skip
-        vocabulary = tokenizer.get_vocab()
-        if missing := [token for token in tokens if token not in vocabulary]:
+        self.vision_token, vocabulary = vision_token, tokenizer.get_vocab()
+        if missing := [token for token in (*tokens, vision_token or image_token) if token not in vocabulary]:
             raise ValueError(
                 f"`tokenizer` lacks {', '.join(missing)}; `TransfusionProcessor.for_model(model, tokenizer)` adds "
                 "them and resizes the model's embeddings, `new_transfusion(tokenizer)` makes a model."
             )
         self.image_token_id, self.image_start_token_id, self.image_end_token_id = (vocabulary[t] for t in tokens)
+        self.vision_token_id = vocabulary.get(vision_token)
+        if (vision_token is None) != (image_processor.vision_size is None):
+            raise ValueError("`vision_token` and the image processor's `vision_size` belong together; pass both.")
         if chat_template is None:
             flatten = _FLATTEN_CONTENT.replace("IMAGE", repr(image_token))
             own: Any = getattr(tokenizer, "chat_template", None) or _PLAIN_CHAT_TEMPLATE
@@ -178,9 +193,10 @@ class TransfusionProcessor(ProcessorMixin):
             pad_to_multiple_of (`int`, *optional*): Pad a resized vocabulary to a multiple of this.
             kwargs: Further arguments of the constructor, such as `image_token`.
         """
-        tokens = {name: kwargs.pop(name, default) for name, default in IMAGE_TOKENS.items()}
-        add_image_tokens(tokenizer, tokens)
         config = model.config
+        names = IMAGE_TOKENS if config.vision_config is None else {**IMAGE_TOKENS, **VISION_TOKEN}
+        tokens = {name: kwargs.pop(name, default) for name, default in names.items()}
+        add_image_tokens(tokenizer, tokens)
         if len(tokenizer) > config.text_config.vocab_size:
             model.grow_vocabulary(len(tokenizer), pad_to_multiple_of)
         for name, token in tokens.items():
@@ -198,8 +214,14 @@ class TransfusionProcessor(ProcessorMixin):
             crop_size = {"height": height, "width": width}
             channels = (config.vae_config or {"in_channels": config.latent_channels}).get("in_channels", 3)
             size, half = {"shortest_edge": height} if height == width else crop_size, [0.5] * channels
+            vision: Any = {}
+            if config.vision_config is not None:
+                longest, side = config.vision_config.image_size, config.vision_config.patch_size
+                edges = {"shortest_edge": min(224, longest), "longest_edge": longest}
+                vision = {"vision_size": edges, "vision_size_divisor": side}
+            means = {"image_mean": half, "image_std": half}
             image_processor = TransfusionImageProcessor(
-                size=size, crop_size=crop_size, do_convert_rgb=channels == 3, image_mean=half, image_std=half
+                size=size, crop_size=crop_size, do_convert_rgb=channels == 3, **means, **vision
             )
         sides = {"pixels_per_patch": config.pixels_per_patch, "patch_size": config.patch_size}
         return cls(image_processor, tokenizer, **sides, **tokens, **kwargs)
@@ -260,13 +282,14 @@ class TransfusionProcessor(ProcessorMixin):
         self._to_tensors(features, options["return_tensors"])
         if return_labels:
             ids, mask = (torch.as_tensor(features[name]) for name in ("input_ids", "attention_mask"))
-            tokens = (self.image_start_token_id, self.image_token_id, self.image_end_token_id)
+            tokens = (self.image_start_token_id, self.image_token_id, self.image_end_token_id, self.vision_token_id)
             features["labels"] = make_labels(ids, mask, *tokens)
         return features
 
     def _to_tensors(self, features: BatchFeature, kind: str | None) -> BatchFeature:
         """Converts all but lists of images, which have several sizes: the library would stack them and fail."""
-        lists = [name for name in ("pixel_values", "latents") if isinstance(features.get(name), list)]
+        names = ("pixel_values", "vision_pixel_values", "latents")
+        lists = [name for name in names if isinstance(features.get(name), list)]
         features.skip_tensor_conversion = [*self.skip_tensor_conversion, *lists]
         return features.convert_to_tensors(kind)
 
@@ -348,7 +371,7 @@ class TransfusionProcessor(ProcessorMixin):
         cut = len(ids) - room if is_left else room
         # An image goes along with the ids on both its sides, which may be all that is cut off of it.
         dropped = ids[: cut + 1] if is_left else ids[max(0, cut - 1) :]
-        if self.image_token_id in dropped:
+        if self.image_token_id in dropped or self.vision_token_id in dropped:
             raise ValueError(
                 f"`max_length` is {max_length}, which cuts an image of row {index}; raise it, or pass "
                 "`truncation=False`."
@@ -382,12 +405,27 @@ class TransfusionProcessor(ProcessorMixin):
             kwargs.setdefault("sanitize_control_tokens", True)
         return super().apply_chat_template(chats if is_batch else chats[0], chat_template=chat_template, **kwargs)
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """`<BOI>`, a placeholder for each patch, `<EOI>`; `image_inputs` holds `pixel_values` or `latents`."""
+    def replace_image_token(self, image_inputs: dict, image_idx: int, read_images_as=None, **kwargs: Any) -> str:
+        """
+        `<BOI>`, a placeholder for each patch, `<EOI>`; or two such blocks. `image_inputs` holds `latents`, or
+        `pixel_values` and `vision_pixel_values` of the images that are read so.
+        """
         if "latents" in image_inputs:
-            name, side, images = "latents", self.patch_size, image_inputs["latents"]
+            return self._block(image_inputs["latents"], image_idx, "latents", self.patch_size, self.image_token)
+        if not isinstance(read_images_as, (list, tuple)):
+            kinds = self.image_processor.kinds(read_images_as, image_idx + 1)
         else:
-            name, side, images = "images", self.pixels_per_patch, image_inputs["pixel_values"]
+            kinds = list(read_images_as)
+        ways: list[Any] = [("latents", "pixel_values", self.pixels_per_patch, self.image_token)]
+        ways.append(("vision", "vision_pixel_values", self.image_processor.vision_size_divisor, self.vision_token))
+        blocks = ""
+        for kind, name, side, token in ways:
+            if kinds[image_idx] in (kind, "both"):
+                index = sum(one in (kind, "both") for one in kinds[:image_idx])
+                blocks += self._block(image_inputs[name], index, "images", side, token)
+        return blocks
+
+    def _block(self, images: Sequence[torch.Tensor], image_idx: int, name: str, side: int, token: str) -> str:
         height, width = images[image_idx].shape[-2:]
         if height % side or width % side:
             raise ValueError(
@@ -395,7 +433,7 @@ class TransfusionProcessor(ProcessorMixin):
                 f"multiples of {side}, one patch. Resize or crop it."
             )
         num_patches = (height // side) * (width // side)
-        return self.image_start_token + self.image_token * num_patches + self.image_end_token
+        return self.image_start_token + token * num_patches + self.image_end_token
 
     def batch_decode(self, sequences, *args: Any, **kwargs: Any) -> list[str]:
         return super().batch_decode(_ids_alone(sequences), *args, **kwargs)
@@ -441,6 +479,7 @@ class TransfusionProcessor(ProcessorMixin):
         kwargs["skip_special_tokens"] = skip_special_tokens
         rows = []
         for ids, row in zip(sequences.tolist(), images, strict=True):
+            ids = [i for i in ids if i != self.vision_token_id]  # the prompt's: there is no picture to show
             runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=lambda i: i == self.image_token_id)]
             num_blocks = sum(is_image for is_image, _ in runs)
             if num_blocks != len(row):

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from ..configuration_transfusion import TransfusionConfig
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
-from ..processing_transfusion import IMAGE_TOKENS, TransfusionProcessor, add_image_tokens
+from ..processing_transfusion import IMAGE_TOKENS, VISION_TOKEN, TransfusionProcessor, add_image_tokens
 from ..vae.attach import attach_vae
 
 
@@ -48,7 +48,8 @@ def new_transfusion(
             f"`tokenizer` {tokenizer.name_or_path} has no end-of-sequence token, so no text would end. Give it one "
             "(`tokenizer.add_special_tokens({'eos_token': ...})`, `save_pretrained`), or choose another."
         )
-    tokens = {name: kwargs.pop(name, default) for name, default in IMAGE_TOKENS.items()}
+    names = IMAGE_TOKENS if kwargs.get("vision_config") is None else {**IMAGE_TOKENS, **VISION_TOKEN}
+    tokens = {name: kwargs.pop(name, default) for name, default in names.items()}
     if unknown := sorted(set(kwargs) - set(TransfusionConfig.__annotations__)):
         raise ValueError(f"TransfusionConfig has no field {', '.join(f'`{name}`' for name in unknown)}.")
     add_image_tokens(tokenizer, tokens)

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
-from ..masking_transfusion import make_packed_plan
+from ..masking_transfusion import image_block_ids, make_packed_plan
 from ..processing_transfusion import TransfusionProcessor, chat_parts
 
 
@@ -88,6 +88,8 @@ class _Sample:
     latents: list[torch.Tensor]
     max_timesteps: list[int]
     image_loss_mask: list[bool]
+    read_images_as: list[str]
+    seen: list[torch.Tensor] = field(default_factory=list)  # pixels for the vision encoder
     input_ids: Any = None
     labels: Any = None
 
@@ -102,7 +104,8 @@ class TransfusionDataCollator:
 
     A sample is a dict with `text` and, in `image` or the list `images`, its images; or, in `latents`, one latent of
     shape `(latent_channels, height, width)` or a list of them. Optional keys with one value per image:
-    `image_loss_mask` (`bool`, `False` for clean context) and `max_timesteps` (`int`).
+    `image_loss_mask` (`bool`, `False` for clean context), `max_timesteps` (`int`), and `read_images_as` (`str`), which
+    for images to be drawn is `"latents"` by default, and for clean context the processor's default.
 
     Instead of `text`, a sample may hold a chat in `messages`, with its images in the parts or, in their order, in
     `images` or `latents` (and `tools`); the processor's chat template writes it.
@@ -169,12 +172,29 @@ class TransfusionDataCollator:
             raise ValueError("Pass `images` or `latents`, not both.")
         self._tokenize([sample for sample in samples if sample.input_ids is None])
         batch = self._pad(samples) if self.max_length is None else self._pack(samples, self.max_length)
-        for name, attribute in (("pixel_values", "images"), ("latents", "latents")):
+        for name, attribute in (("pixel_values", "images"), ("latents", "latents"), ("vision_pixel_values", "seen")):
             if tensors := [x for sample in samples for x in getattr(sample, attribute)]:
                 batch[name] = torch.stack(tensors) if len({x.shape for x in tensors}) == 1 else tensors
-                for name in ("max_timesteps", "image_loss_mask"):
-                    batch[name] = torch.tensor([*chain(*(getattr(sample, name) for sample in samples))])
+        if "pixel_values" in batch or "latents" in batch:
+            for name in ("max_timesteps", "image_loss_mask"):
+                batch[name] = torch.tensor([*chain(*(getattr(sample, name) for sample in samples))])
         return batch
+
+    def _sample(self, feature: dict[str, Any], text: str, limits: list[int], masks: list[bool]) -> _Sample:
+        """A sample whose `max_timesteps` and `image_loss_mask` are, unless it says otherwise, these."""
+        images, latents = images_of(feature), latents_of(feature)
+        masks = _per_image(feature, "image_loss_mask", masks)
+        limits = _per_image(feature, "max_timesteps", limits)
+        (default,) = self.processor.image_processor.kinds(None, 1)
+        kinds = ["latents" if latents or mask else default for mask in masks]
+        kinds = _per_image(feature, "read_images_as", kinds)
+        if any(mask and kind == "vision" for mask, kind in zip(masks, kinds, strict=True)):
+            raise ValueError("`read_images_as` is 'vision' for an image with a loss; set its `image_loss_mask` False.")
+        if latents and set(kinds) != {"latents"}:
+            raise ValueError("`read_images_as`: a vision encoder reads images, and the sample holds latents.")
+        has_latents = [kind != "vision" for kind in kinds]
+        per_latent = ([*compress(limits, has_latents)], [*compress(masks, has_latents)])
+        return _Sample(text, images, latents, *per_latent, kinds)
 
     def _read(self, feature: dict[str, Any]) -> _Sample:
         """A sample whose images have their markers, or parts of a chat, which has its ids then."""
@@ -191,13 +211,19 @@ class TransfusionDataCollator:
                 text, limit = marker + text, self.image_first_max_timesteps
             else:
                 text = marker if dropout < self.caption_dropout else text + marker
-        limits = _per_image(feature, "max_timesteps", [limit] * num_images)
-        masks = _per_image(feature, "image_loss_mask", [True] * num_images)
-        return _Sample(tokenized_text({"text": text}, self.processor), images, latents, limits, masks)
+        text = tokenized_text({"text": text}, self.processor)
+        return self._sample(feature, text, [limit] * num_images, [True] * num_images)
 
     def _read_chat(self, feature: dict[str, Any]) -> _Sample:
-        images, latents, is_masked = images_of(feature), latents_of(feature), self.assistant_only_loss
-        contents: dict[str, Any] = {"latents": latents} if latents else {"images": images} if images else {}
+        is_masked, parts = self.assistant_only_loss, list(chat_parts(feature["messages"]))
+        roles = [role for role, part in parts if part["type"] != "text"]
+        masks = [not is_masked or role == "assistant" for role in roles]
+        sample = self._sample(feature, "", [self.num_train_timesteps] * len(roles), masks)
+        contents: dict[str, Any] = {}
+        if sample.latents:
+            contents = {"latents": sample.latents}
+        elif sample.images:
+            contents = {"images": sample.images, "read_images_as": sample.read_images_as}
         row = self.processor.apply_chat_template(
             feature["messages"],
             tools=feature.get("tools"),
@@ -206,7 +232,7 @@ class TransfusionDataCollator:
             return_assistant_tokens_mask=is_masked,
             processor_kwargs={"return_labels": True, **contents},
         )
-        parts, labels = list(chat_parts(feature["messages"])), row["labels"][0]
+        labels = row["labels"][0]
         if is_masked:
             is_assistant = torch.tensor(row["assistant_masks"][0]).bool()
             if not is_assistant.any() and any(role == "assistant" for role, _ in parts):
@@ -215,11 +241,9 @@ class TransfusionDataCollator:
                     "`{% generation %}` and `{% endgeneration %}`; pass one to the processor as `chat_template`."
                 )
             labels = labels.masked_fill(~is_assistant, -100)
-        roles = [role for role, part in parts if part["type"] != "text"]
-        limits = _per_image(feature, "max_timesteps", [self.num_train_timesteps] * len(roles))
-        masks = _per_image(feature, "image_loss_mask", [not is_masked or role == "assistant" for role in roles])
-        pixels = list(row.get("pixel_values", ()))
-        return _Sample("", pixels, latents, limits, masks, row["input_ids"][0], labels)
+        sample.images, sample.seen = (list(row.get(name, ())) for name in ("pixel_values", "vision_pixel_values"))
+        sample.input_ids, sample.labels = row["input_ids"][0], labels
+        return sample
 
     def _tokenize(self, samples: list[_Sample]) -> None:
         """Gives samples their ids, labels and pixels."""
@@ -228,12 +252,16 @@ class TransfusionDataCollator:
         images, latents = ([*chain(*(getattr(s, name) for s in samples))] for name in ("images", "latents"))
         texts = [sample.text for sample in samples]
         contents: dict[str, Any] = {"text": texts, "images": images, "latents": latents}
+        if images:
+            contents["read_images_as"] = [*chain(*(sample.read_images_as for sample in samples))]
         batch = self.processor(**contents, return_labels=True, padding=True, padding_side="right")
-        pixels = iter(batch.get("pixel_values", ()))
+        pixels, seen = (iter(batch.get(name, ())) for name in ("pixel_values", "vision_pixel_values"))
         rows = zip(samples, batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True)
         for sample, ids, labels, is_real in rows:
             sample.input_ids, sample.labels = ids[is_real], labels[is_real]
-            sample.images = list(islice(pixels, len(sample.images)))
+            if sample.images:
+                sample.images = list(islice(pixels, sum(kind != "vision" for kind in sample.read_images_as)))
+                sample.seen = list(islice(seen, sum(kind != "latents" for kind in sample.read_images_as)))
 
     def _pad(self, samples: list[_Sample]) -> dict[str, Any]:
         rows = [sample.input_ids for sample in samples]
@@ -248,10 +276,12 @@ class TransfusionDataCollator:
         """Packs whole samples into rows, and brings them into the order of the rows."""
         for i, sample in enumerate(samples):
             if len(sample.input_ids) > max_length:
-                end, num_kept = self._find_cut(i, sample.input_ids, max_length)
+                end = self._find_cut(i, sample.input_ids, max_length)
                 sample.input_ids, sample.labels = sample.input_ids[:end], sample.labels[:end]
+                num_kept, num_seen = (int(self._blocks(sample.input_ids, kind).amax()) + 1 for kind in range(2))
                 for name in ("images", "latents", "max_timesteps", "image_loss_mask"):
                     setattr(sample, name, getattr(sample, name)[:num_kept])
+                sample.seen = sample.seen[:num_seen]
         packed: dict[str, list[torch.Tensor]] = {"input_ids": [], "labels": [], "position_ids": []}
         pad_token_id = self.processor.tokenizer.pad_token_id
         rows = first_fit([len(sample.input_ids) for sample in samples], max_length)
@@ -265,14 +295,23 @@ class TransfusionDataCollator:
         result: dict[str, Any] = {name: torch.stack(tensors) for name, tensors in packed.items()}
         self._filled += torch.tensor([sum(len(sample.input_ids) for sample in samples), len(rows) * max_length])
         if self.return_varlen_plan:
-            token_id = self.processor.image_token_id
-            result["varlen_plan"] = make_packed_plan(result["input_ids"], result["position_ids"], token_id)
+            ids, positions = result["input_ids"], result["position_ids"]
+            result["varlen_plan"] = make_packed_plan(ids, positions, *self._token_ids)
         samples[:] = [samples[i] for row in rows for i in row]
         return result
 
-    def _find_cut(self, index: int, ids: torch.Tensor, max_length: int) -> tuple[int, int]:
-        """Where to cut a sample that is too long, before an image rather than within; and how many images remain."""
-        edges = pad((ids == self.processor.image_token_id).int(), (1, 1)).diff()
+    @property
+    def _token_ids(self) -> list[int]:
+        """Of placeholders: of latents, and of what a vision encoder sees."""
+        ids = (self.processor.image_token_id, self.processor.vision_token_id)
+        return [token_id for token_id in ids if token_id is not None]
+
+    def _blocks(self, ids: torch.Tensor, kind: int) -> torch.Tensor:
+        return image_block_ids(ids[None], *(self._token_ids[kind : kind + 1] or [-1]))
+
+    def _find_cut(self, index: int, ids: torch.Tensor, max_length: int) -> int:
+        """Where to cut a sample that is too long: before an image rather than within."""
+        edges = pad(torch.isin(ids, torch.tensor(self._token_ids)).int(), (1, 1)).diff()
         starts = ((edges == 1).nonzero()[:, 0] - 1).tolist()  # `<BOI>` and
         ends = (edges == -1).nonzero()[:, 0].tolist()  # `<EOI>`, which a text may also hold without an image
         longest = max((end - start + 1 for start, end in zip(starts, ends, strict=True)), default=0)
@@ -280,13 +319,12 @@ class TransfusionDataCollator:
             what = f"an image of {longest}" if longest > max_length else f"{len(ids)}"
             remedy = "raise it, shrink the image, or for text pass `truncation=True`"
             raise ValueError(f"`max_length` is {max_length}, but sample {index} has {what} tokens; {remedy}.")
-        cut = next((s for s, end in zip(starts, ends, strict=True) if s < max_length <= end), max_length)
-        return cut, sum(end < cut for end in ends)
+        return next((s for s, end in zip(starts, ends, strict=True) if s < max_length <= end), max_length)
 
 
 def _per_image(feature: dict[str, Any], name: str, defaults: list[Any]) -> list[Any]:
     values = defaults if feature.get(name) is None else feature[name]
-    values = [values] if isinstance(values, (bool, int)) else list(values)
+    values = [values] if isinstance(values, (bool, int, str)) else list(values)
     if len(values) != len(defaults):
         raise ValueError(f"`{name}` must hold one value for each of {len(defaults)} images; got {len(values)}.")
     return values
