@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, layer_norm, linear, silu
+from torch.nn.functional import conv2d, gelu, group_norm, layer_norm, linear, pad, silu
 
 IM_START, IM_END, BOI, EOI = range(4)  # the order of `ids`
 
@@ -306,3 +306,61 @@ class Bagel:
                 squared = (predicted - (noise - before.windows).flatten(0, 1)).square()
             start += length + 2
         return squared, entropies
+
+
+class FluxAutoencoder:
+    """
+    The autoencoder of FLUX, in its authors' names: convolutions and group norms of 32 groups, one attention in the
+    middle of each half, sides halved by a convolution with a pixel of zeros at the right and below.
+    """
+
+    def __init__(self, state: dict[str, Tensor], scale: float = 0.3611, shift: float = 0.1159):
+        self.w = {name: value.double() for name, value in state.items()}
+        self.scale, self.shift = scale, shift
+
+    def encode(self, image: Tensor) -> Tensor:
+        """`(3, height, width)` in [−1, 1] → the mode of the posterior, scaled and shifted, `(channels, …)`."""
+        x, level = self._conv("encoder.conv_in", image), 0
+        while f"encoder.down.{level}.block.0.conv1.weight" in self.w:
+            x = self._blocks(f"encoder.down.{level}.block", x)
+            if f"encoder.down.{level}.downsample.conv.weight" in self.w:
+                x = self._conv(f"encoder.down.{level}.downsample.conv", pad(x, (0, 1, 0, 1)), stride=2, padding=0)
+            level += 1
+        x = self._conv("encoder.conv_out", silu(self._norm("encoder.norm_out", self._middle("encoder.mid", x))))
+        return (x[: len(x) // 2] - self.shift) * self.scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        x = self._middle("decoder.mid", self._conv("decoder.conv_in", latents / self.scale + self.shift))
+        for level in reversed(range(sum(name.endswith(".block.0.conv1.weight") and "up." in name for name in self.w))):
+            x = self._blocks(f"decoder.up.{level}.block", x)
+            if f"decoder.up.{level}.upsample.conv.weight" in self.w:
+                twice = x.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+                x = self._conv(f"decoder.up.{level}.upsample.conv", twice)
+        return self._conv("decoder.conv_out", silu(self._norm("decoder.norm_out", x)))
+
+    def _middle(self, name: str, x: Tensor) -> Tensor:
+        x = self._block(f"{name}.block_1", x)
+        h = self._norm(f"{name}.attn_1.norm", x)
+        q, k, v = (self._conv(f"{name}.attn_1.{part}", h, padding=0).flatten(1).T for part in "qkv")
+        attended = (q @ k.T / math.sqrt(len(x))).softmax(-1) @ v
+        x = x + self._conv(f"{name}.attn_1.proj_out", attended.T.reshape(x.shape), padding=0)
+        return self._block(f"{name}.block_2", x)
+
+    def _blocks(self, name: str, x: Tensor) -> Tensor:
+        number = 0
+        while f"{name}.{number}.conv1.weight" in self.w:
+            x = self._block(f"{name}.{number}", x)
+            number += 1
+        return x
+
+    def _block(self, name: str, x: Tensor) -> Tensor:
+        h = self._conv(f"{name}.conv1", silu(self._norm(f"{name}.norm1", x)))
+        h = self._conv(f"{name}.conv2", silu(self._norm(f"{name}.norm2", h)))
+        has_shortcut = f"{name}.nin_shortcut.weight" in self.w
+        return h + (self._conv(f"{name}.nin_shortcut", x, padding=0) if has_shortcut else x)
+
+    def _conv(self, name: str, x: Tensor, stride: int = 1, padding: int = 1) -> Tensor:
+        return conv2d(x[None], self.w[f"{name}.weight"], self.w[f"{name}.bias"], stride, padding)[0]
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        return group_norm(x[None], 32, self.w[f"{name}.weight"], self.w[f"{name}.bias"], eps=1e-6)[0]

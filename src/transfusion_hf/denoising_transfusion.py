@@ -79,6 +79,10 @@ class DrawingArguments:
         scale = self.input_image_guidance_scale
         return self.image_guidance_scale if scale is None else scale
 
+    @property
+    def has_guidance(self) -> bool:
+        return not self.image_guidance_scale == 1 == self.unconditional_scale
+
     def validate(self) -> None:
         """Raises `ValueError` for values out of range and for options that contradict each other."""
         start, end = self.guidance_start, self.guidance_end
@@ -106,7 +110,7 @@ class DrawingArguments:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {allowed}; got {getattr(self, name)!r}.")
         is_nested = self.guidance_type == "nested"
-        if self.guidance_renorm is not None and self.image_guidance_scale == 1 == self.unconditional_scale:
+        if self.guidance_renorm is not None and not self.has_guidance:
             raise ValueError("`guidance_renorm` does nothing without guidance; raise `image_guidance_scale`.")
         if self.guidance_renorm == "text_channel" and not is_nested:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby, takewhile
 from pathlib import Path
@@ -119,6 +120,9 @@ class TransfusionProcessor(ProcessorMixin):
         vision_token (`str`, *optional*):
             The placeholder for a patch of the vision encoder. An image that is read as `"both"` becomes a block of
             latents and one of these.
+        text_format (`str`, *optional*):
+            For a model that expects each stretch of text between images in a form of its own, such as
+            `"<|im_start|>{}<|im_end|>"`. A stretch that holds what comes before `{}` stays as it is.
         chat_template (`str`, or `dict[str, str]` by name, *optional*):
             Defaults to the tokenizer's, extended by images in the messages of both roles, or to plain `role: content`
             lines if it has none.
@@ -137,6 +141,7 @@ class TransfusionProcessor(ProcessorMixin):
         image_end_token: str = "<EOI>",
         chat_template: str | dict[str, str] | None = None,
         vision_token: str | None = None,
+        text_format: str | None = None,
     ):
         self.pixels_per_patch = pixels_per_patch
         self.patch_size = pixels_per_patch if patch_size is None else patch_size
@@ -144,13 +149,14 @@ class TransfusionProcessor(ProcessorMixin):
             image_token, image_start_token, image_end_token,
         )  # fmt: skip
         self.vision_token, vocabulary = vision_token, tokenizer.get_vocab()
-        if missing := [token for token in (*tokens, vision_token or image_token) if token not in vocabulary]:
+        if missing := [token for token in (*tokens, vision_token) if token and token not in vocabulary]:
             raise ValueError(
                 f"`tokenizer` lacks {', '.join(missing)}; `TransfusionProcessor.for_model(model, tokenizer)` adds "
                 "them and resizes the model's embeddings, `new_transfusion(tokenizer)` makes a model."
             )
         self.image_token_id, self.image_start_token_id, self.image_end_token_id = (vocabulary[t] for t in tokens)
         self.vision_token_id = vocabulary.get(vision_token)
+        self.text_format = text_format
         if (vision_token is None) != (image_processor.vision_size is None):
             raise ValueError("`vision_token` and the image processor's `vision_size` belong together; pass both.")
         if chat_template is None:
@@ -263,6 +269,8 @@ class TransfusionProcessor(ProcessorMixin):
         if not texts:
             raise ValueError("`text` must hold at least one text; got an empty list.")
         images = None if isinstance(images, (list, tuple)) and len(images) == 0 else images
+        if self.text_format is not None:
+            texts = [self._formatted(one, self.text_format) for one in texts]
         if not (options["add_special_tokens"] and self.missing_ends([])[0]):
             texts = [one or self.image_start_token for one in texts]
         if latents is None or len(latents) == 0:
@@ -285,6 +293,16 @@ class TransfusionProcessor(ProcessorMixin):
             tokens = (self.image_start_token_id, self.image_token_id, self.image_end_token_id, self.vision_token_id)
             features["labels"] = make_labels(ids, mask, *tokens)
         return features
+
+    def _formatted(self, text: str, text_format: str) -> str:
+        start, end = text_format.split("{}")
+        markers = "|".join(re.escape(token) for token in (self.image_token, self.image_start_token))
+
+        def put(part: str) -> str:
+            is_done = part in ("", end, self.image_token, self.image_start_token) or start in part
+            return part if is_done else start + part.removesuffix(end) + end
+
+        return "".join(put(part) for part in re.split(f"({markers})", text))
 
     def _to_tensors(self, features: BatchFeature, kind: str | None) -> BatchFeature:
         """Converts all but lists of images, which have several sizes: the library would stack them and fail."""

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,10 +59,10 @@ class SafetensorsCheckpoint:
     for files that are missing, broken, or hold no floating-point numbers of 16 bits or more.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, single: str = SINGLE):
         self.files: dict[str, Path] = {}
         self.layout: dict[str, torch.Tensor] = {}
-        for path in self._find(folder):
+        for path in [folder / single] if (folder / single).exists() else self._find(folder):
             try:
                 with safe_open(path, framework="pt") as file:
                     slices = {key: file.get_slice(key) for key in file.keys()}
@@ -119,19 +119,29 @@ class SafetensorsCheckpoint:
         sources |= {image_name(name): key for name, key in sources.items() if image_name(name) in grown}
         layout = {name: grown[name].to(self.layout[key].dtype) for name, key in sources.items()} | parts
         limit = max_shard_size or max(path.stat().st_size for path in set(self.files.values())) // 2
-        split = split_torch_state_dict_into_shards(layout, max_shard_size=limit)
-        for file, members in tqdm(split.filename_to_tensors.items(), desc="write shards"):
-            tensors = {}
-            # What is copied comes first, while nothing else is in memory.
-            for name in sorted(members, key=lambda name: name not in (HEAD, transfusion_key(EMBEDDING))):
-                tensor = parts[name] if name in parts else self[sources[name]].to(layout[name].dtype)
-                if num_new := len(layout[name]) - len(tensor):
-                    tensor = torch.cat([tensor, mean_row(tensor).expand(num_new, *tensor.shape[1:])])
-                tensors[name] = tensor
-            save_file(tensors, folder / file, metadata={"format": "pt"})
-        if split.is_sharded:
-            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-            (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+        def make(name: str) -> torch.Tensor:
+            tensor = parts[name] if name in parts else self[sources[name]].to(layout[name].dtype)
+            if num_new := len(layout[name]) - len(tensor):
+                tensor = torch.cat([tensor, mean_row(tensor).expand(num_new, *tensor.shape[1:])])
+            return tensor
+
+        # What is copied comes first in its file, while nothing else is in memory.
+        write_shards(folder, layout, make, limit, first=(HEAD, transfusion_key(EMBEDDING)))
+
+
+def write_shards(
+    folder: Path, layout: dict[str, torch.Tensor], make: Callable[[str], torch.Tensor], max_shard_size: int | str,
+    first: Sequence[str] = (),
+) -> None:  # fmt: skip
+    """Writes the tensors of `layout`, of which only the shapes and types are read, one file at a time."""
+    split = split_torch_state_dict_into_shards(layout, max_shard_size=max_shard_size)
+    for file, members in tqdm(split.filename_to_tensors.items(), desc="write shards"):
+        tensors = {name: make(name) for name in sorted(members, key=lambda name: name not in first)}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _load_tokenizer(tokenizer: Any, source: Path, tokens: dict[str, str], vocab_size: int) -> Any:
