@@ -221,7 +221,8 @@ def test_large_scores_stay_finite():
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("seed", range(8))
 def test_the_model_on_varlen_equals_that_on_sdpa(seed, padding_side):
-    model, features = tiny.model(seed=seed), tiny.batch(seed, padding_side=padding_side)
+    model = tiny.model(seed=seed, **tiny.drawn_fields(seed if seed >= 4 else 0))
+    features = tiny.batch(seed, padding_side=padding_side)
     results = []
     for backend in ("sdpa", VARLEN_ATTENTION):
         model.set_attn_implementation(backend)
@@ -275,8 +276,11 @@ def packed_batch(seed: int) -> tuple[dict, list[dict]]:
     return pack, documents
 
 
-@pytest.mark.parametrize(("backend", "options"), [*((b, {}) for b in BACKENDS), (VARLEN_ATTENTION, tiny.UNET)])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [*((b, o) for b in BACKENDS for o in ({}, tiny.drawn_fields(1))), (VARLEN_ATTENTION, tiny.UNET)],
+)
+@pytest.mark.parametrize("seed", range(4))
 def test_packed_documents_equal_each_alone_in_losses_and_gradients(backend, options, seed):
     model = tiny.model(seed=seed, **options)
     model.set_attn_implementation(backend)

@@ -22,6 +22,7 @@ from transfusion_hf import (
     TransfusionForCausalLMAndDiffusion,
     TransfusionModel,
 )
+from transfusion_hf.denoising_transfusion import positions_of
 from transfusion_hf.diffusion_transfusion import noise_images, sample_noise, sample_timesteps
 
 IMAGE = [BOI] + [IMG] * 4 + [EOI]
@@ -164,9 +165,10 @@ def test_stock_flash_attention_is_refused_when_loading(tmp_path):
             TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path, attn_implementation=requested)
 
 
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
-def test_every_supported_attention_gives_the_same_output(implementation):
-    model = tiny.model(tiny.gemma3())
+def test_every_supported_attention_gives_the_same_output(implementation, seed):
+    model = tiny.model(tiny.gemma3(), **tiny.drawn_fields(seed))
     features = {
         key: value for key, value in tiny.batch(3).items() if key in ("input_ids", "attention_mask", "latents")
     }
@@ -178,9 +180,10 @@ def test_every_supported_attention_gives_the_same_output(implementation):
     torch.testing.assert_close(actual[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("text", [tiny.text_config(), tiny.gemma3()], ids=["llama", "gemma3"])
-def test_padding_changes_nothing(text):
-    model = tiny.model(text)
+def test_padding_changes_nothing(text, seed):
+    model = tiny.model(text, **tiny.drawn_fields(seed))
     left, right = (tiny.batch(4, padding_side=side) for side in ("left", "right"))
     with torch.no_grad():
         outputs = [model(**features) for features in (left, right)]
@@ -189,22 +192,26 @@ def test_padding_changes_nothing(text):
     torch.testing.assert_close(rows[0], rows[1], atol=1e-4, rtol=1e-4)
 
 
-def test_cached_equals_uncached_wherever_the_text_is_cut():
-    model = tiny.model(tiny.gemma3())
+@pytest.mark.parametrize("seed", range(4))
+def test_cached_equals_uncached_wherever_the_text_is_cut(seed):
+    model = tiny.model(tiny.gemma3(), **tiny.drawn_fields(seed))
     ids, latents = torch.tensor([[5, 6, *IMAGE, 7, 8, *IMAGE, 9]]), images(2)
+    mask = torch.ones_like(ids)
+    positions = positions_of(ids, mask, model.config)
     with torch.no_grad():
         expected = model(ids, latents=latents).logits
         for cut in (1, 2, 8, 9, 10, 16):  # not inside an image
             cache, blocks_before = DynamicCache(), int((ids[0, :cut] == BOI).sum())
             before = latents[:blocks_before] if blocks_before else None
             after = latents[blocks_before:] if blocks_before < 2 else None
-            first = model(ids[:, :cut], latents=before, cache=cache, use_cache=True).logits
-            mask = torch.ones_like(ids)
-            second = model(ids[:, cut:], latents=after, attention_mask=mask, cache=cache, use_cache=True).logits
+            kwargs = {"cache": cache, "use_cache": True}
+            first = model(ids[:, :cut], latents=before, position_ids=positions[:, :cut], **kwargs).logits
+            kwargs["attention_mask"] = mask
+            second = model(ids[:, cut:], latents=after, position_ids=positions[:, cut:], **kwargs).logits
             torch.testing.assert_close(torch.cat([first, second], dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {**tiny.UNET, "pos_embed_type": "sincos"}])
+@pytest.mark.parametrize("options", [{}, {**tiny.UNET, "pos_embed_type": "sincos"}, *map(tiny.drawn_fields, (1, 2))])
 def test_images_of_several_sizes_in_one_batch_equal_each_alone(options):
     model = tiny.model(**options)
     sizes, generator = [4, 1, 2, 4, 2], torch.Generator().manual_seed(0)
@@ -334,8 +341,9 @@ def test_evaluation_draws_t_and_noise_from_the_images_themselves():
     assert not torch.equal(first, model(ids, latents=latents, labels=labels).diffusion_loss)
 
 
-def test_text_only_batch_gives_every_image_part_a_gradient():
-    model = tiny.model().train()
+@pytest.mark.parametrize("seed", range(4))
+def test_text_only_batch_gives_every_image_part_a_gradient(seed):
+    model = tiny.model(**tiny.drawn_fields(seed)).train()
     ids = torch.tensor([[5, 6, 7]])
     output = model(ids, labels=ids)
     output.loss.backward()
@@ -343,8 +351,9 @@ def test_text_only_batch_gives_every_image_part_a_gradient():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_gradient_checkpointing_changes_nothing():
-    model, features = tiny.model().train(), tiny.batch(3)
+@pytest.mark.parametrize("seed", range(4))
+def test_gradient_checkpointing_changes_nothing(seed):
+    model, features = tiny.model(**tiny.drawn_fields(seed)).train(), tiny.batch(3)
     model(**features).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()

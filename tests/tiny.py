@@ -127,6 +127,19 @@ def batch(seed: int, rows: int = 3, dtype=torch.float32, padding_side: str = "ri
     return features
 
 
+def drawn_fields(seed: int) -> dict[str, Any]:
+    """A random choice of what a configuration may have and the paper's has not; nothing for a seed of 0."""
+    rng = random.Random(seed)
+    switches = ("image_markers_in_block", "shared_image_position", "hide_noised_images")
+    fields: dict[str, Any] = {name: rng.random() < 0.6 for name in switches}
+    if rng.random() < 0.6:
+        fields |= {"untied_modalities": ["image"], "untied_final_norm": rng.random() < 0.6}
+    fields |= {"timestep_embedding_level": rng.choice(["patch", "hidden"]), "timestep_scale": rng.choice([1.0, 1e-3])}
+    fields |= {"pos_embed_type": rng.choice([None, "sincos"])}
+    fields |= rng.choice([{}, {"timestep_distribution": "logit_normal", "train_timestep_shift": 3.0}])
+    return fields if seed else {}
+
+
 def uncompiled() -> Any:
     """Flex attention on the CPU without minutes of compilation for each length."""
     return torch.compiler.set_stance("force_eager")
