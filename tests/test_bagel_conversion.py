@@ -14,7 +14,8 @@ from reference_bagel import Bagel, FluxAutoencoder, Latents, Seen, Text, latents
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import pad
-from transformers import AutoProcessor, PreTrainedTokenizerFast, TrainingArguments, pipeline
+from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+from transformers import AutoProcessor, PreTrainedTokenizerFast, TorchAoConfig, TrainingArguments, pipeline
 
 from transfusion_hf import (
     TransfusionDataCollator,
@@ -478,3 +479,52 @@ def test_a_model_that_bagel_cannot_hold_is_refused(converted, tmp_path):
     with pytest.raises(ValueError, match="is not in BAGEL's form: a Qwen3 with biases"):
         export_bagel(Path(__file__).parent / "fixtures" / "tiny-transfusion", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+DRAW = {"generation_mode": "image", "num_inference_steps": 3, "height": 32, "width": 32}
+
+
+def drawing(model) -> torch.Tensor:
+    noise = torch.randn(1, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    return model.generate(torch.tensor([[START, 5, 6, END]]), init_noise=noise, **DRAW).images[0][0]
+
+
+def test_both_halves_in_4_bits_draw_nearly_the_same(converted, model):
+    parts = ["model.vision_encoder", "model.patch_encoder", "model.patch_decoder", "lm_head"]
+    config = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    quantization = TorchAoConfig(config, modules_to_not_convert=parts)
+    small = TransfusionForCausalLMAndDiffusion.from_pretrained(converted, quantization_config=quantization)
+    layer = small.model.language_model.layers[0]
+    for half in (layer, layer.image):
+        assert (
+            "Intx" in type(half.mlp.up_proj.weight).__name__ and "Intx" in type(half.self_attn.q_proj.weight).__name__
+        )
+    for linear in (small.lm_head, small.model.patch_encoder.proj, small.model.vision_encoder.linear_1):
+        assert type(linear.weight) is torch.nn.Parameter
+    expected, found = drawing(model), drawing(small)
+    error = (found - expected).norm() / expected.norm()
+    assert 0 < error < 0.5
+
+
+def test_weights_on_the_disk_draw_the_same(converted, model, tmp_path):
+    where = {"model.language_model.layers.0": "cpu", "model.language_model.layers.1": "disk"}
+    rest = ["model.language_model.layers.2", "model.language_model.embed_tokens", "model.language_model.norm"]
+    rest += ["model.language_model.image", "model.language_model.rotary_emb", "lm_head", "vae"]
+    rest += ["model.patch_encoder", "model.patch_decoder", "model.vision_encoder"]
+    where |= dict.fromkeys(rest, "cpu")
+    offloaded = TransfusionForCausalLMAndDiffusion.from_pretrained(
+        converted, device_map=where, offload_folder=str(tmp_path)
+    )
+    assert offloaded.model.language_model.layers[1].image.mlp.up_proj.weight.is_meta
+    assert torch.equal(drawing(offloaded), drawing(model))
+
+
+def test_a_pipeline_offloads_the_model_between_drawings(converted, model):
+    pipe = TransfusionPipeline.from_pretrained(str(converted))
+    kwargs = {"prompt": "w5 w6", "num_inference_steps": 2, "height": 32, "width": 32, "output_type": "pt"}
+    pair = []
+    for is_offloaded in (False, True):
+        if is_offloaded:
+            pipe.enable_model_cpu_offload(device="cpu")
+        pair.append(pipe(**kwargs, generator=torch.Generator().manual_seed(0), progress_bar=False).images)
+    assert torch.equal(*pair)
