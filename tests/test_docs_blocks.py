@@ -70,6 +70,10 @@ NOT_RUN = {
     "distributed_config=DistributedConfig(tp_size=8)": "8 processes; test_processes.py has two",
     "--tp_size 8": "8 processes; test_processes.py has two",
     "examples/train_vae.py --train_dir photos": "the weights of VGG-16 and of MoCo; test_train_vae.py makes its own",
+    **dict.fromkeys(
+        ("outputs/bagel", "make the apple green", "a chess game of two robots"),
+        "29 GB of weights; test_bagel_conversion.py does the same with tiny ones",
+    ),
     "experiments/tables.py": "hours; test_experiments_tables.py has stand-ins for the data",
     "transfusion app": "a server; test_app.py runs it",
     "--tasks wikipedia c4": "the weights of the judges; test_evaluation_*.py make their own",

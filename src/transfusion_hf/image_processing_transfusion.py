@@ -125,7 +125,12 @@ class TransfusionImageProcessor(TorchvisionBackend):
                 f"`images`: arrays must be uint8, 0 to 255; got {image.dtype}. Convert it, or pass PIL images, or "
                 "floats in [0, 1] with `do_rescale=False`."
             )
-        return super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        image = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        if kwargs.get("size_divisor"):  # then `preprocess` has the library resize nothing
+            sides = sides_to_resize_to(image.shape[-2:], kwargs["size"], kwargs["size_divisor"])
+            resample = pil_torch_interpolation_mapping.get(kwargs["resample"], kwargs["resample"])
+            image = F.resize(image, sides, resample, antialias=True)
+        return image
 
     def convert(self, image: Image.Image) -> Image.Image:
         """Converts an image of any mode to 8 bits, gray or RGB, without transparency."""
@@ -161,17 +166,12 @@ class TransfusionImageProcessor(TorchvisionBackend):
             if not chosen:
                 continue
             # The library would stack images of several sizes and fail.
-            values = super().preprocess(chosen, *args, return_tensors=None, **{**kwargs, **own})["pixel_values"]
+            options = {"do_resize": self.do_resize, "size_divisor": self.size_divisor, **kwargs, **own}
+            options["size_divisor"] = options["size_divisor"] if options["do_resize"] else None
+            options["do_resize"] = options["do_resize"] and not options["size_divisor"]
+            values = super().preprocess(chosen, *args, return_tensors=None, **options)["pixel_values"]
             features[name] = torch.stack(list(values)) if len({x.shape for x in values}) == 1 else values
         return features
-
-    def _preprocess(self, images, do_resize, size, resample, size_divisor=None, **kwargs) -> BatchFeature:
-        if do_resize and size_divisor:
-            interpolation = pil_torch_interpolation_mapping.get(resample, resample)
-            sides = [sides_to_resize_to(image.shape[-2:], size, size_divisor) for image in images]
-            images = [F.resize(x, s, interpolation, antialias=True) for x, s in zip(images, sides, strict=True)]
-        do_resize = do_resize and not size_divisor
-        return super()._preprocess(images, do_resize=do_resize, size=size, resample=resample, **kwargs)
 
     def _crop_long_side(self, image: Image.Image, size: SizeDict, crop: SizeDict, resample: Any) -> Image.Image:
         """
