@@ -42,6 +42,7 @@ from transformers import (
 import transfusion_command
 from transfusion_hf import (
     TransfusionDataCollator,
+    TransfusionPipeline,
     TransfusionTrainer,
     configuration_transfusion,
     new_transfusion,
@@ -52,6 +53,8 @@ from transfusion_hf.hub.card import make_model_card
 
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / folder) for folder in ("examples", "conversion", "experiments")]
+import convert_bagel  # noqa: E402
+import export_bagel  # noqa: E402
 import tables  # noqa: E402
 import train_vae  # noqa: E402
 
@@ -94,6 +97,8 @@ READERS = {
     ).parse_args_into_dataclasses,
     "examples/train_vae.py": train_vae.parse_args,
     "experiments/tables.py": tables.parse_args,
+    "conversion/convert_bagel.py": convert_bagel.parse_args,
+    "conversion/export_bagel.py": export_bagel.parse_args,
 }
 # What stands for `...` in a command.
 ELLIPSIS = "--tokenizer_name TOKENIZER --caption_dataset pictures --sample_size 16 --output_dir outputs/train"
@@ -141,6 +146,7 @@ NAMES: dict[str, Callable[[], Any]] = {
     "dataset": samples,
     "samples": samples,
     "image": lambda: picture(32),
+    "pipe": lambda: TransfusionPipeline(load_model(), load_processor()),
     **dict.fromkeys(("picture", "source", "target", "red"), picture),
 }
 
@@ -285,10 +291,10 @@ class Page:
         if not is_run(code):
             tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
             exec(compile(tree, "<imports>", "exec"), self.names)
-            assert used <= {*self.names, *NAMES, *dir(builtins)}
-            for node in nodes:
-                if isinstance(node.ctx, ast.Store):  # stand-ins take the place of what it would have made
-                    self.names.pop(node.id, None)
+            made = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+            assert used - made <= {*self.names, *NAMES, *dir(builtins)}
+            for name in made:  # stand-ins take the place of what it would have made
+                self.names.pop(name, None)
             return
         self.names |= {name: NAMES[name]() for name in sorted(used & NAMES.keys() - self.names.keys())}
         with ExitStack() as stack:
