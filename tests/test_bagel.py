@@ -10,7 +10,7 @@ import pytest
 import torch
 from reference_bagel import Bagel, Latents, Seen, Text, latents_of, shifted, windows_of
 from safetensors.torch import load_file
-from torch.nn.functional import pad
+from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache, Qwen3Config
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
@@ -482,3 +482,31 @@ def test_the_class_answers_as_the_released_code(model, cases, mode, use_cache):
     output = model.generate(ids, max_new_tokens=11, pad_token_id=0, **kwargs)
     sequences = output if mode == "text" else output.sequences
     assert sequences[0, ids.shape[1] - 1 :].tolist() == cases["answer.ids"].tolist()
+
+
+def test_the_class_trains_as_the_released_code(model, cases):
+    """One packed step, with the noise and the gradients of the release."""
+    first, second = cases["train.latents"]
+    noise, t = cases["train.noise"].view_as(first), float(cases["train.t"])
+    documents = [[*PROMPT.ids, *block()], [*block(), *seen(2, 3), *PROMPT.ids]]
+    ids = torch.tensor([documents[0] + documents[1]])
+    output = model(
+        ids,
+        latents=[(1 - t) * first + t * noise, second],
+        vision_pixel_values=cases["vit.image"][None],
+        timesteps=torch.tensor([1000 * t, 0.0], dtype=torch.float64),
+        prediction_mask=torch.tensor([True, False]),
+        position_ids=torch.tensor([[*range(len(documents[0])), *range(len(documents[1]))]]),
+    )
+    squared = (output.image_predictions[0] - (noise - first)).square().mean()
+    texts = (slice(0, 9), slice(len(ids[0]) - 9, None))
+    entropies = [cross_entropy(output.logits[0, text][:-1], ids[0, text][1:], reduction="none") for text in texts]
+    near(squared.detach(), cases["train.mse"])
+    near(torch.cat(entropies).detach(), cases["train.ce_each"])
+    model.zero_grad()
+    (squared + torch.cat(entropies).mean()).backward()
+    for name in (name for name in cases if name.startswith("train.grad.")):
+        theirs = name.removeprefix("train.grad.")
+        found = model.get_parameter(transfusion_name(theirs)).grad
+        close(reordered(theirs, found, 2, is_back=True)[: len(cases[name])], cases[name])
+    model.zero_grad()

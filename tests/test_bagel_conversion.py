@@ -21,10 +21,12 @@ from transfusion_hf import (
     TransfusionDataCollator,
     TransfusionForCausalLMAndDiffusion,
     TransfusionPipeline,
+    TransfusionProcessor,
     TransfusionTrainer,
 )
 from transfusion_hf.conversion.bagel import (
     LATENT_TABLE,
+    TOKENS,
     VISION_TABLE,
     bagel_config,
     bagel_name,
@@ -219,6 +221,8 @@ def test_texts_between_images_have_their_marks(processor):
     assert tokens("".join(as_it_is)) == as_it_is
     assert tokens("w1<|vision_start|>") == ["<|im_start|>", "w1", "<|im_end|>", "<|vision_start|>"]
     assert tokens("") == ["<|vision_start|>"]
+    with pytest.raises(ValueError, match=r"`text_format` must hold one \{\} where the text goes; got '<s>'"):
+        TransfusionProcessor(processor.image_processor, processor.tokenizer, **TOKENS, text_format="<s>")
     found = tokens("w1<|image_pad|>w2", images=[picture(64, 64)], read_images_as="latents")
     image = ["<|vision_start|>", *["<|image_pad|>"] * 16, "<|vision_end|>"]
     assert found == ["<|im_start|>", "w1", "<|im_end|>", *image, "<|im_start|>", "w2", "<|im_end|>"]
@@ -445,6 +449,8 @@ def narrow(weights):
         ({"ema": None}, r"lacks ema\.safetensors; a BAGEL holds llm_config\.json, vit_config\.json, ema\.safetensors"),
         ({"vit_config": None, "ae": None}, r"lacks vit_config\.json, ae\.safetensors"),
         ({"llm_config": "{"}, r"llm_config\.json is cut off or no JSON"),
+        ({"llm_config": "{}"}, r"llm_config\.json lacks vocab_size, hidden_size, intermediate_size, num_hi"),
+        ({"vit_config": "{}"}, r"vit_config\.json lacks hidden_size, .* patch_size, num_hidden_layers; take that"),
         ({"ema": "xx"}, r"ema\.safetensors is missing, cut off or no safetensors"),
         ({"ae": "xx"}, r"ae\.safetensors is not the autoencoder of FLUX, or damaged"),
         ({"ae": narrow}, "is not the autoencoder of FLUX.*it has 8 channels, not 16"),

@@ -62,7 +62,7 @@ _IS_REMOTE_CODE = __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME)
 
 
 def image_token_ids(config: "TransfusionConfig") -> list[int]:
-    """Of all tokens that stand for images, or for parts of them."""
+    """The ids of all tokens that stand for images or for parts of them."""
     ids = [getattr(config, name) for name in (*IMAGE_TOKEN_IDS, "vision_token_id")]
     return [token_id for token_id in ids if token_id is not None]
 
@@ -136,9 +136,9 @@ class TransfusionConfig(PreTrainedConfig):
         image_start_token_id, image_token_id, image_end_token_id (`int`, defaults to 32000, 32001 and 32002):
             Ids of `<BOI>`, of the placeholder for one patch, and of `<EOI>`.
         vision_config (`SiglipVisionConfig` or `dict`, *optional*):
-            A vision encoder for images that are read: a SigLIP without pooling head, of any number of patches up to
-            that of its `image_size`, and two linear layers behind it.
-        vision_token_id (`int`, *optional*): With `vision_config`: of the placeholder for one of its patches.
+            A vision encoder for images that are read: a SigLIP without pooling head, and two linear layers behind it.
+            It takes images of any size up to `image_size`, in whole patches.
+        vision_token_id (`int`, *optional*): With `vision_config`: id of the placeholder for one of its patches.
         tie_word_embeddings (`bool`, *optional*):
             That of `text_config`, which is where it is kept: setting it here, then or later, sets it there.
 

@@ -157,6 +157,8 @@ class TransfusionProcessor(ProcessorMixin):
         self.image_token_id, self.image_start_token_id, self.image_end_token_id = (vocabulary[t] for t in tokens)
         self.vision_token_id = vocabulary.get(vision_token)
         self.text_format = text_format
+        if text_format is not None and text_format.count("{}") != 1:
+            raise ValueError(f"`text_format` must hold one {{}} where the text goes; got {text_format!r}.")
         if (vision_token is None) != (image_processor.vision_size is None):
             raise ValueError("`vision_token` and the image processor's `vision_size` belong together; pass both.")
         if chat_template is None:
@@ -497,7 +499,7 @@ class TransfusionProcessor(ProcessorMixin):
         kwargs["skip_special_tokens"] = skip_special_tokens
         rows = []
         for ids, row in zip(sequences.tolist(), images, strict=True):
-            ids = [i for i in ids if i != self.vision_token_id]  # the prompt's: there is no picture to show
+            ids = [i for i in ids if i != self.vision_token_id]  # `images` holds none for these
             runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=lambda i: i == self.image_token_id)]
             num_blocks = sum(is_image for is_image, _ in runs)
             if num_blocks != len(row):

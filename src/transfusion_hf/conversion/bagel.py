@@ -1,4 +1,4 @@
-"""BAGEL-7B-MoT (arXiv 2505.14683) and what is in its format: a folder of it becomes a Transfusion, and back."""
+"""Converts BAGEL-7B-MoT (arXiv 2505.14683), and models in its format, to a Transfusion and back."""
 
 import json
 import math
@@ -30,7 +30,7 @@ TOKENS = {
     "vision_token": "<|vision_pad|>",
 }  # fmt: skip
 START, END = "<|im_start|>", "<|im_end|>"
-# A text is a stretch of its own, without roles. What the model writes begins with a `START` that it is given.
+# Messages have no roles, only texts and images. An answer begins with a `START` that the prompt ends with.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}{%- set content = message['content'] -%}"
     "{%- for part in ([{'type': 'text', 'text': content}] if content is string else content) -%}"
@@ -40,12 +40,12 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{ '<|im_start|>' + part['text'] + '<|im_end|>' }}{%- endif -%}"
     "{%- endfor -%}{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>' }}{%- endif -%}"
 )
-# Of the released code: 50 points, which are 49 steps.
+# The defaults of the released code, whose 50 points are 49 steps.
 GENERATION = {
     "num_inference_steps": 49, "timestep_shift": 3.0, "guidance_type": "nested", "image_guidance_scale": 4.0,
     "guidance_interval": [0.4, 1.0], "guidance_renorm": "global", "guidance_renorm_min": 0.0,
 }  # fmt: skip
-# BAGEL's beginning of a name and ours.
+# How names of tensors begin in BAGEL, and here.
 _PREFIXES = {
     "language_model.lm_head.": "lm_head.",
     "language_model.model.": "model.language_model.",
@@ -64,6 +64,7 @@ _OF_TEXT = (
 _OF_VISION = (
     "hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "hidden_act", "layer_norm_eps",
 )  # fmt: skip
+_NEEDED = {"llm_config.json": _OF_TEXT[:6], "vit_config.json": (*_OF_VISION[:4], "num_hidden_layers")}
 LATENT_TABLE, VISION_TABLE = "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
 EMBEDDING, WINDOWS = "language_model.model.embed_tokens.weight", "vit_model.vision_model.embeddings.patch_embedding."
 
@@ -78,7 +79,7 @@ def transfusion_name(name: str) -> str | None:
 
 
 def bagel_name(name: str) -> str | None:
-    """The inverse; `None` for what BAGEL has not: the biases of `o_proj`, which are 0, and the autoencoder."""
+    """The inverse; `None` for what BAGEL lacks: biases of `o_proj`, which are 0 here, and the autoencoder."""
     if name.endswith("o_proj.bias"):
         return None
     if ".image." in name:
@@ -92,7 +93,7 @@ def bagel_name(name: str) -> str | None:
 
 
 def reordered(name: str, tensor: torch.Tensor, patch_size: int, is_back: bool = False) -> torch.Tensor:
-    """BAGEL has windows, of latents and of pixels, in the order (row, column, channel), we (channel, row, column)."""
+    """BAGEL orders a window of latents or pixels by (row, column, channel), we do by (channel, row, column)."""
     if name == f"{WINDOWS}weight":  # a convolution here
         if is_back:
             return tensor.permute(0, 2, 3, 1).flatten(1).contiguous()
@@ -111,7 +112,7 @@ def _windows(rows: torch.Tensor, patch_size: int, is_back: bool) -> torch.Tensor
 
 
 def _side(layout: dict[str, torch.Tensor], name: str) -> int:
-    """Of a square table of positions."""
+    """The side of a square table of positions."""
     if name not in layout or layout[name].ndim != 2 or math.isqrt(len(layout[name])) ** 2 != len(layout[name]):
         found = f"has the shape {tuple(layout[name].shape)}" if name in layout else "is missing"
         raise ValueError(f"{name} must be a square table of positions, (side², hidden); it {found}.")
@@ -125,7 +126,7 @@ def bagel_config(
     The configuration of a model in BAGEL's format.
 
     Args:
-        llm_config, vit_config (`dict`): Those of the folder; the vision encoder has one layer fewer than its says.
+        llm_config, vit_config (`dict`): From the folder. The encoder has one layer fewer than `vit_config` says.
         latent_side, vision_side (`int`): Patches along a side of the tables of positions, 64 and 70.
         kwargs: Further fields of [`TransfusionConfig`], such as the ids of tokens.
 
@@ -173,7 +174,7 @@ def bagel_config(
 
 
 def load_flux_autoencoder(file: str | os.PathLike) -> AutoencoderKL:
-    """The autoencoder of FLUX in its authors' layout, with its scale; `ValueError` for another one's file."""
+    """The autoencoder of FLUX, from a file in its authors' layout; `ValueError` for any other file."""
     try:
         with safe_open(file, framework="pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
@@ -211,6 +212,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], SafetensorsChec
             configs.append(json.loads((folder / name).read_text()))
         except json.JSONDecodeError as error:
             raise ValueError(f"{folder / name} is cut off or no JSON: {error}. Get it again.") from error
+        if lacking := [key for key in _NEEDED[name] if key not in configs[-1]]:
+            raise ValueError(f"{folder / name} lacks {', '.join(lacking)}; take that of the model.")
     return *configs, SafetensorsCheckpoint(folder, FILES[2])
 
 

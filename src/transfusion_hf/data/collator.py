@@ -302,7 +302,7 @@ class TransfusionDataCollator:
 
     @property
     def _token_ids(self) -> list[int]:
-        """Of placeholders: of latents, and of what a vision encoder sees."""
+        """The ids of the placeholders: for latents, and for what a vision encoder sees."""
         ids = (self.processor.image_token_id, self.processor.vision_token_id)
         return [token_id for token_id in ids if token_id is not None]
 
