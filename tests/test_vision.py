@@ -18,6 +18,7 @@ from transfusion_hf import (
     new_transfusion,
 )
 from transfusion_hf.image_processing_transfusion import sides_to_resize_to
+from transfusion_hf.masking_transfusion import image_block_ids
 from transfusion_hf.patching_transfusion import TransfusionVisionEncoder, sincos_positions
 
 SEEN = 60
@@ -354,3 +355,30 @@ def test_the_trainer_learns_with_an_encoder_and_the_folder_loads(pair, tmp_path)
     assert isinstance(again.model.vision_encoder, TransfusionVisionEncoder)
     inputs = processor(text="<image>a", images=[picture()])
     assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_neighbours_of_two_kinds_are_two_images():
+    ids = torch.tensor([[5, tiny.IMG, tiny.IMG, SEEN, SEEN, 6]])
+    assert image_block_ids(ids, tiny.IMG, SEEN).tolist() == [[-1, 0, 0, 1, 1, -1]]
+    assert image_block_ids(ids, SEEN).tolist() == [[-1, -1, -1, 0, 0, -1]]
+
+
+def test_text_behind_a_drawing_is_the_same_with_and_without_cache(model):
+    """What was seen before it is read once."""
+    ids, pixels = torch.tensor([[5, *block(2), 6, tiny.BOI]]), torch.randn(1, 3, 4, 8)
+    kwargs = {"max_images": 1, "max_new_tokens": 9, "num_inference_steps": 2, "eos_token_id": None, "pad_token_id": 0}
+    outputs = []
+    for use_cache in (True, False):
+        generator = torch.Generator().manual_seed(0)
+        output = model.generate(ids, vision_pixel_values=pixels, use_cache=use_cache, generator=generator, **kwargs)
+        outputs.append(output)
+    assert outputs[0].sequences.shape == (1, ids.shape[1] + 9)
+    assert torch.equal(outputs[0].sequences, outputs[1].sequences)
+    torch.testing.assert_close(outputs[0].images[0][0], outputs[1].images[0][0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_is_not_cut_within_what_is_seen(pair):
+    _, processor = pair
+    kwargs = {"images": [picture()], "read_images_as": "vision", "truncation": True}
+    with pytest.raises(ValueError, match="`max_length` is 8, which cuts an image of row 0"):
+        processor(text="a<image>", max_length=8, **kwargs)

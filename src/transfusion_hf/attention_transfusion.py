@@ -326,9 +326,7 @@ def transfusion_varlen_attention(
     if dropout:
         raise ValueError(f"`{VARLEN_ATTENTION}` has no dropout; got {dropout}. Set `attention_dropout` to 0.")
     batch, _, seq, dim = query.shape
-    if varlen_plan is None and not getattr(
-        module, "is_causal", True
-    ):  # a vision encoder
+    if varlen_plan is None and not getattr(module, "is_causal", True):  # a vision encoder
         output = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
         return output.transpose(1, 2), None
     if varlen_plan is None:

@@ -184,9 +184,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         kwargs = settings.update(**kwargs)
         stored = {name: getattr(settings, name, None) if value is None else value for name, value in given.items()}
         arguments = DrawingArguments(**{name: value for name, value in stored.items() if value is not None})
-        if (
-            given["guidance_renorm"] is None and not arguments.has_guidance
-        ):  # a default of the model
+        if given["guidance_renorm"] is None and not arguments.has_guidance:  # a default of the model
             arguments.guidance_renorm = None
         arguments.generation_mode = _resolved_mode(arguments, settings, kwargs.get("assistant_model"))
         settings.generation_mode = arguments.generation_mode

@@ -499,7 +499,6 @@ class TransfusionProcessor(ProcessorMixin):
         kwargs["skip_special_tokens"] = skip_special_tokens
         rows = []
         for ids, row in zip(sequences.tolist(), images, strict=True):
-            ids = [i for i in ids if i != self.vision_token_id]  # `images` holds none for these
             runs = [(is_image, list(run)) for is_image, run in groupby(ids, key=lambda i: i == self.image_token_id)]
             num_blocks = sum(is_image for is_image, _ in runs)
             if num_blocks != len(row):
