@@ -106,7 +106,7 @@ def bagel(tmp_path_factory) -> Path:
     words = {f"w{i}": i for i in range(300)} | SPECIAL
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w299")
     fast.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
     fast.save_pretrained(folder)
     return folder
@@ -199,6 +199,13 @@ def test_an_edit_of_a_picture_is_that_of_the_twin(model, processor, twin):
     contexts = {"without_text": shown, "without_images": [text]}
     expected = twin.draw([*shown, text], windows_of(noise[0].double()), num_points=3, **kwargs, **contexts)
     close(steps[-1][0], latents_of(expected))
+
+
+def test_the_folder_has_the_recipe_of_the_release(model, processor):
+    """Texts end at `<|im_end|>`, whatever the tokenizer says; both losses count alike; t is logit-normal."""
+    assert model.generation_config.eos_token_id == processor.tokenizer.eos_token_id == END
+    assert model.config.diffusion_loss_weight == 1.0
+    assert (model.config.timestep_distribution, model.config.train_timestep_shift) == ("logit_normal", 1.0)
 
 
 def test_without_guidance_the_models_renorm_has_no_place(model):
