@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from chameleon import ChameleonTwinForConditionalGeneration, decode_images, draw_codes, write_captions
 from data import Data
+from diffusers.utils import make_image_grid
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -27,6 +28,7 @@ from transfusion_hf.evaluation.shapes import judge_caption
 ASPECTS = ("color", "kind", "count", "position")
 BATCH_SIZE = 100
 NUM_INFERENCE_STEPS = 25  # 250 in the paper (§4.1)
+NUM_SHOWN = 8
 
 
 class ShapesFeatures(nn.Module):
@@ -136,13 +138,18 @@ class Judge:
         held_out = self.data.pictures("held_out")
         return self._moments([held_out[i]["image"] for i in range(len(held_out))])
 
+    def shown(self) -> list[tuple[str, Image.Image]]:
+        """Caption and real picture of the drawings that `__call__` keeps."""
+        return [*zip(self._captions[:NUM_SHOWN], self._pictures, strict=False)]
+
     @torch.no_grad()
-    def __call__(self, model: Any, processor: Any, is_last: bool = False) -> dict[str, float]:
+    def __call__(self, model: Any, processor: Any, kept: Path | None = None) -> dict[str, float]:
         """
         Args:
             model: Of any family, in evaluation mode.
             processor (`TransfusionProcessor`, or the tokenizer of the others)
-            is_last (`bool`, defaults to `False`): To try all `guidance_scales`.
+            kept (`Path`, *optional*): At the end of a run: file for the first drawings side by side. Then all
+                `guidance_scales` are tried.
 
         Returns `perplexity`, and for models of images `drawn`, the share of drawings that are right in each of
         `ASPECTS`, and the share for each aspect; `frechet_distance` to all held-out pictures; `captioned`, the share
@@ -156,9 +163,13 @@ class Judge:
             draw, captions = self._draw_chameleon, self._caption_chameleon
         else:
             return metrics
-        metrics |= self._judged(draw(model, processor, self.guidance_scale))
+        drawn = draw(model, processor, self.guidance_scale)
+        metrics |= self._judged(drawn)
         metrics |= self._judged_captions(captions(model, processor))
-        for scale in self.guidance_scales if is_last else ():
+        if kept is None:
+            return metrics
+        make_image_grid(drawn[:NUM_SHOWN], 1, len(drawn[:NUM_SHOWN])).save(kept)
+        for scale in self.guidance_scales:
             judged = metrics if scale == self.guidance_scale else self._judged(draw(model, processor, scale))
             metrics |= {f"{name}@{scale:g}": judged[name] for name in ("drawn", "frechet_distance")}
         return metrics

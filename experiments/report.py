@@ -1,6 +1,8 @@
 """Pages of results: means and spreads over seeds, verdicts on the paper's claims, and plots of every metric."""
 
 import json
+import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +15,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import parity
-from runs import Settings, read_lines
+from PIL import Image
+from runs import RESULTS, Settings, read_lines
 
 # By metric: 1 if more is better, −1 if less is, and its title.
 METRICS = {
@@ -90,8 +93,9 @@ def write_table(
     results: Path,
     command: str,
     ceilings: dict[str, dict[str, float]],
+    shown: Sequence[tuple[str, Image.Image]] = (),
 ) -> Path:
-    """`results/<name>.md` and `.png`."""
+    """`results/<name>.md` and `.png`, and `<name>-drawn.png` if a run has kept drawings of the captions in `shown`."""
     rows = {row: Row(runs) for row, runs in folders.items()}
     found = {metric for row in rows.values() for line in row.last for metric in line}
     metrics = [metric for metric in METRICS if metric in found]
@@ -110,7 +114,22 @@ def write_table(
     lines += [f"| {row} | {' | '.join(_compute(runs))} |" for row, runs in rows.items()]
     lines += ["", *(f"Ceiling of the `{kind}` autoencoder: {_named(each)}." for kind, each in ceilings.items()), ""]
     lines += [f"![metrics over training]({name}.png)"]
+    drawn = {row: file for row, runs in folders.items() if (file := runs[0] / "drawn.png").is_file()}
+    if drawn and shown:
+        lines += ["", "Drawings of the first seed, in the order of the captions, beside real pictures:", ""]
+        lines += [f"![drawings]({name}-drawn.png)"]
+        _write_figure(results / f"{name}-drawn.png", _drawings(drawn, shown))
     return _save(results, name, lines, _plot(rows, metrics))
+
+
+def keep_runs(folders: dict[str, list[Path]], results: Path) -> None:
+    """Copies what the tables are made of to `results/runs`; copied back, the runs count as made."""
+    for folder in {folder for runs in folders.values() for folder in runs}:
+        kept = results / "runs" / folder.name
+        kept.mkdir(parents=True, exist_ok=True)
+        for file in RESULTS:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, kept / file)
 
 
 def _setting(command: str, rows: dict[str, Row]) -> str:
@@ -180,10 +199,14 @@ def _verdict(metric: str, better: Row, worse: Row) -> str:
     return "does not hold" if max(high) < min(low) else "within the spread"
 
 
-def _save(results: Path, name: str, lines: list[str], figure: plt.Figure) -> Path:
-    results.mkdir(parents=True, exist_ok=True)
-    figure.savefig(results / f"{name}.png", dpi=100)
+def _write_figure(file: Path, figure: plt.Figure) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
     plt.close(figure)
+
+
+def _save(results: Path, name: str, lines: list[str], figure: plt.Figure) -> Path:
+    _write_figure(results / f"{name}.png", figure)
     file = results / f"{name}.md"
     file.write_text("\n".join(lines) + "\n")
     return file
@@ -203,6 +226,22 @@ def _plot(rows: dict[str, Row], metrics: list[str]) -> plt.Figure:
         if metric == "perplexity":
             axis.set_yscale("log")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return figure
+
+
+def _drawings(drawn: dict[str, Path], shown: Sequence[tuple[str, Image.Image]]) -> plt.Figure:
+    """A row of pictures for each model, under the real ones."""
+    real = np.concatenate([np.asarray(picture) for _, picture in shown], axis=1)
+    strips = {"real": real, **{name: np.asarray(Image.open(file)) for name, file in drawn.items()}}
+    figure, axes = plt.subplots(len(strips), 1, figsize=(11, len(strips) + 0.8), layout="constrained")
+    for axis, (name, strip) in zip(axes, strips.items(), strict=True):
+        axis.imshow(strip)
+        axis.set(xticks=[], yticks=[])
+        axis.set_ylabel(textwrap.fill(name, 22), rotation=0, ha="right", va="center", fontsize=8)
+    side = real.shape[1] / len(shown)
+    captions = [textwrap.fill(caption, 14) for caption, _ in shown]
+    axes[0].set_xticks([(i + 0.5) * side for i in range(len(shown))], captions, fontsize=7)
+    axes[0].tick_params(top=True, labeltop=True, bottom=False, labelbottom=False, length=0)
     return figure
 
 

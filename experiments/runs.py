@@ -1,7 +1,7 @@
 """
 One run of the comparisons: a model is trained by the paper's recipe and measured along the way. Its folder holds
 `settings.json`, `metrics.jsonl` (a line for each measurement), the log, the last checkpoint while it is at work, and
-`done.json` at the end. A run that was broken off continues from its checkpoint.
+at the end `drawn.png` and `done.json`. A run that was broken off continues from its checkpoint.
 """
 
 import json
@@ -25,6 +25,7 @@ from transfusion_hf import TransfusionTrainer
 from transfusion_hf.training.checkpoints import NotFiniteError
 
 FAMILIES = ("llama", "chameleon", "transfusion")
+RESULTS = ("settings.json", "metrics.jsonl", "drawn.png", "done.json")  # what the tables are made of
 SHOWN = ("perplexity", "captioned", "drawn", "frechet_distance")  # while a run is at work
 
 
@@ -104,7 +105,8 @@ class _Measurements(TrainerCallback):
         model.eval()
         try:
             with torch.random.fork_rng():
-                metrics = self.judge(model, self.processor, is_last=state.global_step == state.max_steps)
+                is_last = state.global_step == state.max_steps
+                metrics = self.judge(model, self.processor, self.file.with_name("drawn.png") if is_last else None)
         except (ValueError, OverflowError) as error:  # finite weights so large that nothing behind them is finite
             if isinstance(error, ValueError) and not any(word in str(error) for word in ("finite", "NaN")):
                 raise

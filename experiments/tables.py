@@ -25,7 +25,7 @@ import torch
 from data import Data
 from metrics import Judge
 from models import LEARNING_RATES, PAPER_SIZES, SMALL_SIZES
-from report import AT_SCALES, METRICS, Claim, Table, write_figure5, write_table
+from report import AT_SCALES, METRICS, Claim, Table, keep_runs, write_figure5, write_table
 from runs import Settings, run
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -363,7 +363,8 @@ def main(argv: list[str] | None = None) -> None:
             file = write_figure5(table, folders, args.results_dir, command)
         else:
             own = {kind: ceilings[kind] for kind in kinds_of(table)}
-            file = write_table(name, table, folders, args.results_dir, command, own)
+            file = write_table(name, table, folders, args.results_dir, command, own, judge.shown())
+        keep_runs(folders, args.results_dir)
         print(file)
 
 
