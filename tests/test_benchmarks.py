@@ -1,9 +1,10 @@
-"""The pictures of the benchmarks."""
+"""The pictures of the benchmarks, and how they count memory."""
 
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
@@ -28,3 +29,25 @@ def test_the_picture_of_attention_has_a_panel_for_each_layout(monkeypatch):
         assert [text.get_text() for text in axis.texts] == [f"{length:.2f}" for length in lengths]
     colors = {bar.get_facecolor() for bar in panels["layer, 1 × 64, forward"].patches}
     assert len(colors) == 2, "ours stands out"
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_peak_of_memory_is_that_by_hand(monkeypatch, device):
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "benchmarks"), *sys.path])
+    from bagel_memory import peak
+
+    inputs = torch.zeros(1000, 100, device=device)  # was there before
+    weight = torch.zeros(100, 300, device=device, requires_grad=True)
+
+    def run():
+        for _ in range(3):  # what the first one leaves, its output, is gone before the second
+            hidden = inputs @ weight  # 1000 × 300
+            hidden.view(-1)[:10].add_(1)  # no memory
+            (hidden * hidden).sum().backward()
+
+    # `hidden` and its square; then, without the square, the gradients of both factors, their sum, and at last that of
+    # the weight. The loss and gradients that are expanded numbers take a few bytes.
+    unit = 4 * 1000 * 300
+    assert 3 * unit <= peak(run) <= 4 * unit + 3 * 4 * 100 * 300
+    assert peak(lambda: [inputs + 1 for _ in range(5)]) == 5 * 4 * 1000 * 100
+    assert peak(lambda: [(inputs + 1).sum() for _ in range(5)]) == 4 * 1000 * 100 + 5 * 4
