@@ -42,7 +42,7 @@ class Scale:
     max_steps: int
     tokens_per_step: int
     max_length: int
-    learning_rates: dict[str, float]
+    learning_rates: dict[str, float]  # by family, and by front end where it has its own
     options: dict[str, Any] = field(default_factory=dict)  # of Transfusion
     num_measurements: int = 6
     gradient_accumulation_steps: int = 1
@@ -60,7 +60,8 @@ SCALES = {
         max_steps=3000,
         tokens_per_step=1024,
         max_length=256,
-        learning_rates={"llama": 2e-3, "chameleon": 1.6e-2, "transfusion": 4e-3},  # the best of `sweep`, at this size
+        # The best of `sweep`, at this size.
+        learning_rates={"llama": 2e-3, "chameleon": 1.6e-2, "transfusion": 4e-3, "unet": 1e-3},
         # Errors of ε at high noise are magnified in x_0, and latents are not clipped (docs/front_ends.md).
         options={"prediction_type": "v_prediction"},
     ),
@@ -90,11 +91,12 @@ SCALES = {
         judge={"num_inference_steps": 250},
     ),
 }
-# Four for each family, moved by factors of two until the best one had neighbours on both sides.
+# Four for each, moved by factors of two until the best one had neighbours on both sides.
 SWEPT_LEARNING_RATES = {
     "llama": (1e-3, 2e-3, 4e-3, 8e-3),
     "chameleon": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "transfusion": (1e-3, 2e-3, 4e-3, 8e-3),
+    "unet": (5e-4, 1e-3, 2e-3, 4e-3),
 }
 
 
@@ -102,6 +104,7 @@ IMAGES = ("captioned", "cider", "drawn", "frechet_distance")
 
 
 def _row(scale: Scale, family: str = "transfusion", size: str | None = None, **kwargs: Any) -> Settings:
+    rates, front_end = scale.learning_rates, kwargs.get("options", {}).get("patch_encoder")
     if family == "transfusion":
         options = {**scale.options, **kwargs.get("options", {})}
         # What is the default is left out, so that tables share the run.
@@ -110,7 +113,7 @@ def _row(scale: Scale, family: str = "transfusion", size: str | None = None, **k
     return Settings(
         family,
         size or scale.size,
-        scale.learning_rates[family],
+        rates.get(front_end, rates[family]),
         max_steps=scale.max_steps,
         tokens_per_step=scale.tokens_per_step,
         max_length=scale.max_length,
@@ -233,12 +236,11 @@ def weight(scale: Scale) -> Table:
 
 
 def sweep(scale: Scale) -> Table:
-    """As many learning rates for each family."""
-    rows = {
-        f"{family}, {rate:g}": replace(_row(scale, family), learning_rate=rate)
-        for family, rates in SWEPT_LEARNING_RATES.items()
-        for rate in rates
-    }
+    """As many learning rates for each family, and for the U-Net."""
+    rows = {}
+    for name, rates in SWEPT_LEARNING_RATES.items():
+        row = _transfusion(scale, patch_encoder=name) if name == "unet" else _row(scale, name)
+        rows |= {f"{name}, {rate:g}": replace(row, learning_rate=rate) for rate in rates}
     return Table("Learning rates", rows, {}, [])
 
 
