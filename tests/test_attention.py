@@ -19,8 +19,8 @@ from transfusion_hf import make_labels, set_varlen_kernel, varlen_kernels
 from transfusion_hf.attention_transfusion import (
     CHOSEN,
     VARLEN_ATTENTION,
-    _VarlenAttention,
     make_varlen_plan,
+    varlen_attention,
 )
 from transfusion_hf.kernels import FlashAttnKernel, flash_attn
 from transfusion_hf.masking_transfusion import create_transfusion_mask, image_block_ids, make_packed_plan
@@ -92,14 +92,12 @@ def test_decomposition_equals_the_reference_in_outputs_and_gradients(seed):
     ids, documents = packed_row(rng)
     heads, plan, sees = HEADS[seed % 3], plan_of(ids, documents), sees_of(ids, documents)
     pairs = [
-        q * (q + 1) // 2 if one.is_causal else q * k
-        for one in plan.passes
-        for q, k in zip(one.query_lengths, one.key_lengths, strict=True)
+        q * (q + 1) // 2 if one.is_causal else q * k for one in plan.passes for q, k in zip(*one.lengths, strict=True)
     ]
     assert sum(pairs) == sum(map(sum, sees))  # the work is the mask's, no more and no less
 
     def varlen(query, key, value):
-        return _VarlenAttention.apply(query, key, value, plan, 8**-0.5)
+        return varlen_attention(query, key, value, plan, 8**-0.5)
 
     grad = torch.randn(len(ids), heads[0], 8, dtype=torch.float64)
     expected = with_gradients(naive(heads, sees), states(seed, len(ids), heads), grad)
@@ -179,7 +177,7 @@ def test_low_precision_error_is_at_most_1_6_times_that_of_dense_attention(device
         expected = with_gradients(reference_run, exact, grad.double())
         runs = {
             "dense": reference_run,
-            VARLEN_ATTENTION: lambda q, k, v, plan=plan: _VarlenAttention.apply(q, k, v, plan, 16**-0.5),
+            VARLEN_ATTENTION: lambda q, k, v, plan=plan: varlen_attention(q, k, v, plan, 16**-0.5),
         }
         for name, run in runs.items():
             actual = with_gradients(run, low, grad.to(dtype))
@@ -206,13 +204,13 @@ def test_gradcheck():
     ids, documents = packed_row(random.Random(3), patches=(1, 2, 3))
     inputs = states(0, len(ids), (2, 1), dim=2)
     plan = plan_of(ids, documents)
-    assert torch.autograd.gradcheck(lambda q, k, v: _VarlenAttention.apply(q, k, v, plan, 0.7), inputs)
+    assert torch.autograd.gradcheck(lambda q, k, v: varlen_attention(q, k, v, plan, 0.7), inputs)
 
 
 def test_large_scores_stay_finite():
     ids, documents = packed_row(random.Random(5))
     query, key, value = states(0, len(ids), (4, 2), torch.float32)
-    output = _VarlenAttention.apply(query * 20, key * 20, value, plan_of(ids, documents), 1.0)
+    output = varlen_attention(query * 20, key * 20, value, plan_of(ids, documents), 1.0)
     assert torch.isfinite(output).all() and all(
         torch.isfinite(g).all() for g in torch.autograd.grad(output.sum(), (query, key, value))
     )
@@ -416,7 +414,7 @@ def test_the_flash_attn_package_is_called_as_it_wants_to_be(monkeypatch):
                 set_varlen_kernel("torch_cpu")
             results.append(
                 with_gradients(
-                    lambda q, k, v, plan=plan: _VarlenAttention.apply(q, k, v, plan, 8**-0.5),
+                    lambda q, k, v, plan=plan: varlen_attention(q, k, v, plan, 8**-0.5),
                     states(seed, len(ids), heads),
                     grad,
                 )
@@ -424,13 +422,13 @@ def test_the_flash_attn_package_is_called_as_it_wants_to_be(monkeypatch):
         for expected, actual in zip(*results, strict=True):
             assert (expected - actual).abs().max() <= 1e-10
     with pytest.raises(ValueError, match=r"multiples of 8; got 4\. Use"):
-        _VarlenAttention.apply(*states(0, len(ids), (2, 2), dim=4), plan, 1.0)
+        varlen_attention(*states(0, len(ids), (2, 2), dim=4), plan, 1.0)
     monkeypatch.setattr(FlashAttnKernel, "dtypes", (torch.float16, torch.bfloat16))
     message = (
         "with the kernel 'flash_attn' computes in torch.float16, torch.bfloat16; got torch.float32. Load the model"
     )
     with pytest.raises(ValueError, match=message):
-        _VarlenAttention.apply(*states(0, len(ids), (2, 2), torch.float32), plan, 1.0)
+        varlen_attention(*states(0, len(ids), (2, 2), torch.float32), plan, 1.0)
 
 
 @pytest.mark.parametrize("seed", range(4))

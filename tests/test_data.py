@@ -162,7 +162,7 @@ def test_the_source_of_an_edit_is_clean_context_without_loss(processor, model):
     batch = TransfusionDataCollator(processor)(samples[:1])
     output = model(**batch)
     assert len(output.image_predictions) == 1  # of two images
-    everything = model(**batch | {"image_loss_mask": torch.tensor([True, True])})
+    everything = model(**batch | {"image_loss_mask": torch.tensor([True, True]), "batch_counts": None})
     assert not torch.equal(output.diffusion_loss, everything.diffusion_loss)
 
 

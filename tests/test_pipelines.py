@@ -333,7 +333,8 @@ def test_a_pipeline_draws_from_the_latents_that_it_is_given(pipe, model):
         alone = pipe(
             "draw", latents=noise[i : i + 1], scheduler="DDIMScheduler", **{**kwargs, "num_images_per_prompt": 1}
         )
-        torch.testing.assert_close(drawn[i], alone.images[0])
+        # Guidance and the scheduler magnify how a processor rounds one row otherwise than two.
+        torch.testing.assert_close(drawn[i], alone.images[0], atol=1e-3, rtol=1e-3)
     own = pipe("draw", generator=seeded(), scheduler="DDIMScheduler", **kwargs).images
     torch.testing.assert_close(drawn, own)  # the first thing that a generator draws
     with pytest.raises(ValueError, match=r"`init_noise` must have shape \(2, 3, 8, 8\), or one row for all"):

@@ -354,7 +354,8 @@ def test_the_trainer_learns_with_an_encoder_and_the_folder_loads(pair, tmp_path)
     again = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path / "saved")
     assert isinstance(again.model.vision_encoder, TransfusionVisionEncoder)
     inputs = processor(text="<image>a", images=[picture()])
-    assert torch.equal(again(**inputs).logits, model.eval()(**inputs).logits)
+    # Not to the bit on every processor: weights in a file are aligned otherwise.
+    torch.testing.assert_close(again(**inputs).logits, model.eval()(**inputs).logits, atol=1e-6, rtol=1e-5)
 
 
 def test_neighbours_of_two_kinds_are_two_images():

@@ -15,13 +15,13 @@ Outputs are merged by their log-sum-exp. In the backward pass dS = P∘(dO·Vᵀ
 of the other passes only the final output and lse: the kernel's own backward, called with those, gives a pass's share.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
 VARLEN_ATTENTION = "transfusion_varlen"
@@ -36,24 +36,33 @@ class VarlenPass:
         query_index (`torch.LongTensor` of shape `(num_queries,)`, *optional*):
             Rows of the flattened queries `(batch · seq, heads, dim)`, segment by segment. `None`: all, in order.
         key_index (`torch.LongTensor` of shape `(num_keys,)`, *optional*): The same for keys and values.
-        query_lengths, key_lengths (`list[int]`): Of each segment.
+        cu_queries, cu_keys (`torch.IntTensor` of shape `(num_segments + 1,)`): Where the segments begin, and the end.
+        max_queries, max_keys (`int`): Length of the longest segment.
         is_causal (`bool`): Whether a query sees only the keys up to its own; segments are square then.
     """
 
     query_index: torch.Tensor | None
     key_index: torch.Tensor | None
-    query_lengths: list[int]
-    key_lengths: list[int]
+    cu_queries: torch.Tensor
+    cu_keys: torch.Tensor
+    max_queries: int
+    max_keys: int
     is_causal: bool
-
-    def __post_init__(self) -> None:
-        self.cu_queries = torch.tensor([0, *self.query_lengths]).cumsum(0, dtype=torch.int32)
-        self.cu_keys = torch.tensor([0, *self.key_lengths]).cumsum(0, dtype=torch.int32)
 
     @property
     def segments(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
         """As FlashAttention takes them."""
-        return self.cu_queries, self.cu_keys, max(self.query_lengths), max(self.key_lengths)
+        return self.cu_queries, self.cu_keys, self.max_queries, self.max_keys
+
+    @property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Of each segment of queries, and of keys; on a GPU the host would wait for them."""
+        return self.cu_queries.diff().tolist(), self.cu_keys.diff().tolist()
+
+
+def _pass(query_index, key_index, query_lengths: list[int], key_lengths: list[int], is_causal: bool) -> VarlenPass:
+    queries, keys = (torch.tensor([0, *n]).cumsum(0, dtype=torch.int32) for n in (query_lengths, key_lengths))
+    return VarlenPass(query_index, key_index, queries, keys, max(query_lengths), max(key_lengths), is_causal)
 
 
 @dataclass
@@ -107,7 +116,7 @@ def make_varlen_plan(
 
     if past and is_whole and (seq == 1 or (blocks is not None and bool((blocks == 0).all()))):
         # Behind a cache, an image alone or a single token sees all there is: one full pass.
-        passes.append(VarlenPass(queries.flatten(), keys[real], [seq] * batch, real.sum(dim=1).tolist(), False))
+        passes.append(_pass(queries.flatten(), keys[real], [seq] * batch, real.sum(dim=1).tolist(), False))
         return VarlenPlan(passes, batch * seq, batch * num_keys, block_ids, document_ids).to(device)
 
     labels = rows if document_ids is None else rows * (int(document_ids.max()) + 1) + document_ids.cpu()
@@ -117,13 +126,13 @@ def make_varlen_plan(
         lengths = torch.unique_consecutive(labels[seen_new], return_counts=True)[1].tolist()
         is_all = is_whole and not past and not apart.any()
         query_index, key_index = (None, None) if is_all else (queries[seen_new], new_keys[seen_new])
-        passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
+        passes.append(_pass(query_index, key_index, lengths, lengths, is_causal=True))
 
     if cached.any():
         chosen = new & cached.any(dim=1, keepdim=True)
         seen = cached & new.any(dim=1, keepdim=True)
         query_lengths, key_lengths = ([n for n in mask.sum(dim=1).tolist() if n] for mask in (chosen, seen))
-        passes.append(VarlenPass(queries[chosen], keys[:, :past][seen], query_lengths, key_lengths, is_causal=False))
+        passes.append(_pass(queries[chosen], keys[:, :past][seen], query_lengths, key_lengths, is_causal=False))
 
     if blocks is not None:
         is_patch = (blocks >= 0) & seen_new
@@ -133,7 +142,7 @@ def make_varlen_plan(
             query_index = torch.cat([part[:-1].flip(0) for part in queries[is_patch].split(lengths)])
             key_index = torch.cat([part[1:].flip(0) for part in new_keys[is_patch].split(lengths)])
             lengths = [n - 1 for n in lengths if n > 1]
-            passes.append(VarlenPass(query_index, key_index, lengths, lengths, is_causal=True))
+            passes.append(_pass(query_index, key_index, lengths, lengths, is_causal=True))
     if apart.any():
         assert blocks is not None
         labels = rows * (int(blocks.max()) + 1) + blocks
@@ -145,7 +154,7 @@ def make_varlen_plan(
                 index = (torch.cat([x[pair[i]] for pair in pairs]) for i, x in enumerate((queries, new_keys)))
                 lengths = ([int(pair[i].sum()) for pair in pairs] for i in range(2))
                 (query_index, key_index), (query_lengths, key_lengths) = index, lengths
-                passes.append(VarlenPass(query_index, key_index, query_lengths, key_lengths, is_causal=False))
+                passes.append(_pass(query_index, key_index, query_lengths, key_lengths, is_causal=False))
     return VarlenPlan(passes, batch * seq, batch * num_keys, block_ids, document_ids).to(device)
 
 
@@ -167,7 +176,7 @@ class TorchCpuKernel:
         if groups > 1:
             keys = tuple(states.repeat_interleave(groups, dim=1) for states in keys)
         starts, parts = [0, 0], []
-        for lengths, group in groupby(zip(one.query_lengths, one.key_lengths, strict=True)):
+        for lengths, group in groupby(zip(*one.lengths, strict=True)):
             count, pieces = len(list(group)), []
             for i, tensors in enumerate((queries, keys)):
                 part = slice(starts[i], starts[i] + count * lengths[i])
@@ -180,7 +189,11 @@ class TorchCpuKernel:
     def forward(cls, query, key, value, one: VarlenPass, scale: float):
         attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         options = {"dropout_p": 0.0, "is_causal": one.is_causal, "scale": scale}
-        return *cls._by_shape(partial(attend, **options), one, (query,), (key, value)), None
+        return *cls._by_shape(partial(attend, **options), one, (query,), (key, value)), []
+
+    @staticmethod
+    def make_states(query) -> list[torch.Tensor]:
+        return []
 
     @classmethod
     def backward(cls, grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
@@ -213,7 +226,12 @@ class TorchCudaKernel:
         output, lse, rng_state, unused, _ = torch.ops.aten._flash_attention_forward(
             query, key, value, *one.segments, 0.0, one.is_causal, False, scale=scale
         )
-        return output, lse.transpose(0, 1), (rng_state, unused)
+        return output, lse.transpose(0, 1), [rng_state, unused]
+
+    @staticmethod
+    def make_states(query) -> list[torch.Tensor]:
+        """What `forward` returns behind output and lse, by shape and dtype alone."""
+        return [query.new_empty(2, dtype=torch.uint64), query.new_empty((), dtype=torch.uint64)]
 
     @staticmethod
     def backward(grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
@@ -260,52 +278,110 @@ def _rows(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
     return states if index is None else states.index_select(0, index)
 
 
-class _VarlenAttention(torch.autograd.Function):
+# Two operators that `torch.compile` puts into its graph as they are. The passes come flat: for each one two indices
+# (empty for all) and two tensors of ends, two lengths, and whether it is causal.
+_PASSES = "Tensor[] tensors, SymInt[] lengths, bool[] causal, str kernel, float scale"
+
+
+def _passes(tensors: Sequence[torch.Tensor], lengths: Sequence[int], causal: Sequence[bool]) -> list[VarlenPass]:
+    passes = []
+    for i, is_causal in enumerate(causal):
+        *indices, queries, keys = tensors[4 * i : 4 * i + 4]
+        q, k = (index if len(index) else None for index in indices)
+        passes.append(VarlenPass(q, k, queries, keys, lengths[2 * i], lengths[2 * i + 1], is_causal))
+    return passes
+
+
+@torch.library.custom_op(
+    "transfusion_hf::varlen",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_PASSES}) -> (Tensor, Tensor, Tensor[])",
+)
+def _varlen(query, key, value, tensors, lengths, causal, kernel, scale):
+    states: list[torch.Tensor] = []
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    output: Any = None
+    for one in _passes(tensors, lengths, causal):
+        q, k = one.query_index, one.key_index
+        part, part_lse, new = KERNELS[kernel].forward(_rows(query, q), _rows(key, k), _rows(value, k), one, scale)
+        states += new
+        if output is None and q is None:
+            output, lse = part.to(dtype), part_lse
+            continue
+        if output is None:
+            output = query.new_zeros(query.shape[:2] + value.shape[2:], dtype=dtype)
+            lse = query.new_full(query.shape[:2], -torch.inf, dtype=dtype)
+        before = _rows(lse, q)
+        merged = torch.logaddexp(before, part_lse)
+        part = part * (part_lse - merged).exp()[..., None]
+        output[q] = _rows(output, q) * (before - merged).exp()[..., None] + part
+        lse[q] = merged
+    return output.to(query.dtype).contiguous(), lse.contiguous(), states
+
+
+@_varlen.register_fake
+def _(query, key, value, tensors, lengths, causal, kernel, scale):
+    shape, dtype = query.shape[:2], torch.promote_types(query.dtype, torch.float32)
+    states = [state for _ in causal for state in KERNELS[kernel].make_states(query)]
+    return query.new_empty(shape + value.shape[2:]), query.new_empty(shape, dtype=dtype), states
+
+
+@torch.library.custom_op(
+    "transfusion_hf::varlen_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor output, Tensor lse, Tensor[] states, "
+    f"{_PASSES}) -> (Tensor, Tensor, Tensor)",
+)
+def _varlen_backward(grad, query, key, value, output, lse, states, tensors, lengths, causal, kernel, scale):
+    grads: list[Any] = [None, None, None]
+    backward: Any = KERNELS[kernel].backward
+    passes, states = _passes(tensors, lengths, causal), list(states)
+    num_states = len(states) // len(passes)
+    for i, one in enumerate(passes):
+        q, k = one.query_index, one.key_index
+        index = (q, q, k, k, q, q)
+        inputs = (_rows(x, i) for x, i in zip((grad, query, key, value, output, lse), index, strict=True))
+        own = states[i * num_states : (i + 1) * num_states]
+        parts = backward(*inputs, own, one, scale)
+        # A whole pass comes first, if at all.
+        grads = [
+            part if i is None else (torch.zeros_like(x) if total is None else total).index_add_(0, i, part)
+            for total, x, i, part in zip(grads, (query, key, value), (q, k, k), parts, strict=True)
+        ]
+    return tuple(each.contiguous() for each in grads)
+
+
+@_varlen_backward.register_fake
+def _(grad, query, key, value, *args):
+    return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    query, key, value, tensors, *ctx.others = inputs
+    ctx.num_states = len(output[2])
+    ctx.save_for_backward(query, key, value, *output[:2], *output[2], *tensors)
+
+
+def _pull_back(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple:
+    saved, end = ctx.saved_tensors, 5 + ctx.num_states
+    tensors = list(saved[end:])
+    grads = _varlen_backward(grad, *saved[:5], list(saved[5:end]), tensors, *ctx.others)
+    return *grads, [None] * len(tensors), None, None, None, None
+
+
+_varlen.register_autograd(_pull_back, setup_context=_keep_for_backward)
+
+
+def varlen_attention(query, key, value, plan: VarlenPlan, scale: float) -> torch.Tensor:
     """Queries `(num_queries, heads, dim)`, keys and values `(num_keys, kv_heads, dim)` → the shape of the queries."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, plan: VarlenPlan, scale: float):
-        ctx.kernel, ctx.plan, ctx.scale, ctx.states = _kernel_for(query), plan, scale, []
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        output: Any = None
-        for one in plan.passes:
-            q, k = one.query_index, one.key_index
-            part, part_lse, state = ctx.kernel.forward(_rows(query, q), _rows(key, k), _rows(value, k), one, scale)
-            ctx.states.append(state)
-            if output is None and q is None:
-                output, lse = part.to(dtype), part_lse
-                continue
-            if output is None:
-                output = query.new_zeros(query.shape[:2] + value.shape[2:], dtype=dtype)
-                lse = query.new_full(query.shape[:2], -torch.inf, dtype=dtype)
-            before = _rows(lse, q)
-            merged = torch.logaddexp(before, part_lse)
-            part = part * (part_lse - merged).exp()[..., None]
-            output[q] = _rows(output, q) * (before - merged).exp()[..., None] + part
-            lse[q] = merged
-        output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, output, lse)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        query, key, value, output, lse = ctx.saved_tensors
-        grads: list[Any] = [None, None, None]
-        for one, state in zip(ctx.plan.passes, ctx.states, strict=True):
-            q, k = one.query_index, one.key_index
-            index = (q, q, k, k, q, q)
-            inputs = (_rows(x, i) for x, i in zip((grad, query, key, value, output, lse), index, strict=True))
-            parts = ctx.kernel.backward(*inputs, state, one, ctx.scale)
-            # A whole pass comes first, if at all.
-            grads = [
-                part if i is None else (torch.zeros_like(x) if total is None else total).index_add_(0, i, part)
-                for total, x, i, part in zip(grads, (query, key, value), (q, k, k), parts, strict=True)
-            ]
-        return *grads, None, None
+    no_index = query.new_empty(0, dtype=torch.long)
+    tensors = [x for one in plan.passes for x in (one.query_index, one.key_index, one.cu_queries, one.cu_keys)]
+    tensors = [no_index if x is None else x for x in tensors]
+    lengths = [n for one in plan.passes for n in (one.max_queries, one.max_keys)]
+    causal = [one.is_causal for one in plan.passes]
+    return _varlen(query, key, value, tensors, lengths, causal, _kernel_for(query).name, scale)[0]
 
 
-@torch.compiler.disable
 def transfusion_varlen_attention(
     module, query, key, value, attention_mask, scaling=None, dropout=0.0, varlen_plan=None, **kwargs
 ) -> tuple[torch.Tensor, None]:
@@ -341,7 +417,7 @@ def transfusion_varlen_attention(
         # Rotary embeddings leave queries and keys in float32, values are in the lower precision.
         query, key, value = (x.to(torch.get_autocast_dtype(x.device.type)) for x in (query, key, value))
     query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    output = _VarlenAttention.apply(query, key, value, varlen_plan, dim**-0.5 if scaling is None else scaling)
+    output = varlen_attention(query, key, value, varlen_plan, dim**-0.5 if scaling is None else scaling)
     return output.unflatten(0, (batch, seq)), None
 
 

@@ -132,7 +132,7 @@ class DrawingArguments:
             return False
         return self.guidance_start <= step / num_steps < self.guidance_end
 
-    def sampling_scheduler(self, noise_scheduler: SchedulerMixin, device: torch.device) -> SchedulerMixin:
+    def sampling_scheduler(self, noise_scheduler: SchedulerMixin, device: torch.device | str) -> SchedulerMixin:
         """The scheduler, ready for the steps to take. Raises `ValueError` as [`make_sampling_scheduler`] does."""
         sigmas = self.sigmas
         if self.timestep_shift is not None:
@@ -514,7 +514,8 @@ class Drawing:
         if isinstance(generators, list):
             generators = [generators[row] for row in self.rows]
         known, mask = self._known()
-        scheduler = arguments.sampling_scheduler(self.model.noise_scheduler, self.ids.device)
+        # Its steps stay on the CPU, where it looks at them: nothing in the loop waits for another device.
+        scheduler = arguments.sampling_scheduler(self.model.noise_scheduler, "cpu")
         step_kwargs = sampling_step_kwargs(scheduler, generators)
         clips = must_clip_x_0(scheduler, self.model.noise_scheduler)
         noise = self._noise(generators)
@@ -555,7 +556,8 @@ class Drawing:
         """One pass: the prediction for every row in its first contexts, `(num_contexts · rows, …)`."""
         if self.cache is not None and self.cache.get_seq_length() == self.columns:
             x_in = x_t.repeat(num_contexts, 1, 1, 1)
-            (prediction,) = self._block_pass(self._step_model, x_in, t.expand(len(x_in)))
+            timesteps = torch.full((len(x_in),), t.item(), dtype=t.dtype, device=x_in.device)
+            (prediction,) = self._block_pass(self._step_model, x_in, timesteps)
             return at_least_float32(prediction)
         # The first pass reads all contexts, whether its step is guided or not: later steps may be.
         num_rows = len(self.ids) if self.cache is not None else len(x_t) * num_contexts
@@ -564,7 +566,7 @@ class Drawing:
         is_last = torch.tensor([i + 1 == len(row) for row in images for i in range(len(row))])
         new, options = (slice(num_rows), slice(self.num_cached, None)), {"cache": self.cache, "logits_to_keep": 1}
         options |= {"attention_mask": self.mask[:num_rows], "position_ids": self.positions[new]}
-        options |= {"timesteps": torch.where(is_last.to(t.device), t, 0), "prediction_mask": is_last}
+        options |= {"timesteps": torch.where(is_last, t, 0).to(x_t.device), "prediction_mask": is_last}
         options["latents"] = [image for row in images for image in row]
         options["vision_pixel_values"] = [image for row in self.seen[:num_rows] for image in row] or None
         output = self.model(self.ids[new], use_cache=self.cache is not None, **options)

@@ -16,6 +16,7 @@ import copy
 import inspect
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -235,10 +236,59 @@ def prediction_targets(noise_scheduler: SchedulerMixin, x_0: Stacks, eps: Stacks
     return x_0 if prediction_type == "sample" else eps
 
 
-def chosen_rows(stacks: Stacks, mask: torch.BoolTensor) -> list[list[int]]:
-    """The images of each stack that a mask `(num_images,)` over all of them chooses (one device synchronisation)."""
-    chosen = iter(mask.tolist())
-    return [[i for i in range(len(stack)) if next(chosen)] for stack in stacks]
+@dataclass
+class BatchCounts:
+    """
+    What the collator counts on the CPU, so that a training step does not wait for the device to do so.
+
+    Args:
+        num_targets (`int`): Labels, shifted, that are not −100.
+        num_noised_images (`list[int]`): Images in `image_loss_mask`, for each run of images of one size.
+    """
+
+    num_targets: int
+    num_noised_images: list[int]
+
+    def pairs(self, num_labels: torch.Tensor, image_loss_mask: torch.Tensor | None) -> list[tuple[int, torch.Tensor]]:
+        """Each number, and what it must be."""
+        noised = [] if image_loss_mask is None else [(sum(self.num_noised_images), image_loss_mask.sum())]
+        return [(self.num_targets, num_labels), *noised]
+
+    def check(self, num_labels: torch.Tensor, image_loss_mask: torch.Tensor | None) -> None:
+        """Raises `ValueError` unless the batch has these numbers; waits for the device."""
+        pairs = self.pairs(num_labels, image_loss_mask)
+        if any(int(found) != count for count, found in pairs):
+            got = ", ".join(f"{count} where there are {int(found)}" for count, found in pairs)
+            problem = f"`batch_counts` is of another batch (labels and noised images: {got})"
+            raise ValueError(f"{problem}; take the collator's of this one, or leave it out.")
+
+    def to(self, *args: Any, **kwargs: Any) -> "BatchCounts":
+        """Itself, so that it can be moved like all else in a batch."""
+        return self
+
+
+def places_of(mask: torch.BoolTensor, num: int) -> torch.LongTensor:
+    """Where a flattened mask is `True`, `num` times: without waiting for the device to count. 0 where it is not."""
+    return torch.nonzero_static(mask.flatten(), size=num, fill_value=0)[:, 0]
+
+
+def count_chosen(stacks: Stacks, mask: torch.BoolTensor) -> list[int]:
+    """How many images of each stack a mask `(num_images,)` over all of them chooses (one device synchronisation)."""
+    return torch.stack([part.sum() for part in _per_stack(mask, stacks)]).tolist()
+
+
+def chosen_images(
+    stacks: Stacks, mask: torch.BoolTensor | None, counts: Sequence[int] | None = None
+) -> list[slice | torch.LongTensor | None]:
+    """
+    An index into each stack of the images that a mask over all of them chooses, `None` where it chooses none.
+    `counts`, from [`count_chosen`], spares a wait for the device.
+    """
+    if mask is None:
+        return [slice(None)] * len(stacks)
+    counts = count_chosen(stacks, mask) if counts is None else counts
+    parts = zip(_per_stack(mask, stacks), counts, strict=True)
+    return [(slice(None) if n == len(part) else places_of(part, n)) if n else None for part, n in parts]
 
 
 def noise_images(
@@ -250,39 +300,47 @@ def noise_images(
     seeds=None,
     distribution: str = "uniform",
     shift: float = 1.0,
-) -> tuple[Stacks, torch.LongTensor, torch.BoolTensor | None, Stacks]:
+    num_noised_images: Sequence[int] | None = None,
+    check_inputs: bool = True,
+) -> tuple[Stacks, torch.LongTensor, torch.BoolTensor | None, Sequence[int] | None, Stacks]:
     """
     The forward diffusion of a training step: draws t and ε, and noises the images in `image_loss_mask`. The arguments
     are those of `TransfusionForCausalLMAndDiffusion.forward`.
 
     Returns:
         x_t, in stacks, clean where not noised; t of each image, 0 for clean ones; the images to predict (`None`: all;
-        the first if none is noised, so that each image part is used); the targets of the noised ones, in stacks.
+        the first if none is noised, so that each image part is used) and their numbers in the stacks; the targets of
+        the noised ones, in stacks.
     """
     num_images, device = sum(len(stack) for stack in x_0), x_0[0].device
     num_train_timesteps, first = noise_scheduler.config.num_train_timesteps, int(is_flow(noise_scheduler))
     check_per_image(num_images, max_timesteps=max_timesteps, image_loss_mask=image_loss_mask, noise_seeds=seeds)
     if max_timesteps is None:
         max_timesteps = torch.full((num_images,), num_train_timesteps, device=device)
+    elif not check_inputs:
+        max_timesteps = max_timesteps.clamp(1, num_train_timesteps)
     elif not ((max_timesteps >= 1) & (max_timesteps <= num_train_timesteps)).all():
         raise ValueError(f"`max_timesteps` must lie in 1 to {num_train_timesteps}; got {max_timesteps.tolist()}.")
     if timesteps is None:
         timesteps = sample_timesteps(max_timesteps, seeds, distribution, shift) + first
-    else:
+    elif check_inputs:
         check_timesteps(timesteps, num_images, num_train_timesteps - 1 + first)
-    timesteps, eps, mask = timesteps.to(device), sample_noise(x_0, seeds), None
-    if image_loss_mask is not None:
+    timesteps, eps, mask, counts = timesteps.to(device), sample_noise(x_0, seeds), None, num_noised_images
+    if image_loss_mask is not None and (counts is None or sum(counts) != num_images):
         mask = image_loss_mask.to(device=device, dtype=torch.bool)
+        counts = count_chosen(x_0, mask) if counts is None else counts
         timesteps = torch.where(mask, timesteps, 0)
     x_t = add_noise(noise_scheduler, x_0, eps, timesteps)
     targets = prediction_targets(noise_scheduler, x_0, eps, timesteps)
     if mask is not None:
         keep = [part[:, None, None, None] for part in _per_stack(mask, x_0)]
         x_t = [torch.where(k, noised, clean) for k, noised, clean in zip(keep, x_t, x_0, strict=True)]
-        targets = [target[row] for target, row in zip(targets, chosen_rows(x_0, mask), strict=True) if row]
+        chosen = zip(targets, chosen_images(x_0, mask, counts), strict=True)
+        targets = [target[index] for target, index in chosen if index is not None]
         if not targets:
             mask = torch.arange(num_images, device=device) == 0
-    return x_t, timesteps, mask, targets
+            counts = [1] + [0] * (len(x_0) - 1)
+    return x_t, timesteps, mask, counts, targets
 
 
 def must_clip_x_0(scheduler: SchedulerMixin, noise_scheduler: SchedulerMixin) -> bool:
@@ -296,7 +354,7 @@ def clip_x_0(noise_scheduler, x_t: torch.Tensor, prediction: torch.Tensor, t: to
     The prediction whose x_0 is clipped to [−1, 1]. `t` of shape `()` may lie between two of the training, where log σ,
     σ = √((1−ᾱ)/ᾱ), is linear as in diffusers.
     """
-    prediction_type, alpha_bars = noise_scheduler.config.prediction_type, noise_scheduler.alphas_cumprod.to(x_t.device)
+    prediction_type, alpha_bars = noise_scheduler.config.prediction_type, noise_scheduler.alphas_cumprod
     low, high = int(t), min(int(t) + 1, len(alpha_bars) - 1)
     log_sigmas = ((1 - alpha_bars) / alpha_bars).log() / 2
     sigma = torch.lerp(log_sigmas[low], log_sigmas[high], float(t) - low).exp()
@@ -323,12 +381,13 @@ def mean_image_loss(losses, num_labels, num_items_in_batch=None, num_images_in_b
         return losses.sum() / num_images_in_batch
     if num_items_in_batch is None:
         return losses.mean()
-    if not num_items_in_batch:
+    num_items = torch.as_tensor(num_items_in_batch)
+    if num_items.device.type == "cpu" and not num_items:  # elsewhere 0 / 0 is NaN, and nobody waits to see it
         raise ValueError(
             "`num_items_in_batch` is 0: the Trainer counts labels, and a batch of images without any cannot be "
             "weighted. Give each row a text token, such as an end of sequence."
         )
-    return losses.mean() * (num_labels / torch.as_tensor(num_items_in_batch).to(losses.device))
+    return losses.mean() * (num_labels / num_items.to(losses.device))
 
 
 def _logit_options(text_config: PreTrainedConfig) -> list[float | None]:
@@ -366,13 +425,14 @@ class _CrossEntropyInPlace(torch.autograd.Function):
         return gradient.mul_(grad_output), None
 
 
-@torch.compiler.disable  # a compiled graph cannot hold a function that keeps what it overwrote
 def sum_cross_entropy_(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """
     The sum of −log softmax(logits)[target] (L_LM, Eq. 1), in at least float32, of logits `(num_labels, vocab)`. In
     place: float32 and float64 logits hold nothing useful afterwards. The backward pass runs once and needs no memory
     beyond theirs; `F.cross_entropy` takes three times as much.
     """
+    if torch.compiler.is_compiling():  # a graph cannot hold a function that keeps what it overwrote, and fuses this
+        return nn.functional.cross_entropy(at_least_float32(logits), targets, reduction="sum")
     return _CrossEntropyInPlace.apply(at_least_float32(logits), targets)
 
 

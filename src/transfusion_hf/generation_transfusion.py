@@ -57,6 +57,7 @@ _HARMLESS = {"guidance_scale": 1, "cache_implementation": "dynamic"}
 _OF_FORWARD = (
     "labels", "shift_labels", "max_timesteps", "image_loss_mask", "prediction_mask", "noise_seeds",
     "num_items_in_batch", "num_images_in_batch", "skip_logits", "varlen_plan",
+    "batch_counts", "check_inputs",
 )  # fmt: skip
 _COLUMN_COUNTING = (
     generation.ExponentialDecayLengthPenalty, generation.ForcedBOSTokenLogitsProcessor,
@@ -302,6 +303,7 @@ class TransfusionGenerationMixin(GenerationMixin):
         if not is_first_iteration and kwargs.get("use_cache", True):
             for name in ("latents", "vision_pixel_values"):  # as the library does with `pixel_values`: in the cache
                 kwargs.pop(name, None)
+            kwargs["check_inputs"] = False  # a new token is no placeholder, and a step waits for the device once
         return super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, inputs_embeds=inputs_embeds, **kwargs
         )

@@ -6,7 +6,7 @@ patches of one image. The only file that follows transformers' mask API.
 from typing import Any
 
 import torch
-from transformers.masking_utils import create_masks_for_generate, find_packed_sequence_indices
+from transformers.masking_utils import create_masks_for_generate
 
 from .attention_transfusion import VARLEN_ATTENTION, VarlenPlan, make_varlen_plan
 from .configuration_transfusion import TransfusionConfig
@@ -140,6 +140,7 @@ def create_transfusion_mask(
     position_ids,
     varlen_plan: VarlenPlan | None = None,
     hidden: torch.BoolTensor | None = None,
+    check_inputs: bool = True,
 ) -> Any:
     """
     The mask for the new positions, in the form that the decoder takes: a tensor, a `BlockMask`, `None`, or a dict of
@@ -151,6 +152,9 @@ def create_transfusion_mask(
             border between cache and new positions, so the cached ones are not needed.
         hidden (`torch.BoolTensor` of shape `(batch, seq)`, *optional*):
             `True` at the new positions of images that no position outside of their own block may attend to.
+        check_inputs (`bool`):
+            Whether to compare a plan with the batch, and to look whether a row holds several documents or padding at
+            all, which waits for the device.
 
     Raises:
         ValueError: the decoder runs on a stock flash implementation; `varlen_plan` was made for another batch, or
@@ -164,19 +168,21 @@ def create_transfusion_mask(
             raise ValueError("`varlen_plan` excludes `attention_mask` and `cache`; pass one of them.")
         if hidden is not None:
             raise ValueError("`varlen_plan` does not know `hide_noised_images`; have the collator make none.")
-        if not torch.compiler.is_compiling():
+        if check_inputs:
             _check_varlen_plan(varlen_plan, attn_implementation, (batch, seq), block_ids, position_ids)
         return varlen_plan.to(inputs_embeds.device)
     document_ids = None
-    if attention_mask is None and cache is None and (hidden is not None or attn_implementation == VARLEN_ATTENTION):
+    is_own = hidden is not None or not check_inputs or attn_implementation == VARLEN_ATTENTION
+    if attention_mask is None and cache is None and is_own:
         document_ids = _document_ids(position_ids, batch, seq)
     if attn_implementation == VARLEN_ATTENTION:
         if attention_mask is None:
             attention_mask = torch.ones(batch, seq if cache is None else cache.get_seq_length() + seq)
         return make_varlen_plan(attention_mask, seq, block_ids, document_ids, inputs_embeds.device, hidden)
     options: dict[str, Any] = {}
-    if hidden is not None:
+    if hidden is not None or document_ids is not None:
         past = 0 if cache is None else cache.get_seq_length()
+        hidden = torch.zeros_like(document_ids, dtype=torch.bool) if hidden is None else hidden
         is_seen = ~torch.nn.functional.pad(hidden, (past, 0), value=False)
         # The library would hand over positions in place of columns where it finds documents itself.
         documents = torch.zeros_like(is_seen, dtype=torch.long) if document_ids is None else document_ids
@@ -186,6 +192,9 @@ def create_transfusion_mask(
             return is_seen[batch, key] & (documents[batch, query] == documents[batch, key])
 
         options["and_mask_function"] = is_visible
+    elif block_ids is None and attention_mask is not None and not check_inputs:
+        # With any function the library does not look for padding, which waits for the device.
+        options["and_mask_function"] = lambda batch, head, query, key: key >= 0
     if block_ids is not None and cache is not None:
         # The library wants the ids of prefix and query together; shorter ones give a wrong mask without an error.
         block_ids = torch.nn.functional.pad(block_ids, (cache.get_seq_length(), 0), value=-1)
@@ -205,12 +214,15 @@ def make_packed_plan(input_ids: torch.LongTensor, position_ids: torch.LongTensor
 
 
 def _document_ids(position_ids: torch.LongTensor | None, batch: int, seq: int) -> torch.LongTensor | None:
-    """transformers' own rule for documents packed into a row: a new one starts where positions do not go on."""
-    return None if position_ids is None else find_packed_sequence_indices(position_ids.expand(batch, seq))
+    """transformers' rule for documents packed into a row: a new one starts where positions do not go on."""
+    if position_ids is None:
+        return None
+    position_ids = position_ids.expand(batch, seq)
+    return (position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1).cumsum(-1)
 
 
 def _check_varlen_plan(plan: VarlenPlan, attn_implementation: str | None, shape, block_ids, position_ids) -> None:
-    """One device synchronisation."""
+    """Two device synchronisations."""
     if attn_implementation != VARLEN_ATTENTION:
         raise ValueError(
             f"`varlen_plan` is for `attn_implementation='{VARLEN_ATTENTION}'`; this model runs on "
@@ -225,6 +237,12 @@ def _check_varlen_plan(plan: VarlenPlan, attn_implementation: str | None, shape,
                 f"`varlen_plan` was made for other {what} than those of `input_ids` and `position_ids`, or for a "
                 "model with bidirectional attention in images; make it from the batch that it goes with, or pass none."
             )
+
+
+def no_mask(text_config, hidden_states: torch.Tensor) -> Any:
+    """For a decoder whose attention has a plan: what keeps it from a mask of its own, for which it would wait."""
+    layer_types = getattr(text_config, "layer_types", None)
+    return hidden_states.new_empty(1, 1, 1, 1) if layer_types is None else dict.fromkeys(layer_types)
 
 
 def is_prepared(attention_mask: Any) -> bool:

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from json import JSONDecodeError
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, initialization
@@ -20,15 +18,17 @@ from .attention_transfusion import VarlenPlan
 from .configuration_transfusion import IMAGE_TOKEN_IDS, TransfusionConfig
 from .denoising_transfusion import DRAWING_DEFAULTS
 from .diffusion_transfusion import (
+    BatchCounts,
     at_least_float32,
     check_per_image,
     check_timesteps,
-    chosen_rows,
+    chosen_images,
     content_seeds,
     image_losses,
     make_noise_scheduler,
     mean_image_loss,
     noise_images,
+    places_of,
     scale_logits,
     sum_cross_entropy_,
     sum_cross_entropy_by_liger,
@@ -42,6 +42,7 @@ from .masking_transfusion import (
     create_transfusion_mask,
     image_block_ids,
     is_prepared,
+    no_mask,
     positions_of_images,
     share_positions,
 )
@@ -122,22 +123,25 @@ class _Patches:
 
     def __post_init__(self) -> None:
         self.lengths = [states.shape[0] * states.shape[1] for states in self.states]
-        # A denoising step is all patches: known by its shape, with nothing to look for on the device.
+        # A denoising step is all patches. The images say how many there are: the device need not be asked.
         self.is_everything = sum(self.lengths) == self.is_patch.numel()
+        self.positions = None if self.is_everything else places_of(self.is_patch, sum(self.lengths))
 
     def put_into(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`hidden_states` of shape `(batch, seq, hidden)` with the patches in place of the placeholders."""
         flat = torch.cat([states.flatten(0, 1) for states in self.states]).to(hidden_states.dtype)
         if self.is_everything:
             return flat.view_as(hidden_states)
-        return hidden_states.masked_scatter(self.is_patch[..., None], flat)
+        return hidden_states.flatten(0, 1).index_copy(0, self.positions, flat).view_as(hidden_states)
 
-    def taken_from(self, hidden_states: torch.Tensor, mask: torch.BoolTensor | None) -> tuple[list, list, list | None]:
+    def taken_from(
+        self, hidden_states: torch.Tensor, mask: torch.BoolTensor | None, counts: Sequence[int] | None = None
+    ) -> tuple[list, list, list | None]:
         """What the patch decoder takes, for the images that `mask` chooses; stacks without any are left out."""
-        flat = hidden_states.flatten(0, 1) if self.is_everything else hidden_states[self.is_patch]
+        flat = hidden_states.flatten(0, 1)
+        flat = flat if self.positions is None else flat.index_select(0, self.positions)
         states = [f.view_as(s) for f, s in zip(flat.split(self.lengths), self.states, strict=True)]
-        rows = [slice(None) for _ in states] if mask is None else chosen_rows(states, mask)
-        chosen = [(i, row) for i, row in enumerate(rows) if row]
+        chosen = [(i, row) for i, row in enumerate(chosen_images(states, mask, counts)) if row is not None]
         skips = None if self.skips is None else [tuple(s[row] for s in self.skips[i]) for i, row in chosen]
         return [states[i][row] for i, row in chosen], [self.sizes[i] for i, _ in chosen], skips
 
@@ -238,6 +242,8 @@ class TransfusionModel(TransfusionPreTrainedModel):
         use_cache: bool | None = None,
         varlen_plan: VarlenPlan | None = None,
         vision_pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        num_predicted_images: Sequence[int] | None = None,
+        check_inputs: bool | None = None,
         **kwargs: Any,
     ) -> TransfusionModelOutputWithPast:
         r"""
@@ -263,6 +269,11 @@ class TransfusionModel(TransfusionPreTrainedModel):
             vision_pixel_values (`torch.FloatTensor` of shape `(num_images, 3, height, width)`, *optional*):
                 With `config.vision_config`: the images, in [−1, 1], that stand at runs of `vision_token_id`, of all
                 rows in order; or, where sizes differ, a list of them.
+            num_predicted_images (`list[int]`, *optional*):
+                With `prediction_mask`: how many images it chooses among each run of images of one size; spares a wait
+                for the device.
+            check_inputs (`bool`, *optional*, defaults to `True` outside of compilation):
+                Whether to look for values that do not fit, which waits for the device a few times.
             position_ids, cache, use_cache, kwargs: As the decoder takes them.
 
         Raises:
@@ -277,8 +288,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
         seen = None if vision_pixel_values is None else stack_images(vision_pixel_values) or None
         if seen is not None and (self.vision_encoder is None or input_ids is None):
             raise ValueError("`vision_pixel_values` need `input_ids` and a `config.vision_config`; drop them.")
+        if check_inputs is None:
+            check_inputs = not torch.compiler.is_compiling()
         # Under a prepared mask, in a step of generation, there is nothing left to check.
-        if not is_prepared(attention_mask) and not torch.compiler.is_compiling():
+        if check_inputs and not is_prepared(attention_mask):
             count, last = check_image_blocks(stacks, block_ids, self.config), self.config.num_train_timesteps - 1
             if count and prediction_mask is not None and timesteps is None:
                 raise ValueError("`prediction_mask` chooses images to predict the noise of; pass `timesteps`, too.")
@@ -311,10 +324,10 @@ class TransfusionModel(TransfusionPreTrainedModel):
                 is_noised = timesteps > 0 if prediction_mask is None else prediction_mask & (timesteps > 0)
                 hidden = positions_of_images(attention_block_ids(input_ids, self.config, False), is_noised)
             attention_mask = create_transfusion_mask(
-                text_config, hidden_states, blocks, attention_mask, cache, counted, varlen_plan, hidden
+                text_config, hidden_states, blocks, attention_mask, cache, counted, varlen_plan, hidden, check_inputs
             )
         if isinstance(attention_mask, VarlenPlan):
-            kwargs["varlen_plan"], attention_mask = attention_mask, None
+            kwargs["varlen_plan"], attention_mask = attention_mask, no_mask(text_config, hidden_states)
         # Text alone runs as if there were no image weights, except that in training these get a gradient of 0: another
         # process may have images.
         if self.config.untied_modalities and (patches is not None or is_learning):
@@ -327,7 +340,7 @@ class TransfusionModel(TransfusionPreTrainedModel):
 
         image_predictions = None
         if patches is not None and timesteps is not None:
-            chosen = patches.taken_from(outputs.last_hidden_state, prediction_mask)
+            chosen = patches.taken_from(outputs.last_hidden_state, prediction_mask, num_predicted_images)
             image_predictions = self.patch_decoder(*chosen) if chosen[0] else []
         return TransfusionModelOutputWithPast(**outputs, image_predictions=image_predictions)
 
@@ -365,6 +378,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
     `ValueError` for a decoder of an unsupported family, or on a stock flash implementation.
 
     Attributes:
+        noise_scheduler (`SchedulerMixin`):
+            That of the training. Other samplers come from its config: `DDIMScheduler.from_config(scheduler.config)`.
         use_liger_loss (`bool`): Where the LM head runs only at labels, whether Liger computes it and the LM loss.
     """
 
@@ -377,6 +392,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         self.model = TransfusionModel(config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=text_config.model_type == "phi")
         self.use_liger_loss = False
+        with torch.device("cpu"):  # `from_pretrained` makes the model on the meta device
+            self.noise_scheduler = make_noise_scheduler(config)
         # Otherwise the library ignores custom entries of `generation_config.json` on loading.
         self.generation_config._from_model_config = False
         self.generation_config.update(**DRAWING_DEFAULTS, allow_custom_entries=True)
@@ -389,11 +406,6 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             self._keep_in_fp32_modules_strict = {*self._keep_in_fp32_modules_strict, "vae"}
         # FSDP takes its classes from here by default, and expects to find each.
         self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
-
-    @cached_property  # not in __init__, which `from_pretrained` runs on the meta device
-    def noise_scheduler(self) -> SchedulerMixin:
-        """That of the training. Other samplers come from its config: `DDIMScheduler.from_config(scheduler.config)`."""
-        return make_noise_scheduler(self.config)
 
     def encode_images(self, pixel_values: torch.Tensor | Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """
@@ -460,6 +472,8 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         num_images_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
         vision_pixel_values: torch.Tensor | Sequence[torch.Tensor] | None = None,
+        batch_counts: BatchCounts | None = None,
+        check_inputs: bool | None = None,
         **kwargs: Any,
     ) -> TransfusionCausalLMOutputWithPast:
         r"""
@@ -497,11 +511,22 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 `diffusion_loss`, whatever each micro-batch holds.
             skip_logits (`bool`, *optional*, defaults to `True` in training with `labels`):
                 Whether to run the LM head only where there is a label, and to return no logits.
+            batch_counts (`BatchCounts`, *optional*):
+                What the collator has counted, so that a training step does not wait for the device.
+            check_inputs (`bool`, *optional*):
+                Whether to look for values that do not fit, which waits for the device a few times. Default: outside of
+                compilation, on the CPU or without `batch_counts`. Without it the loss is NaN where numbers do not fit.
             kwargs: `varlen_plan`, as in [`TransfusionModel.forward`], and what the decoder takes.
 
         Raises:
             ValueError: as [`TransfusionModel.forward`]; arguments that exclude each other.
         """
+        if check_inputs is None:
+            is_waiting = batch_counts is None or self.device.type == "cpu"
+            check_inputs = is_waiting and not torch.compiler.is_compiling()
+        num_targets, num_noised_images = None, None
+        if batch_counts is not None:
+            num_targets, num_noised_images = batch_counts.num_targets, batch_counts.num_noised_images
         stacks: Any = self.latent_stacks(pixel_values, latents)
         # Not a parameter: the Trainer takes each one with "label" in its name for required.
         shift_labels = kwargs.pop("shift_labels", None)
@@ -515,45 +540,71 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
             )
         if labels is not None and prediction_mask is not None:
             raise ValueError("`prediction_mask` is for inference; in training pass `image_loss_mask`.")
-        blank = None if labels is None or stacks else self._encode_blank()
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        num_labels, fits = None if shift_labels is None else (shift_labels != -100).sum(), None
+        if num_labels is not None:
+            fits = self._fits(
+                batch_counts, check_inputs, input_ids, stacks, num_labels, image_loss_mask, max_timesteps
+            )
+        blank, num_predicted = None if labels is None or stacks else self._encode_blank(), None
         if labels is not None and stacks:
             if noise_seeds is None and not self.training:
                 noise_seeds = content_seeds(stacks)
-            stacks, timesteps, prediction_mask, targets = noise_images(
+            stacks, timesteps, prediction_mask, num_predicted, targets = noise_images(
                 self.noise_scheduler, stacks, timesteps, max_timesteps, image_loss_mask, noise_seeds,
-                self.config.timestep_distribution, self.config.train_timestep_shift,
+                self.config.timestep_distribution, self.config.train_timestep_shift, num_noised_images, check_inputs,
             )  # fmt: skip
         rest = {"position_ids": position_ids, "cache": cache, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
-        rest["vision_pixel_values"] = vision_pixel_values
+        rest |= {"vision_pixel_values": vision_pixel_values, "check_inputs": check_inputs}
+        rest["num_predicted_images"] = num_predicted
         outputs = self.model(input_ids, stacks, timesteps, prediction_mask, attention_mask, **rest, **kwargs)
         predictions = outputs.image_predictions if blank is None else self.model.patch_decoder(*blank)
         if predictions is not None:
             predictions = [at_least_float32(stack) for stack in predictions]
 
-        if shift_labels is None and labels is not None:
-            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        num_labels = None if shift_labels is None else (shift_labels != -100).sum()
         num_items = num_labels if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         what = (outputs.last_hidden_state, labels, shift_labels, num_items)
-        logits, lm_loss = self._predict_text(*what, logits_to_keep, skip_logits)
+        logits, lm_loss = self._predict_text(*what, logits_to_keep, skip_logits, num_targets)
         own: dict[str, Any] = {"logits": logits, "lm_loss": lm_loss}
         diffusion_loss: Any = None
         if targets:
             losses = image_losses(predictions, targets)
             assert timesteps is not None
             own["image_losses"] = losses.detach()
-            own["image_timesteps"] = timesteps if prediction_mask is None else timesteps[prediction_mask]
+            if prediction_mask is not None:
+                timesteps = timesteps[places_of(prediction_mask, len(losses))]
+            own["image_timesteps"] = timesteps
             diffusion_loss = mean_image_loss(losses, num_labels, num_items_in_batch, num_images_in_batch)
         elif labels is not None:
             # Without images to learn from, each image part still gets a gradient of 0, and in its turn: without it, or
             # in another order than in other processes, DDP, FSDP2 and ZeRO-3 would wait for it.
             diffusion_loss, predictions = 0.0 * predictions[0].sum(), None
         if labels is not None:
-            own["loss"] = lm_loss + self.config.diffusion_loss_weight * diffusion_loss
-        if predictions is not None:
+            loss = lm_loss + self.config.diffusion_loss_weight * diffusion_loss
+            own["loss"] = loss if fits is None else loss * torch.where(fits, 1.0, torch.nan)
+        # A list of images in a graph would tie it to their number.
+        if predictions is not None and (labels is None or not torch.compiler.is_compiling()):
             own["image_predictions"] = [image for stack in predictions for image in stack]
         own |= {name: getattr(outputs, name) for name in ("cache", "hidden_states", "attentions")}
         return TransfusionCausalLMOutputWithPast(diffusion_loss=diffusion_loss, **own)
+
+    def _fits(self, counts, check_inputs, input_ids, stacks, num_labels, mask, max_timesteps) -> torch.Tensor | None:
+        """
+        Whether numbers fit the batch, as a tensor that nobody waits for; `None` if there is nothing to compare. With
+        `check_inputs`, which waits, a `ValueError` where `counts` do not.
+        """
+        if check_inputs:
+            if counts is not None:
+                counts.check(num_labels, mask)
+            return None
+        pairs = [] if counts is None else counts.pairs(num_labels, mask)
+        if stacks:  # otherwise each is looked at
+            num_patches = sum(len(stack) * self.config.num_patches(*stack.shape[2:]) for stack in stacks)
+            pairs.append((num_patches, (input_ids == self.config.image_token_id).sum()))
+            if max_timesteps is not None:
+                pairs.append((0, ((max_timesteps < 1) | (max_timesteps > self.config.num_train_timesteps)).sum()))
+        return torch.stack([found == count for count, found in pairs]).all() if pairs else None
 
     def _encode_blank(self) -> tuple:
         """The arguments of the patch decoder for an image of one empty patch."""
@@ -562,7 +613,9 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         hidden_states, skips = self.model.patch_encoder([stack], stack.new_zeros(1))
         return hidden_states, [(side, side)], skips
 
-    def _predict_text(self, hidden_states, labels, shift_labels, num_items, logits_to_keep, skip_logits) -> tuple:
+    def _predict_text(
+        self, hidden_states, labels, shift_labels, num_items, logits_to_keep, skip_logits, num_targets=None
+    ) -> tuple:
         """The logits (`None` with `skip_logits`) and L_LM (Eq. 1; `None` without `labels`)."""
         text_config, targets = self.config.text_config, None
         if num_items is not None:
@@ -572,8 +625,9 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
                 raise ValueError("`skip_logits` needs `labels`, and excludes `logits_to_keep`.")
             # Patches and whatever else has no label cost no logits.
             is_target = shift_labels != -100
-            targets = shift_labels[is_target]
-            hidden_states = hidden_states[is_target]  # (num_labels, hidden)
+            positions = places_of(is_target, int(is_target.sum()) if num_targets is None else num_targets)
+            targets = shift_labels.flatten().index_select(0, positions).clamp(min=0)  # −100 if their number is wrong
+            hidden_states = hidden_states.flatten(0, 1).index_select(0, positions)  # (num_labels, hidden)
             if self.use_liger_loss and len(targets) > 0:
                 return None, sum_cross_entropy_by_liger(hidden_states, self.lm_head, targets, text_config) / num_items
         else:

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain, compress, islice
+from itertools import chain, compress, groupby, islice
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from ..diffusion_transfusion import BatchCounts
 from ..masking_transfusion import image_block_ids, make_packed_plan
 from ..processing_transfusion import TransfusionProcessor, chat_parts
 
@@ -129,7 +130,8 @@ class TransfusionDataCollator:
 
     Returns, when called, a dict of `input_ids` and `labels` of shape `(batch, seq)`; `attention_mask` of that shape
     or, when packed, `position_ids` (and `varlen_plan`); if there are images, `max_timesteps` and `image_loss_mask` of
-    shape `(num_images,)`, and `pixel_values` of shape `(num_images, channels, height, width)` or `latents`.
+    shape `(num_images,)`, and `pixel_values` of shape `(num_images, channels, height, width)` or `latents`; and
+    `batch_counts`, with which a training step does not wait for the device.
 
     Raises:
         ValueError: images and latents in one batch, a probability outside of 0 to 1, several unmarked images, a
@@ -175,9 +177,15 @@ class TransfusionDataCollator:
         for name, attribute in (("pixel_values", "images"), ("latents", "latents"), ("vision_pixel_values", "seen")):
             if tensors := [x for sample in samples for x in getattr(sample, attribute)]:
                 batch[name] = torch.stack(tensors) if len({x.shape for x in tensors}) == 1 else tensors
+        num_noised_images: list[int] = []
         if "pixel_values" in batch or "latents" in batch:
             for name in ("max_timesteps", "image_loss_mask"):
                 batch[name] = torch.tensor([*chain(*(getattr(sample, name) for sample in samples))])
+            images = batch["pixel_values"] if "pixel_values" in batch else batch["latents"]
+            pairs = zip(images, batch["image_loss_mask"].tolist(), strict=True)
+            runs = groupby(pairs, key=lambda pair: pair[0].shape)
+            num_noised_images = [sum(is_noised for _, is_noised in run) for _, run in runs]
+        batch["batch_counts"] = BatchCounts(int((batch["labels"][:, 1:] != -100).sum()), num_noised_images)
         return batch
 
     def _sample(self, feature: dict[str, Any], text: str, limits: list[int], masks: list[bool]) -> _Sample:
@@ -193,6 +201,8 @@ class TransfusionDataCollator:
         if latents and set(kinds) != {"latents"}:
             raise ValueError("`read_images_as`: a vision encoder reads images, and the sample holds latents.")
         has_latents = [kind != "vision" for kind in kinds]
+        if not all(1 <= limit <= self.num_train_timesteps for limit in limits):
+            raise ValueError(f"`max_timesteps` must lie in 1 to {self.num_train_timesteps}; got {limits}.")
         per_latent = ([*compress(limits, has_latents)], [*compress(masks, has_latents)])
         return _Sample(text, images, latents, *per_latent, kinds)
 

@@ -26,7 +26,11 @@ class FlashAttnKernel(TorchCudaKernel):
         output, lse, _, rng_state = flash_attn_interface._flash_attn_varlen_forward(
             query, key, value, *one.segments, dropout_p=0.0, softmax_scale=scale, causal=one.is_causal
         )
-        return output, lse.transpose(0, 1), rng_state
+        return output, lse.transpose(0, 1), [rng_state]
+
+    @staticmethod
+    def make_states(query) -> list[torch.Tensor]:
+        return [query.new_empty(2, dtype=torch.int64)]
 
     @staticmethod
     def backward(grad, query, key, value, output, lse, state, one: VarlenPass, scale: float):
@@ -35,7 +39,7 @@ class FlashAttnKernel(TorchCudaKernel):
             grad.contiguous(), query, key, value, output, lse.transpose(0, 1).contiguous(), *grads, *one.segments,
             dropout_p=0.0, softmax_scale=scale, causal=one.is_causal, window_size_left=-1, window_size_right=-1,
             softcap=0.0, alibi_slopes=None, deterministic=torch.are_deterministic_algorithms_enabled(),
-            rng_state=state,
+            rng_state=state[0],
         )  # fmt: skip
         return grads
 

@@ -213,12 +213,24 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         model.zero_grad()  # leftover micro-batches, too few for a step, must not count in the next pass
         self._pass_has_ended, self._resumed_from, self._next_pass = True, None, self._next_pass + 1
 
-    # No event tells the norm, and weights that are not finite must not get into a checkpoint.
+    def _losses_of_step(self) -> list[torch.Tensor]:
+        """Numbers of the micro-batches of a step that must be finite, too."""
+        return []
+
+    def _stop_by_losses(self) -> None:
+        """Raises `NotFiniteError` if one of them is not."""
+
+    # No event tells the norm, and weights that are not finite must not get into a checkpoint. Here all of a step is
+    # queued but the optimizer's: the one place in which the device is waited for.
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         is_scaled = self.accelerator.mixed_precision == "fp16"  # the scaler leaves such steps out
-        if norm is not None and not is_scaled and not math.isfinite(norm):
+        checked = [*self._losses_of_step(), *([] if norm is None or is_scaled else [norm])]
+        # A norm that is a number already is no tensor to wait for.
+        numbers = [torch.as_tensor(number, device=self.args.device).detach().float() for number in checked]
+        if numbers and not torch.stack(numbers).isfinite().all():
+            self._stop_by_losses()
             raise NotFiniteError(
                 f"The norm of the gradient is {float(norm)} after step {self.state.global_step}. Lower the learning "
                 "rate or clip by `max_grad_norm`, and go on from the last checkpoint."

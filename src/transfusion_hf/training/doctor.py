@@ -99,7 +99,8 @@ def diagnose(
             samples = _made_up_samples(base, batch_size) if dataset is None else dataset
             collate = collator or TransfusionDataCollator(processor, caption_dropout=0.0)
             batch = collate(list(islice(samples, batch_size)))
-        batch = send_to_device(dict(batch), base.device)
+        # Without numbers that a change to a batch may have left behind: `forward` counts itself.
+        batch = send_to_device({name: x for name, x in batch.items() if name != "batch_counts"}, base.device)
 
     base.eval()
     try:

@@ -1,11 +1,12 @@
 """The exact `Trainer`: both losses over the global batch, logged separately."""
 
+import math
 import os
 import time
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +44,8 @@ def _prepare_fsdp2(accelerator: Accelerator, model: torch.nn.Module) -> None:
 
 
 def _count_images(batch: dict[str, Any], only_noised: bool = False) -> int:
+    if only_noised and "batch_counts" in batch:
+        return sum(batch["batch_counts"].num_noised_images)
     if only_noised and batch.get("image_loss_mask") is not None:
         return int(torch.as_tensor(batch["image_loss_mask"]).sum())
     images = batch.get("pixel_values", batch.get("latents"))
@@ -64,8 +67,9 @@ class _Sums:
         if mask is None:  # packed
             mask = torch.ones_like(ids) if self.pad_token_id is None else ids != self.pad_token_id
         num_labels = (inputs["labels"][:, 1:] != -100).sum()
-        numbers = outputs["lm_loss"].detach() * num_items, num_labels, mask.sum(), _count_images(inputs)
-        self.totals[:4] += torch.stack([torch.as_tensor(number).to(self.totals) for number in numbers])
+        numbers = outputs["lm_loss"].detach() * num_items, num_labels, mask.sum()
+        self.totals[:3] += torch.stack([number.to(self.totals) for number in numbers])
+        self.totals[3] += _count_images(inputs)
         errors = outputs.get("image_losses")  # absent if there are none
         if errors is not None:
             bands = self.totals[4:].view(2, -1)  # errors, images
@@ -156,6 +160,9 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
                 raise ValueError(f"`fsdp_state_dict_type` is {kind}, which saves no model; set it to FULL_STATE_DICT.")
         if self.accelerator.is_fsdp2:
             _prepare_fsdp2(self.accelerator, self.model)
+        # It looks at each loss on its own, and hides those that are not finite; here they stop the run.
+        self.args.logging_nan_inf_filter = False
+        self._step: list[tuple[dict[str, Any], list[torch.Tensor]]] = []  # batches and losses since the optimizer's
         self.num_timestep_bands, self.peak_flops_per_second = num_timestep_bands, peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
 
@@ -177,15 +184,10 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         seconds = time.perf_counter() - self._train_sums.start_time
         return {**super()._since_last_log(), "totals": self._train_sums.totals, "seconds": seconds}
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._num_images = self._count_noised(batches)
-        return batches, num_items
-
     def _count_noised(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """Number of noised images in the batches of all processes."""
         count = sum(_count_images(batch, only_noised=True) for batch in batches)
-        num_images = self.accelerator.gather(torch.tensor(count, device=self.args.device)).sum()
+        num_images = self.accelerator.gather(torch.full((), count, device=self.args.device)).sum()
         return (num_images / self._num_replicas).clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -193,22 +195,47 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         inputs = {**inputs, "num_images_in_batch": num_images}
         try:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            if model.training and not torch.isfinite(loss):
-                raise ValueError(
-                    f"The loss is {loss.item()} after step {self.state.global_step} (`lm_loss` "
-                    f"{outputs['lm_loss'].item()}, `diffusion_loss` {outputs['diffusion_loss'].item()}), NaN or "
-                    "infinite. Lower the learning rate, and go on from the last checkpoint."
-                )
         except ValueError as error:
             if not model.training or "NaN or infinite" not in str(error):
                 raise
-            file = Path(self.args.output_dir, f"not-finite-{self.state.global_step}-{self.args.process_index}.pt")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(inputs, file)
-            raise NotFiniteError(f"{error} The batch is saved in {file}.") from error
+            self._stop(inputs, str(error), error)
+        if model.training:
+            self._step.append((inputs, [outputs[name].detach() for name in ("loss", "lm_loss", "diffusion_loss")]))
         sums = self._train_sums if model.training else self._eval_sums
         sums.add(inputs, outputs, 0 if num_items_in_batch is None else num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
+
+    def _losses_of_step(self) -> list[torch.Tensor]:
+        return [losses[0] for _, losses in self._step]
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self._step = []
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._num_images = self._count_noised(batches)
+        return batches, num_items
+
+    def _stop_by_losses(self) -> None:
+        for inputs, losses in self._step:
+            loss, lm_loss, diffusion_loss = torch.stack(losses).tolist()
+            if math.isfinite(loss):
+                continue
+            # What `forward` does not look for on a GPU, where it would wait.
+            for name in {"pixel_values", "latents", "vision_pixel_values"} & inputs.keys():
+                if not all(image.isfinite().all() for image in inputs[name]):
+                    self._stop(inputs, f"`{name}` hold NaN or infinite values; expected finite numbers.")
+            if (counts := inputs.get("batch_counts")) is not None:
+                counts.check((inputs["labels"][:, 1:] != -100).sum(), inputs.get("image_loss_mask"))
+            self._stop(
+                inputs,
+                f"The loss is {loss} after step {self.state.global_step} (`lm_loss` {lm_loss}, `diffusion_loss` "
+                f"{diffusion_loss}), NaN or infinite. Lower the learning rate, and go on from the last checkpoint.",
+            )
+
+    def _stop(self, inputs: dict[str, Any], reason: str, error: Exception | None = None) -> NoReturn:
+        file = Path(self.args.output_dir, f"not-finite-{self.state.global_step}-{self.args.process_index}.pt")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: x for name, x in inputs.items() if not is_dataclass(x)}, file)  # what is loaded safely
+        raise NotFiniteError(f"{reason} The batch is saved in {file}.") from error
 
     def _means(self, sums: _Sums) -> tuple[dict[str, float], float, float]:
         return sums.means(self.accelerator.reduce(sums.totals.clone(), "sum") / self._num_replicas)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from ..diffusion_transfusion import make_noise_scheduler
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..patching_transfusion import TransfusionVAE
 
@@ -76,7 +77,7 @@ def attach_vae(
     attached.load_state_dict(vae.state_dict())
     model.config.vae_config = vae_config
     model.vae = attached.to(model.model.patch_encoder.proj.weight.device)
-    model.__dict__.pop("noise_scheduler", None)  # whether it clips depends on the autoencoder
+    model.noise_scheduler = make_noise_scheduler(model.config)  # whether it clips depends on the autoencoder
 
 
 @torch.no_grad()
