@@ -22,7 +22,7 @@ CROSS_REFERENCE = re.compile(r"\[<code>~?(?:\w+\.)*(\w+)</code>\]")  # [`Transfu
 
 
 def on_files(files: Any, config: Any) -> Any:
-    for path in sorted(path for pattern in PUBLISHED for path in ROOT.glob(pattern)):
+    for path in sorted(path for pattern in PUBLISHED for path in ROOT.glob(pattern) if path.is_file()):
         files.append(File.generated(config, path.relative_to(ROOT).as_posix(), abs_src_path=str(path)))
     return files
 

@@ -114,9 +114,10 @@ def write_table(
     lines += [f"| {row} | {' | '.join(_compute(runs))} |" for row, runs in rows.items()]
     lines += ["", *(f"Ceiling of the `{kind}` autoencoder: {_named(each)}." for kind, each in ceilings.items()), ""]
     lines += [f"![metrics over training]({name}.png)"]
-    drawn = {row: file for row, runs in folders.items() if (file := runs[0] / "drawn.png").is_file()}
+    kept = {row: [file for run in runs if (file := run / "drawn.png").is_file()] for row, runs in folders.items()}
+    drawn = {row: files[0] for row, files in kept.items() if files}
     if drawn and shown:
-        lines += ["", "Drawings of the first seed, in the order of the captions, beside real pictures:", ""]
+        lines += ["", "Drawings of the first seed, under real pictures:", ""]
         lines += [f"![drawings]({name}-drawn.png)"]
         _write_figure(results / f"{name}-drawn.png", _drawings(drawn, shown))
     return _save(results, name, lines, _plot(rows, metrics))
