@@ -163,7 +163,7 @@ def training_table() -> list[str]:
         "|---" * 10 + "|",
     ]
     for num_gpus in (1, 2, 4, 8):
-        # Of a layer and the next one, and of what is outside of layers, all GPUs hold the whole for a time.
+        # FSDP2 gathers a layer while the one before it computes, and keeps what is outside of the layers.
         gathered = 0 if num_gpus == 1 else 2 * layer + rest
         fixed = frozen / num_gpus + gathered + lora / num_gpus
         sums = [fixed + each for each in activations.values()]

@@ -74,6 +74,8 @@ def test_the_collator_counts_what_the_batch_has(kwargs):
         assert torch.equal(output[name], expected[name])
     alone = TransfusionDataCollator(processor, **kwargs)([{"text": "words alone"}])
     assert alone["batch_counts"].num_noised_images == []
+    with pytest.raises(ValueError, match=r"`max_timesteps` must lie in 1 to 1000; got \[1001\]"):
+        TransfusionDataCollator(processor, **kwargs)([samples()[0] | {"max_timesteps": 1001}])
 
 
 @pytest.mark.parametrize(

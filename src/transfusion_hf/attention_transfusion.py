@@ -56,7 +56,7 @@ class VarlenPass:
 
     @property
     def lengths(self) -> tuple[list[int], list[int]]:
-        """Of each segment of queries, and of keys; on a GPU the host would wait for them."""
+        """Length of each segment of queries, and of keys. On a GPU this is a synchronisation."""
         return self.cu_queries.diff().tolist(), self.cu_keys.diff().tolist()
 
 

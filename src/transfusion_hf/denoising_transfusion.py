@@ -132,8 +132,11 @@ class DrawingArguments:
             return False
         return self.guidance_start <= step / num_steps < self.guidance_end
 
-    def sampling_scheduler(self, noise_scheduler: SchedulerMixin, device: torch.device | str) -> SchedulerMixin:
-        """The scheduler, ready for the steps to take. Raises `ValueError` as [`make_sampling_scheduler`] does."""
+    def sampling_scheduler(self, noise_scheduler: SchedulerMixin) -> SchedulerMixin:
+        """
+        The scheduler, ready for the steps to take. They stay on the CPU, where the loop looks at them without a wait.
+        Raises `ValueError` as [`make_sampling_scheduler`] does.
+        """
         sigmas = self.sigmas
         if self.timestep_shift is not None:
             if not is_flow(noise_scheduler) or self.timesteps is not None or sigmas is not None:
@@ -141,7 +144,7 @@ class DrawingArguments:
             sigmas = shift_timesteps(
                 1 - torch.arange(self.num_inference_steps) / self.num_inference_steps, self.timestep_shift
             )
-        steps = (self.num_inference_steps, device, self.timesteps, sigmas)
+        steps = (self.num_inference_steps, "cpu", self.timesteps, sigmas)
         return make_sampling_scheduler(noise_scheduler, self.scheduler, *steps)
 
     def sizes(self, config: TransfusionConfig, num_rows: int) -> list[tuple[int, int]]:
@@ -514,8 +517,7 @@ class Drawing:
         if isinstance(generators, list):
             generators = [generators[row] for row in self.rows]
         known, mask = self._known()
-        # Its steps stay on the CPU, where it looks at them: nothing in the loop waits for another device.
-        scheduler = arguments.sampling_scheduler(self.model.noise_scheduler, "cpu")
+        scheduler = arguments.sampling_scheduler(self.model.noise_scheduler)
         step_kwargs = sampling_step_kwargs(scheduler, generators)
         clips = must_clip_x_0(scheduler, self.model.noise_scheduler)
         noise = self._noise(generators)

@@ -241,7 +241,7 @@ class TransfusionGenerationMixin(GenerationMixin):
                 raise ValueError(f"`{name}={value!r}` {why}; use `generation_mode='text'`.")
         _refuse_adapter_names(self)
         # Before anything is read, and though perhaps nothing will be drawn.
-        arguments.sampling_scheduler(self.noise_scheduler, self.device)
+        arguments.sampling_scheduler(self.noise_scheduler)
         if self._is_synced(kwargs):
             raise ValueError("`synced_gpus` keeps step with text only; use `generation_mode='text'`.")
         image_length = max((self.config.num_patches(*size) + 2 for size in sizes), default=0)
