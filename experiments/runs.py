@@ -45,6 +45,7 @@ class Settings:
         caption_first_probability (`float`, defaults to 0.8): §4.1.
         image_first_max_timesteps (`int`, defaults to 500): Limit of t for pictures before their caption (§4.3.4).
         with_images (`bool`, defaults to `True`): `False`: text alone, for Chameleon as in Table 4.
+        image_learning_rate (`float`, *optional*): As in `TransfusionTrainer`.
 
     Raises:
         ValueError: an unknown family, or steps that the measurements or the parts do not divide.
@@ -63,6 +64,7 @@ class Settings:
     caption_first_probability: float = 0.8
     image_first_max_timesteps: int = 500
     with_images: bool = True
+    image_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -179,6 +181,9 @@ def _run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str
         caption_first_probability=settings.caption_first_probability,
     )
     measurements = _Measurements(settings, folder, judge, processor)
+    own: dict[str, Any] = {}
+    if settings.family == "transfusion":
+        own = {"image_learning_rate": settings.image_learning_rate}
     trainer_class = TransfusionTrainer if settings.family == "transfusion" else Trainer
     trainer = trainer_class(
         model,
@@ -187,6 +192,7 @@ def _run(settings: Settings, data: Data, judge: Judge, folder: Path) -> dict[str
         data_collator=collate,
         processing_class=getattr(processor, "tokenizer", processor),  # counts the tokens that are no padding
         callbacks=[measurements],
+        **own,
     )
     trainer.remove_callback(PrinterCallback)  # it would print every logged loss; they are in `log.json`
     # Whoever was broken off while it was saving has left a checkpoint without its state, and the one before.

@@ -235,6 +235,22 @@ def weight(scale: Scale) -> Table:
     return Table("Weight of the diffusion loss", {name: rows[name] for name in ("λ = 1", "λ = 5", "λ = 25")}, {}, [])
 
 
+def recipes(scale: Scale) -> Table:
+    """What is younger than the paper, or not of it: one change at a time."""
+    base = _transfusion(scale)
+    x_0 = {"prediction_type": "sample", "diffusion_loss_weighting": "v_prediction"}
+    rows = {
+        "default": base,
+        "logit-normal t": _transfusion(scale, timestep_distribution="logit_normal"),
+        "t shifted by 2": _transfusion(scale, train_timestep_shift=2.0),
+        "min-SNR": _transfusion(scale, diffusion_loss_weighting="min_snr"),
+        "x_0 with the loss of v": _transfusion(scale, **x_0),
+        "image parts at half the rate": replace(base, image_learning_rate=base.learning_rate / 2),
+        "image parts at twice the rate": replace(base, image_learning_rate=base.learning_rate * 2),
+    }
+    return Table("Other recipes", rows, {}, [])
+
+
 def sweep(scale: Scale) -> Table:
     """As many learning rates for each family, and for the U-Net."""
     rows = {}
@@ -246,7 +262,7 @@ def sweep(scale: Scale) -> Table:
 
 TABLES: dict[str, Callable[[Scale], Table]] = {
     "table3": table3, "table4": table4, "table5": table5, "table6": table6, "table7": table7, "table8": table8,
-    "order": order, "weight": weight, "sweep": sweep,
+    "order": order, "weight": weight, "recipes": recipes, "sweep": sweep,
 }  # fmt: skip
 
 

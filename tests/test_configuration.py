@@ -98,6 +98,8 @@ def test_no_field_carries_the_name_of_a_generation_parameter():
         ({"patch_encoder": "vit"}, "`patch_encoder` must be 'linear' or 'unet'; got 'vit'"),
         ({"prediction_type": "velocity"}, "must be 'epsilon', 'v_prediction', 'sample' or 'flow_prediction'; got"),
         ({"diffusion_loss_weight": -1.0}, "`diffusion_loss_weight` must not be negative; got -1.0"),
+        ({"diffusion_loss_weighting": "snr"}, "must be None, 'min_snr' or 'v_prediction'; got 'snr'"),
+        ({"diffusion_loss_weighting": "v_prediction"}, "needs `prediction_type='sample'`.*; got 'epsilon'"),
         ({"timestep_embedding_dim": 7}, "`timestep_embedding_dim` must be even and at least 2; got 7"),
     ],
 )  # fmt: skip

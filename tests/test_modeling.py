@@ -1,5 +1,6 @@
 import copy
 import random
+from itertools import product
 
 import pytest
 import tiny
@@ -226,12 +227,18 @@ def test_images_of_several_sizes_in_one_batch_equal_each_alone(options):
             torch.testing.assert_close(together.image_predictions[i], alone.image_predictions[0], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample", "flow_prediction"])
-def test_each_prediction_type_trains_on_its_target(prediction_type):
-    """x_t and the target by hand, in float64, from the ε and t that the seeds draw."""
-    model = tiny.model(prediction_type=prediction_type)
+@pytest.mark.parametrize(
+    ("prediction_type", "weighting"),
+    [
+        *product(["epsilon", "v_prediction", "sample", "flow_prediction"], [None, "min_snr"]),
+        ("sample", "v_prediction"),
+    ],
+)
+def test_each_prediction_type_trains_on_its_target(prediction_type, weighting):
+    """x_t, the target and the weighted error by hand, from the ε and t that the seeds draw."""
+    model = tiny.model(prediction_type=prediction_type, diffusion_loss_weighting=weighting)
     ids, x_0 = torch.tensor([[5, *IMAGE, 7, *IMAGE]]), images(2)
-    labels, seeds = torch.where(ids >= IMG, -100, ids), [1, 2]
+    labels, seeds = torch.where(ids >= IMG, -100, ids), [11, 2]
     output = model(ids, latents=x_0, labels=labels, noise_seeds=seeds, image_loss_mask=torch.tensor([True, True]))
     (eps,) = sample_noise([x_0], seeds)
     is_flow = prediction_type == "flow_prediction"
@@ -244,7 +251,22 @@ def test_each_prediction_type_trains_on_its_target(prediction_type):
     a, b = a[:, None, None, None], b[:, None, None, None]
     target = {"epsilon": eps, "v_prediction": a * eps - b * x_0, "sample": x_0, "flow_prediction": eps - x_0}
     predicted = model(ids, latents=a * x_0 + b * eps, timesteps=t).image_predictions
-    expected = (torch.stack(predicted) - target[prediction_type]).square().mean()
+    predicted, target, x_t = torch.stack(predicted), target[prediction_type], a * x_0 + b * eps
+    restored = {
+        "epsilon": (x_t - b * predicted) / a,
+        "v_prediction": a * x_t - b * predicted,
+        "sample": predicted,
+        "flow_prediction": x_t - b * predicted,
+    }[prediction_type]
+    if weighting is None:
+        expected = (predicted - target).square().mean()
+    elif weighting == "min_snr":
+        snr = (a / b) ** 2
+        assert snr.min() < 5 < snr.max()
+        expected = (snr.clamp(max=5) * (restored - x_0).square()).mean()
+    else:
+        expected = ((a * x_t - restored) / b - (a * eps - b * x_0)).square().mean()
+    torch.testing.assert_close(output.image_losses.mean(), output.diffusion_loss)
     torch.testing.assert_close(output.diffusion_loss, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match=f"`timesteps` must hold one t from 0 to {999 + is_flow}"):
         model(ids, latents=x_0, labels=labels, timesteps=torch.tensor([0, 1001]))

@@ -266,6 +266,38 @@ def test_an_evaluation_at_the_start_sees_the_average_and_leaves_the_weights(tmp_
     assert losses[1] < losses[0]
 
 
+@pytest.mark.parametrize("untied", [None, ["image"]])
+def test_what_serves_images_alone_has_a_learning_rate_of_its_own(tmp_path, untied):
+    moved = {}
+    for rate in (None, 0.1, 0.3):
+        model = tiny.model(std=0.1, untied_modalities=untied)
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        args = TrainingArguments(
+            str(tmp_path), max_steps=1, learning_rate=0.1, optim="sgd", lr_scheduler_type="constant", use_cpu=True,
+            max_grad_norm=0.0, weight_decay=0.5, report_to="none", save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        run = TransfusionTrainer(
+            model, args, train_dataset=samples(8), data_collator=collate, image_learning_rate=rate
+        )
+        run.train()
+        moved[rate] = {name: parameter.detach() - before[name] for name, parameter in model.named_parameters()}
+        groups = run.optimizer.param_groups
+        assert len({id(p) for group in groups for p in group["params"]}) == len(before)
+    names = [name for name in moved[None] if "patch_encoder" in name or "patch_decoder" in name or ".image." in name]
+    assert any(".image." in name for name in names) == (untied is not None) and len(names) < len(moved[None])
+    for name, change in moved[None].items():
+        torch.testing.assert_close(moved[0.1][name], change)
+        torch.testing.assert_close(moved[0.3][name], (3 if name in names else 1) * change, atol=1e-6, rtol=1e-5)
+
+
+def test_a_learning_rate_of_images_needs_the_optimizer_of_the_trainer(tmp_path):
+    model = tiny.model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(ValueError, match="`image_learning_rate` is for the Trainer's own optimizer"):
+        args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        TransfusionTrainer(model, args, optimizers=(optimizer, None), image_learning_rate=0.1)
+
+
 def test_label_smoothing_is_refused_for_it_takes_the_labels_away(tmp_path):
     def with_mask(rows):
         return {**collate(rows), "image_loss_mask": torch.ones(len(rows), dtype=torch.bool)}

@@ -137,6 +137,7 @@ def drawn_fields(seed: int) -> dict[str, Any]:
     fields |= {"timestep_embedding_level": rng.choice(["patch", "hidden"]), "timestep_scale": rng.choice([1.0, 1e-3])}
     fields |= {"pos_embed_type": rng.choice([None, "sincos"])}
     fields |= rng.choice([{}, {"timestep_distribution": "logit_normal", "train_timestep_shift": 3.0}])
+    fields |= {"diffusion_loss_weighting": rng.choice([None, "min_snr"])}
     return fields if seed else {}
 
 

@@ -35,6 +35,7 @@ _CHOICES: dict[str, list] = {
     "prediction_type": ["epsilon", "v_prediction", "sample", "flow_prediction"],
     "timestep_embedding_level": ["patch", "hidden"],
     "timestep_distribution": ["uniform", "logit_normal"],
+    "diffusion_loss_weighting": [None, "min_snr", "v_prediction"],
     "untied_modalities": [None, [], ["image"]],
 }
 IMAGE_TOKEN_IDS = ("image_start_token_id", "image_token_id", "image_end_token_id")
@@ -119,6 +120,10 @@ class TransfusionConfig(PreTrainedConfig):
             `"epsilon"` (Eq. 3), `"v_prediction"`, `"sample"`, or `"flow_prediction"` (flow matching, without
             `beta_schedule`).
         diffusion_loss_weight (`float`, defaults to 5.0): λ in L = L_LM + λ·L_DDPM (Eq. 4).
+        diffusion_loss_weighting (`str`, *optional*):
+            A factor of each image's loss, by its t. `"min_snr"`: min(SNR, 5) for errors of x_0, whatever the
+            prediction (arXiv 2303.09556). `"v_prediction"`, for `prediction_type="sample"`: the loss is that of the v
+            which the predicted x_0 amounts to (arXiv 2511.13720).
         bidirectional_image_attention (`bool`, defaults to `True`):
             Whether the patches of one image attend to each other (Fig. 4). `False`: the causal ablation of Table 5.
         hide_noised_images (`bool`, defaults to `False`):
@@ -175,6 +180,7 @@ class TransfusionConfig(PreTrainedConfig):
     beta_schedule: str = "squaredcos_cap_v2"
     prediction_type: str = "epsilon"
     diffusion_loss_weight: float | int = 5.0
+    diffusion_loss_weighting: str | None = None
     bidirectional_image_attention: bool = True
     hide_noised_images: bool = False
     untied_modalities: list | None = None
@@ -282,6 +288,9 @@ class TransfusionConfig(PreTrainedConfig):
             f"`diffusion_loss_weight` must not be negative; got {weight}.": weight < 0,
             "`timestep_embedding_level='hidden'` needs `patch_encoder='linear'`: a U-Net takes t in its own blocks.":
                 self.timestep_embedding_level == "hidden" and self.patch_encoder != "linear",
+            "`diffusion_loss_weighting='v_prediction'` needs `prediction_type='sample'`; others predict v, or would "
+            f"be divided by almost 0; got {self.prediction_type!r}.":
+                self.diffusion_loss_weighting == "v_prediction" and self.prediction_type != "sample",
             f"`train_timestep_shift` must be positive; got {self.train_timestep_shift}.":
                 self.train_timestep_shift <= 0,
             "`hide_noised_images` needs `bidirectional_image_attention`: an image would not see itself.":

@@ -30,6 +30,7 @@ from .configuration_transfusion import TransfusionConfig
 
 Stacks = Sequence[torch.Tensor]
 _PIECE = 2**24  # logits that are worked on at a time
+_SNR_LIMIT, _LEAST_NOISE = 5.0, 0.05  # those of the papers
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -370,6 +371,24 @@ def clip_x_0(noise_scheduler, x_t: torch.Tensor, prediction: torch.Tensor, t: to
 def image_losses(predictions: Stacks, targets: Stacks) -> torch.Tensor:
     """The mean squared error of each image (Eq. 3)."""
     return torch.cat([(p - t).square().flatten(1).mean(1) for p, t in zip(predictions, targets, strict=True)])
+
+
+def image_loss_weights(noise_scheduler: SchedulerMixin, timesteps: torch.LongTensor, weighting: str) -> torch.Tensor:
+    """
+    A factor for the loss of each image with t > 0. For errors of x_0 it is min(SNR, 5) with `"min_snr"` (SNR =
+    ᾱ/(1−ᾱ), arXiv 2303.09556), and 1/(1−ᾱ), that of v, with `"v_prediction"`, where √(1−ᾱ) counts as 0.05 or more
+    (arXiv 2511.13720). What a model predicts has errors that are a multiple of those of x_0.
+    """
+    if is_flow(noise_scheduler):
+        sigmas = timesteps / noise_scheduler.config.num_train_timesteps
+        signal, noise, prediction_type = (1 - sigmas) ** 2, sigmas**2, "flow_prediction"
+    else:
+        signal = noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps]
+        noise, prediction_type = 1 - signal, noise_scheduler.config.prediction_type
+    if weighting == "v_prediction":
+        return 1 / noise.clamp(min=_LEAST_NOISE**2)
+    squared_error_of_x_0 = {"epsilon": noise / signal, "sample": torch.ones_like(noise)}.get(prediction_type, noise)
+    return (signal / noise).clamp(max=_SNR_LIMIT) * squared_error_of_x_0
 
 
 def mean_image_loss(losses, num_labels, num_items_in_batch=None, num_images_in_batch=None) -> torch.Tensor:

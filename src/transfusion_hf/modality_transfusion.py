@@ -158,6 +158,11 @@ def image_name(name: str) -> str:
     )
 
 
+def is_of_images(name: str) -> bool:
+    """Whether the parameter of this name serves images alone: patch encoder, patch decoder and image weights."""
+    return not {"patch_encoder", "patch_decoder", IMAGE}.isdisjoint(name.split("."))
+
+
 def image_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
     """Name and parameter of each image weight of the decoder layers, and its text twin."""
     parameters = dict(model.named_parameters())

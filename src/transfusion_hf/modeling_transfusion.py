@@ -24,6 +24,7 @@ from .diffusion_transfusion import (
     check_timesteps,
     chosen_images,
     content_seeds,
+    image_loss_weights,
     image_losses,
     make_noise_scheduler,
     mean_image_loss,
@@ -101,7 +102,7 @@ class TransfusionCausalLMOutputWithPast(CausalLMOutputWithPast):
             With `labels` or `timesteps`: the prediction (ε, or what `config.prediction_type` says) for each image in
             `image_loss_mask` or `prediction_mask`, `(channels, height, width)`, float32.
         image_losses (`torch.FloatTensor` of shape `(num_noised_images,)`, *optional*):
-            With `labels`: the mean squared error of each image that was noised.
+            With `labels`: the mean squared error of each image that was noised, by `diffusion_loss_weighting`.
         image_timesteps (`torch.Tensor` of shape `(num_noised_images,)`, *optional*): t of those.
     """
 
@@ -571,10 +572,12 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         if targets:
             losses = image_losses(predictions, targets)
             assert timesteps is not None
-            own["image_losses"] = losses.detach()
             if prediction_mask is not None:
                 timesteps = timesteps[places_of(prediction_mask, len(losses))]
-            own["image_timesteps"] = timesteps
+            if self.config.diffusion_loss_weighting is not None:
+                weighting = self.config.diffusion_loss_weighting
+                losses = losses * image_loss_weights(self.noise_scheduler, timesteps, weighting)
+            own |= {"image_losses": losses.detach(), "image_timesteps": timesteps}
             diffusion_loss = mean_image_loss(losses, num_labels, num_items_in_batch, num_images_in_batch)
         elif labels is not None:
             # Without images to learn from, each image part still gets a gradient of 0, and in its turn: without it, or

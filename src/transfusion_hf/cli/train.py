@@ -61,6 +61,9 @@ class ModelArguments:
     patch_encoder: str = field(default="linear", metadata={"help": "'linear' or 'unet'."})
     prediction_type: str = field(default="epsilon", metadata={"help": "'v_prediction', 'flow_prediction' …"})
     diffusion_loss_weight: float = field(default=5.0, metadata={"help": "λ of Eq. 4."})
+    diffusion_loss_weighting: str | None = field(default=None, metadata={"help": "'min_snr' or 'v_prediction'."})
+    timestep_distribution: str = field(default="uniform", metadata={"help": "Of t in training; or 'logit_normal'."})
+    train_timestep_shift: float = field(default=1.0, metadata={"help": "Above 1: more noise in training."})
     attn_implementation: str = field(default="transfusion_varlen", metadata={"help": "Or 'sdpa', 'flex_attention'."})
 
 
@@ -98,6 +101,9 @@ class PaperTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     ddp_find_unused_parameters: bool | None = False
     dataloader_num_workers: int = 1  # read and collate during a step
+    image_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of patch encoder, patch decoder and image weights; default: learning_rate."}
+    )
     ema_decay: float | None = field(default=None, metadata={"help": "Average the weights, for example with 0.9999."})
     peak_flops_per_second: float | None = field(
         default=None, metadata={"help": "Peak of one device, for `mfu` in the logs; an H100 in bfloat16: 989e12."}
@@ -140,6 +146,9 @@ def build_model(args: ModelArguments) -> tuple[Any, TransfusionProcessor]:
         patch_encoder=args.patch_encoder,
         prediction_type=args.prediction_type,
         diffusion_loss_weight=args.diffusion_loss_weight,
+        diffusion_loss_weighting=args.diffusion_loss_weighting,
+        timestep_distribution=args.timestep_distribution,
+        train_timestep_shift=args.train_timestep_shift,
     )
 
 
@@ -232,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> TransfusionTrainer:
         ),
         callbacks=[] if decay is None else [TransfusionEMACallback(decay=decay)],
         peak_flops_per_second=training_args.peak_flops_per_second,
+        image_learning_rate=training_args.image_learning_rate,
     )
     if training_args.sample_prompts:
         prompts = training_args.sample_prompts.split("|")

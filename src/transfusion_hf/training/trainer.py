@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 from ..configuration_transfusion import TransfusionConfig
-from ..modality_transfusion import image_parameters
+from ..modality_transfusion import image_parameters, is_of_images
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..patching_transfusion import TransfusionTimestepEmbedding
 from .checkpoints import NotFiniteError, WholeCheckpointsTrainer
@@ -120,6 +120,9 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         num_timestep_bands (`int`, defaults to 4): Number of bands of t.
         peak_flops_per_second (`float`, *optional*): Logs the model FLOP utilisation `mfu`. Peak of one device in the
             precision of the training, such as 989e12 for an H100 in bfloat16.
+        image_learning_rate (`float`, *optional*):
+            Of the parameters that serve images alone: patch encoder and decoder, and the image weights of
+            `untied_modalities`; all others have `args.learning_rate`. The scheduler moves both alike.
 
     Raises:
         ValueError: settings that make the losses inexact, part images from their texts, or shard what must be whole;
@@ -129,7 +132,12 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
     """
 
     def __init__(
-        self, *args: Any, num_timestep_bands: int = 4, peak_flops_per_second: float | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        num_timestep_bands: int = 4,
+        peak_flops_per_second: float | None = None,
+        image_learning_rate: float | None = None,
+        **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.args.remove_unused_columns = False  # the collator reads texts and images, which `forward` does not take
@@ -165,6 +173,24 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         self._step: list[tuple[dict[str, Any], list[torch.Tensor]]] = []  # batches and losses since the optimizer's
         self.num_timestep_bands, self.peak_flops_per_second = num_timestep_bands, peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
+        self.image_learning_rate = image_learning_rate
+        if image_learning_rate is not None and self.optimizer is not None:
+            raise ValueError("`image_learning_rate` is for the Trainer's own optimizer; you passed `optimizers`.")
+
+    def create_optimizer(self, model=None):
+        is_new, optimizer = self.optimizer is None, super().create_optimizer(model)
+        if not is_new or self.image_learning_rate is None:
+            return optimizer
+        named = (self.model if model is None else model).named_parameters()
+        of_images = {parameter for name, parameter in named if is_of_images(name)}
+        for group in list(optimizer.param_groups):
+            parts: list[list[torch.nn.Parameter]] = [[], []]
+            for parameter in group["params"]:
+                parts[parameter in of_images].append(parameter)
+            group["params"], params = parts
+            if params:
+                optimizer.add_param_group({**group, "params": params, "lr": self.image_learning_rate})
+        return optimizer
 
     def _new_sums(self) -> _Sums:
         return _Sums(self.num_timestep_bands, self._unwrapped().config, self.args.device)
