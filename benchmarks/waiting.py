@@ -191,7 +191,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SCHEDULERS = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
 
 
-def compiled_graphs(model: TransfusionForCausalLMAndDiffusion, num_batches: int = 20) -> tuple[int, int]:
+def compiled_graphs(model: TransfusionForCausalLMAndDiffusion, num_batches: int = 50) -> tuple[int, int]:
     """Graphs and breaks of a compiled training step over batches of several sizes."""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
@@ -230,7 +230,7 @@ def main() -> None:
     lines += [f"| {what} | {found.total()} | {'; '.join(f'`{name}`' for name in found)} |" for what, found in counts]
     lines += [
         "",
-        "`torch.compile(model, dynamic=True)`, 20 batches of three sizes of images:",
+        "`torch.compile(model, dynamic=True)`, 50 batches of three sizes of images:",
         "",
     ]
     lines += ["| training step | graphs | breaks |", "|---|---|---|", *graphs]

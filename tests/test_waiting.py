@@ -153,7 +153,7 @@ def test_a_compiled_training_step_is_one_graph_for_batches_of_any_size(attn_impl
             loss.backward()
             results.append([loss, *nn.utils.parameters_to_vector(p.grad for p in model.parameters()).split(1000)])
         torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
 # A GPU that nobody has: fake tensors know shapes, dtypes and devices, and refuse what would be read back.

@@ -288,8 +288,11 @@ def chosen_images(
     if mask is None:
         return [slice(None)] * len(stacks)
     counts = count_chosen(stacks, mask) if counts is None else counts
+    is_graph = torch.compiler.is_compiling()  # where a graph for "all" would be one more
     parts = zip(_per_stack(mask, stacks), counts, strict=True)
-    return [(slice(None) if n == len(part) else places_of(part, n)) if n else None for part, n in parts]
+    return [
+        (slice(None) if not is_graph and n == len(part) else places_of(part, n)) if n else None for part, n in parts
+    ]
 
 
 def noise_images(
@@ -327,7 +330,7 @@ def noise_images(
     elif check_inputs:
         check_timesteps(timesteps, num_images, num_train_timesteps - 1 + first)
     timesteps, eps, mask, counts = timesteps.to(device), sample_noise(x_0, seeds), None, num_noised_images
-    if image_loss_mask is not None and (counts is None or sum(counts) != num_images):
+    if image_loss_mask is not None and (counts is None or torch.compiler.is_compiling() or sum(counts) != num_images):
         mask = image_loss_mask.to(device=device, dtype=torch.bool)
         counts = count_chosen(x_0, mask) if counts is None else counts
         timesteps = torch.where(mask, timesteps, 0)

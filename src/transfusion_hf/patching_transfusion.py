@@ -36,6 +36,8 @@ def stack_images(images: torch.Tensor | Iterable[torch.Tensor]) -> list[torch.Te
 
 def apply_by_size(function: Callable[..., Tensors], inputs: Sequence[Tensors]) -> list[Tensors]:
     """Calls a function of images once per size. `inputs` and the result hold tensors for each stack, images first."""
+    if len(inputs) == 1:
+        return [function(*inputs[0])]
     members: dict[tuple[int, ...], list[int]] = {}
     for i, arguments in enumerate(inputs):
         members.setdefault(tuple(arguments[0].shape[1:]), []).append(i)
