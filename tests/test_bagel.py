@@ -12,6 +12,7 @@ from reference_bagel import Bagel, Latents, Seen, Text, latents_of, shifted, win
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache, Qwen3Config
+from transformers.models.qwen3 import modeling_qwen3
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
 from transfusion_hf.attention_transfusion import make_varlen_plan
@@ -160,6 +161,32 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def test_the_class_writes_as_the_released_code(model, cases):
     near(model(cases["text.ids"][None]).logits[0], cases["text.logits"])
+
+
+def test_without_the_librarys_float32_text_is_that_of_the_twin_to_float64(model, twin, monkeypatch):
+    def norm(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    def rotary(self, x, position_ids):
+        exponents = torch.arange(0, 16, 2, dtype=torch.float64) / 16
+        angles = position_ids[..., None].double() * twin.llm["rope_theta"] ** -exponents
+        angles = torch.cat([angles, angles], dim=-1)
+        return angles.cos(), angles.sin()
+
+    monkeypatch.setattr(modeling_qwen3.Qwen3RMSNorm, "forward", norm)
+    monkeypatch.setattr(modeling_qwen3.Qwen3RotaryEmbedding, "forward", rotary)
+    torch.manual_seed(0)
+    latents = torch.randn(16, 4, 4).double()
+    ids = [300, 5, 7, 301]
+    for segments, row, options in (
+        ([Text(ids)], ids, {}),
+        # A clean image comes in with sinusoids and positions in float32.
+        ([Text(ids), Latents(windows_of(latents)), Text([9, 8])], [*ids, *block(2, 2), 9, 8], {"latents": [latents]}),
+    ):
+        found, expected = model(torch.tensor([row]), **options).logits[0], twin.logits(segments)
+        bound = 1e-10 if not options else 1e-6
+        places = torch.tensor(row) != PATCH
+        torch.testing.assert_close(found[places], expected[places], rtol=bound, atol=bound)
 
 
 def test_positions_of_patches_are_those_of_the_checkpoint(twin):

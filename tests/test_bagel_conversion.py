@@ -287,6 +287,22 @@ def test_all_tools_take_the_folder(converted, tmp_path):
     assert isinstance(image[0]["generated_image"], Image.Image)
 
 
+@pytest.mark.parametrize(("mode", "has_picture"), [("draw", False), ("draw", True), ("caption", True), ("chat", True)])
+def test_the_page_draws_edits_and_answers(converted, processor, tmp_path, mode, has_picture):
+    pytest.importorskip("gradio")
+    from transfusion_hf.cli import app
+
+    model = TransfusionForCausalLMAndDiffusion.from_pretrained(converted)
+    model.generation_config.update(height=32, width=32)
+    app.make_app(model, processor)
+    picture(64, 64).save(tmp_path / "picture.png")
+    message = {"text": "w5 w6", "files": [str(tmp_path / "picture.png")] if has_picture else []}
+    settings = (2, 4.0, 0, "FlowMatchEulerDiscreteScheduler", 6, 1)
+    *_, last = app.respond(model, processor, message, [], mode, *settings)
+    (answer,) = last[-1]["content"]
+    assert answer["path"].endswith("-2.png") if mode == "draw" else len(answer.split()) == 6
+
+
 def test_lora_on_the_image_weights_learns_and_leaves_the_text_as_it_is(converted, processor, tmp_path):
     model = TransfusionForCausalLMAndDiffusion.from_pretrained(converted)
     ids = torch.tensor([[START, 5, 6, END]])
