@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The CUDA kernels: correctness of every backend, then ratios, in under 10 minutes on one GPU, without a network.
+# Everything to know of a GPU in under 10 minutes, without a network: correctness of every backend, kernels against
+# compiled flex and dense attention, then training and drawing at the paper's sizes.
 # Needs python3 with torch >= 2.11, pytest and matplotlib. What else is missing or too old travels as wheels:
 #
 #   pip wheel --no-deps -w .whl . && pip download --no-deps -d .whl transformers==... huggingface_hub==... diffusers==...
@@ -14,5 +15,11 @@ if [ -n "${WHEELS:-}" ]; then
     export PYTHONPATH="$site"
 fi
 python3 -c 'import torch, transfusion_hf; print(torch.__version__, torch.cuda.get_device_name(), transfusion_hf.varlen_kernels())'
-timeout 280 python3 -m pytest -q tests/test_attention.py -k 'cuda or kernels'
-timeout 280 python3 benchmarks/attention.py --device cuda --output_dir "${OUT:-benchmarks/results}"
+# One that fails does not keep the others from being seen.
+status=0
+timeout 150 python3 -m pytest -q tests/test_attention.py -k 'cuda or kernels' || status=$?
+timeout 180 python3 benchmarks/attention.py --device cuda --output_dir "${OUT:-benchmarks/results}" || status=$?
+# The report is written after each part; the last one may take longer than is left.
+timeout $((560 - SECONDS)) python3 benchmarks/gpu.py --limit_s $((460 - SECONDS)) --output_dir "${OUT:-benchmarks/results}" ||
+    status=$?
+exit $status

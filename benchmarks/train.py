@@ -1,13 +1,14 @@
 """
-What a training step costs, in ratios of two things timed in turn: on text alone against transformers' Llama, on text
-and images against transfusion-pytorch (`pip install -e '.[benchmark]'`, skipped if it is not installed). And the
-memory of a step with logits only where there are labels, against that with all logits.
+What a training step costs, in ratios of two things timed in turn: on text alone against transformers' Llama, compiled
+against not, on text and images against transfusion-pytorch (`pip install -e '.[benchmark]'`, skipped if it is not
+installed). And the memory of a step with logits only where there are labels, against that with all logits.
 
-    python benchmarks/train.py [--parts text memory peer] [--output_dir benchmarks/results]
+    python benchmarks/train.py [--parts text compiled memory peer] [--output_dir benchmarks/results]
 
 Prints a Markdown table and writes it. A step is forward, backward and fused AdamW, as in the Trainer.
 """
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from itertools import accumulate
@@ -18,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion
+from transfusion_hf.diffusion_transfusion import BatchCounts
 
 
 def train_step(model: torch.nn.Module, loss_of: Callable) -> Callable:
@@ -42,7 +44,50 @@ def text_rows(device: torch.device, rounds: int) -> list[Row]:
         "ours": train_step(model, lambda: model(input_ids=ids, labels=ids, use_cache=False).loss),
         "LlamaForCausalLM": train_step(llama, lambda: llama(input_ids=ids, labels=ids, use_cache=False).loss),
     }
-    return compare("text alone, 0.16B", steps, 1.05, "1 row of 512 tokens, sdpa", rounds, device)
+    return compare("text alone, 0.16B", steps, 1.03, "1 row of 512 tokens, sdpa", rounds, device)
+
+
+SMALL = TransfusionConfig(
+    text_config=LlamaConfig(
+        vocab_size=320,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    ),
+    latent_channels=1,
+    sample_size=8,
+    patch_size=2,
+    prediction_type="flow_prediction",
+    image_start_token_id=317,
+    image_token_id=318,
+    image_end_token_id=319,
+)
+
+
+def compiled_rows(device: torch.device, rounds: int) -> list[Row]:
+    """One graph of a training step by inductor, the optimizer apart, as the Trainer has it."""
+    middle = copy.deepcopy(SMALL)
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    middle.text_config.update({"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, **heads})
+    rows = []
+    for label, config, (num_rows, num_words) in (("1M", SMALL, (32, 12)), ("20M", middle, (32, 12))):
+        torch.manual_seed(0)
+        model = TransfusionForCausalLMAndDiffusion(config).to(device)
+        batch = with_latents(config, image_batch(config, num_rows, num_words, device), device)
+        num_labels = int((batch["labels"][:, 1:] != -100).sum())
+        batch["batch_counts"] = BatchCounts(num_labels, [num_rows])
+        torch.compiler.reset()
+        compiled = torch.compile(model, fullgraph=True, dynamic=True)
+        steps = {
+            "compiled": train_step(model, lambda compiled=compiled, batch=batch: compiled(**batch).loss),
+            "not": train_step(model, lambda model=model, batch=batch: model(**batch).loss),
+        }
+        tokens, number = batch["input_ids"].numel(), sum(p.numel() for p in model.parameters())
+        remark = f"{num_rows} rows of {num_words} words and 16 patches, {tokens} tokens; parameters {number:,}"
+        rows += compare(f"text and images, {label}", steps, 1.0, remark, rounds, device)
+    return rows
 
 
 def with_latents(config: TransfusionConfig, batch: dict, device: torch.device) -> dict:
@@ -93,28 +138,11 @@ def peer_rows(device: torch.device, rounds: int) -> list[Row]:
     if importlib.util.find_spec("transfusion_pytorch") is None:
         print("transfusion-pytorch is not installed, so its rows are skipped: pip install -e '.[benchmark]'")
         return []
-    small = TransfusionConfig(
-        text_config=LlamaConfig(
-            vocab_size=320,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            tie_word_embeddings=True,
-        ),
-        latent_channels=1,
-        sample_size=8,
-        patch_size=2,
-        prediction_type="flow_prediction",
-        image_start_token_id=317,
-        image_token_id=318,
-        image_end_token_id=319,
-    )
     large = TransfusionConfig.from_preset("0.16B", prediction_type="flow_prediction")
     small_peer = {"dim": 76, "depth": 4, "dim_head": 20, "heads": 4}
     large_peer = {"dim": 464, "depth": 16, "dim_head": 64, "heads": 8}
     return [
-        *against_peer("1M", small, small_peer, (32, 1, 12), device, rounds),
+        *against_peer("1M", SMALL, small_peer, (32, 1, 12), device, rounds),
         *against_peer("0.16B", large, large_peer, (2, 1, 62), device, rounds),
         *against_peer("0.16B, long rows", large, large_peer, (1, 6, 62), device, rounds),
     ]
@@ -146,7 +174,7 @@ def against_peer(label, config, sizes, shape: tuple[int, int, int], device, roun
     )
 
 
-PARTS = {"text": text_rows, "memory": memory_rows, "peer": peer_rows}
+PARTS = {"text": text_rows, "compiled": compiled_rows, "memory": memory_rows, "peer": peer_rows}
 
 
 def main() -> None:

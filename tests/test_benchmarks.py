@@ -51,3 +51,23 @@ def test_the_peak_of_memory_is_that_by_hand(monkeypatch, device):
     assert 3 * unit <= peak(run) <= 4 * unit + 3 * 4 * 100 * 300
     assert peak(lambda: [inputs + 1 for _ in range(5)]) == 5 * 4 * 1000 * 100
     assert peak(lambda: [(inputs + 1).sum() for _ in range(5)]) == 4 * 1000 * 100 + 5 * 4
+
+
+def test_the_report_of_a_gpu_has_each_figure_beside_what_is_demanded(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "benchmarks"), *sys.path])
+    import gpu
+    from waiting import small_model
+
+    cpu, config = torch.device("cpu"), small_model().config
+    ids = gpu.packed_batch(config, 3, 5, cpu)
+    assert ids["input_ids"].shape == (1, 3 * (5 + 18)) and ids["position_ids"][0, 23] == 0
+    lines = gpu.training_rows("tiny", config, cpu, 1, num_documents=2, num_words=5, is_compiled=False)
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| tiny, 46 tokens: text alone", "| tiny, 46 tokens: text and images, transfusion_varlen",
+        "| tiny, 46 tokens: LlamaForCausalLM", "| tiny: waits of a step on text and images",
+    ]  # fmt: skip
+    assert "of LlamaForCausalLM's | ≤ 1.03 |" in lines[0] and "| 0 | 0 | holds |" in lines[3]
+    lines = gpu.drawing_rows("tiny", config, cpu, 1, batches=(1, 2), num_inference_steps=2)
+    assert len(lines) == 2 and "of one alone" in lines[1]
+    assert "| 2.000 of it | ≤ 1.5 | FAILS |" in gpu.row("x", 2.0, ("it", 1.0), 1.5, 0.0, 0.0)
+    assert gpu.waits(lambda: torch.zeros(1).item(), cpu) == 1
