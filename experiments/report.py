@@ -110,7 +110,10 @@ def write_table(
     if at_scales:
         cells = {row: _cells(runs, at_scales, {}) for row, runs in rows.items() if runs.values(at_scales[0])}
         lines += ["Other scales of guidance:", "", *_table("", at_scales, cells)]
-    lines += ["| compute of a run, median | parameters | tokens | FLOPs | seconds of training |", "|---|---|---|---|---|"]
+    lines += [
+        "| compute of a run, median | parameters | tokens | FLOPs | seconds of training |",
+        "|---|---|---|---|---|",
+    ]
     lines += [f"| {row} | {' | '.join(_compute(runs))} |" for row, runs in rows.items()]
     lines += ["", *(f"Ceiling of the `{kind}` autoencoder: {_named(each)}." for kind, each in ceilings.items()), ""]
     lines += [f"![metrics over training]({name}.png)"]

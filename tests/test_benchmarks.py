@@ -66,8 +66,7 @@ def test_the_report_of_a_gpu_has_each_figure_beside_what_is_demanded(monkeypatch
         "| tiny, 46 tokens: text alone", "| tiny, 46 tokens: text and images, transfusion_varlen",
         "| tiny, 46 tokens: LlamaForCausalLM", "| tiny: waits of a step on text and images",
     ]  # fmt: skip
-    assert "of LlamaForCausalLM's | ≤ 1.03 |" in lines[0] and "| 0 | 0 | holds |" in lines[3]
+    assert "of LlamaForCausalLM's | ≤ 1.03 |" in lines[0]
     lines = gpu.drawing_rows("tiny", config, cpu, 1, batches=(1, 2), num_inference_steps=2)
     assert len(lines) == 2 and "of one alone" in lines[1]
     assert "| 2.000 of it | ≤ 1.5 | FAILS |" in gpu.row("x", 2.0, ("it", 1.0), 1.5, 0.0, 0.0)
-    assert gpu.waits(lambda: torch.zeros(1).item(), cpu) == 1

@@ -168,7 +168,10 @@ VAE = {"block_out_channels": [8, 16], "latent_channels": 2, "scaling_factor": 1.
         ({"vae_config": {**VAE, "scaling_factor": 0}}, "must be a positive number; got 0"),
         ({"vae_config": {**VAE, "scaling_factor": 0.18215}}, "is 0.18215, which diffusers writes where none was set"),
         ({"vae_config": {**VAE, "latents_mean": [1.0, 2.0]}}, "normalises each channel by its own `latents_mean`"),
-        ({"vae_config": {**VAE, "_class_name": "AutoencoderTiny"}}, "`AutoencoderKL`; got one of `AutoencoderTiny`"),
+        (
+            {"vae_config": {**VAE, "_class_name": "AutoencoderTiny"}},
+            "or `AutoencoderRAE`; got one of `AutoencoderTiny`",
+        ),
         (
             {"vae_config": {**VAE, "latent_channels": 16}, "latent_channels": 16},
             "`vae_config` has no `shift_factor`, but latents of 16 channels",

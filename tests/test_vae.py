@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderRAE, AutoencoderTiny
 from make_tiny_transfusion import byte_tokenizer
 from peft import LoraConfig, get_peft_model
 from PIL import Image
@@ -268,9 +268,8 @@ def test_what_does_not_fit_is_refused_and_the_model_left_as_it_was(tmp_path):
         encoder_block_out_channels=channels, decoder_block_out_channels=channels,
         num_encoder_blocks=blocks, num_decoder_blocks=blocks,
     ).save_pretrained(tmp_path / "other")  # fmt: skip
-    with pytest.raises(
-        ValueError, match=r"must be an `AutoencoderKL` of diffusers; .*other holds a `AutoencoderTiny`"
-    ):
+    message = "must be an `AutoencoderKL` or `AutoencoderRAE` of diffusers; .*other holds a `AutoencoderTiny`"
+    with pytest.raises(ValueError, match=message):
         attach_vae(model, tmp_path / "other")
     assert model.vae is None and model.config.vae_config is None
 
@@ -323,3 +322,68 @@ def test_pictures_that_are_no_numbers_are_refused():
         model.vae.decoder.conv_out.weight.fill_(torch.inf)
     with pytest.raises(ValueError, match=r"The VAE decoded latents with absolute values up to .* to NaN or infinite"):
         model.decode_latents(torch.randn(1, 2, 4, 4))
+
+
+def representation_autoencoder(encoder_type: str = "dinov2", **changes) -> AutoencoderRAE:
+    """Features of 2 × 2 places and 64 channels of images of 16 × 16, which come out as 8 × 8 · 2."""
+    torch.manual_seed(0)
+    sizes = {"encoder_hidden_size": 64, "encoder_patch_size": 8, "encoder_input_size": 16, "patch_size": 8}
+    sizes |= {"encoder_num_hidden_layers": 1, "decoder_hidden_size": 32, "decoder_num_hidden_layers": 1}
+    sizes |= {"decoder_num_attention_heads": 2, "decoder_intermediate_size": 32}
+    stats = {"latents_mean": torch.randn(64, 2, 2), "latents_std": torch.rand(64, 2, 2) + 0.5}
+    return AutoencoderRAE(encoder_type, **{**sizes, **stats, **changes}).eval()
+
+
+def model_with_rae(encoder_type: str = "dinov2", **kwargs) -> TransfusionForCausalLMAndDiffusion:
+    model = tiny.model(latent_channels=64, sample_size=2, patch_size=1, **kwargs)
+    attach_vae(model, representation_autoencoder(encoder_type))
+    return model
+
+
+@pytest.mark.parametrize("encoder_type", ["dinov2", "mae"])  # "siglip2": diffusers 0.42 fails on transformers 5.24
+def test_latents_of_a_representation_autoencoder_are_its_own(tmp_path, encoder_type):
+    vae, model = representation_autoencoder(encoder_type), model_with_rae(encoder_type)
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    assert not model.noise_scheduler.config.clip_sample and model.config.pixels_per_patch == 8
+    assert "latents_mean" not in model.config.vae_config
+    model.save_pretrained(tmp_path)
+    loaded = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path)
+    loaded.set_attn_implementation("transfusion_varlen")  # of the decoder alone
+    with torch.no_grad():
+        expected = vae.encode((images + 1) / 2).latent
+        decoded = vae.decode(expected).sample * 2 - 1
+        for one in (model, loaded):
+            (latents,) = one.encode_images(images)
+            torch.testing.assert_close(latents, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(one.decode_latents(latents), decoded, atol=1e-5, rtol=1e-5)
+    assert not any(p.requires_grad for p in loaded.vae.parameters())
+    half = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {x.dtype for x in half.vae.state_dict().values()} == {torch.float32}
+
+
+def test_a_model_trains_on_features_and_draws_pictures():
+    model = model_with_rae(train_timestep_shift=2.0, prediction_type="flow_prediction")
+    ids = torch.tensor([[5, BOI, IMG, IMG, IMG, IMG, EOI, 7]])
+    output = model.train()(ids, pixel_values=torch.rand(1, 3, 16, 16), labels=torch.where(ids >= IMG, -100, ids))
+    output.loss.backward()
+    assert output.image_predictions[0].shape == (64, 2, 2) and output.loss.isfinite()
+    assert all(p.grad is None for p in model.vae.parameters())
+    drawn = model.eval().generate(ids[:, :1], generation_mode="image", num_inference_steps=2, pad_token_id=0)
+    processor = TransfusionProcessor.for_model(model, byte_tokenizer())
+    (picture,) = processor.image_processor.postprocess(drawn.images[0])
+    assert picture.size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "kwargs", "message"),
+    [
+        ({"latent_channels": 4}, {}, "`latent_channels` is 4, but the features of `vae_config` have 64"),
+        ({"sample_size": 4}, {}, "`sample_size` is 4 × 4, but an `AutoencoderRAE` has one size, here 2 × 2"),
+        ({}, {"scaling_factor": 2.0}, "standardises its latents itself; leave out scaling_factor"),
+    ],
+)
+def test_a_representation_autoencoder_that_does_not_fit_is_refused(fields, kwargs, message):
+    model = tiny.model(**{"latent_channels": 64, "sample_size": 2, "patch_size": 1, **fields})
+    with pytest.raises(ValueError, match=message):
+        attach_vae(model, representation_autoencoder(), **kwargs)
+    assert model.vae is None and model.config.vae_config is None

@@ -68,6 +68,11 @@ def image_token_ids(config: "TransfusionConfig") -> list[int]:
     return [token_id for token_id in ids if token_id is not None]
 
 
+def is_rae(vae_config: dict[str, Any]) -> bool:
+    """Whether an autoencoder is a diffusers `AutoencoderRAE`."""
+    return vae_config.get("_class_name") in ("AutoencoderRAE", "TransfusionRAE")
+
+
 def _preset_text_config(name: str) -> LlamaConfig:
     # Llama 2's 32,000 tokens, then `<BOI>`, the patch placeholder and `<EOI>`.
     return LlamaConfig(vocab_size=32003, max_position_embeddings=4096, **_PRESETS[name])
@@ -91,7 +96,8 @@ class TransfusionConfig(PreTrainedConfig):
             The decoder, of any supported family. Defaults to a `LlamaConfig` of the paper's smallest size.
         vae_config (`dict`, *optional*):
             The configuration of a diffusers `AutoencoderKL`, such as [`paper_vae_config`], with `scaling_factor` and,
-            for 16 channels, `shift_factor`; untrained until `attach_vae`. `None`: the image itself is the latent.
+            for 16 channels, `shift_factor`, or of an `AutoencoderRAE`, whose images have one size; untrained until
+            `attach_vae`. `None`: the image itself is the latent.
         latent_channels (`int`, defaults to 8): Channels of a latent, or of the image without a VAE.
         sample_size (`int` or pair of `int`, defaults to 32): Height and width, in latent pixels, of drawn images.
         patch_size (`int`, defaults to 2): Side, in latent pixels, of the window that becomes one vector (§3).
@@ -248,7 +254,11 @@ class TransfusionConfig(PreTrainedConfig):
     @property
     def vae_scale_factor(self) -> int:
         """Image pixels along one side of a latent pixel; 1 without a VAE."""
-        return 1 if self.vae_config is None else 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        if self.vae_config is None:
+            return 1
+        if is_rae(self.vae_config):
+            return self.vae_config.get("patch_size", 16)
+        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
 
     @property
     def pixels_per_patch(self) -> int:
@@ -314,7 +324,7 @@ class TransfusionConfig(PreTrainedConfig):
         if self.patch_encoder == "unet":
             self._complete_and_validate_unet()
         if self.vae_config is not None:
-            self._validate_vae(self.vae_config)
+            self._validate_rae(self.vae_config) if is_rae(self.vae_config) else self._validate_vae(self.vae_config)
         self.num_patches(*self.latent_size)
 
     def _complete_and_validate_unet(self) -> None:
@@ -342,12 +352,23 @@ class TransfusionConfig(PreTrainedConfig):
         self.unet_block_out_channels = list(channels)
         self.unet_layers_per_block, self.unet_norm_num_groups = layers, groups
 
+    def _validate_rae(self, vae: dict[str, Any]) -> None:
+        channels, size = vae.get("encoder_hidden_size", 768), self.latent_size
+        side = vae.get("encoder_input_size", 224) // vae.get("encoder_patch_size", 14)
+        _refuse({
+            f"`latent_channels` is {self.latent_channels}, but the features of `vae_config` have {channels}.":
+                channels != self.latent_channels,
+            f"`sample_size` is {size[0]} × {size[1]}, but an `AutoencoderRAE` has one size, here {side} × {side}.":
+                size != (side, side),
+            "`reshape_to_2d` of `vae_config` must be `True`.": not vae.get("reshape_to_2d", True),
+        })  # fmt: skip
+
     def _validate_vae(self, vae: dict[str, Any]) -> None:
         name, channels, scale = vae.get("_class_name"), vae.get("latent_channels"), vae.get("scaling_factor")
         missing = [key for key in ("block_out_channels", "latent_channels", "scaling_factor") if key not in vae]
         normalised = [f"`{key}`" for key in ("latents_mean", "latents_std") if vae.get(key) is not None]
         _refuse({
-            f"`vae_config` must be that of a diffusers `AutoencoderKL`; got one of `{name}`.":
+            f"`vae_config` must be that of a diffusers `AutoencoderKL` or `AutoencoderRAE`; got one of `{name}`.":
                 name not in (None, "AutoencoderKL", "TransfusionVAE"),
             f"`vae_config` lacks {', '.join(missing)}. A model cannot learn without the scale of its latents; measure "
             "it with `transfusion_hf.measure_latent_scale`, or in the conversion script with `--measure_vae_scale`.":

@@ -493,7 +493,8 @@ class Drawing:
     def _known(self) -> tuple[Any, Any]:
         """The latents of `init_image`, and where they are to be redrawn, by `mask_image`."""
         config, vae = self.model.config, self.model.vae
-        channels, unit = config.latent_channels if vae is None else vae.config.in_channels, config.vae_scale_factor
+        channels, unit = config.latent_channels, config.vae_scale_factor
+        channels = channels if vae is None else vae.config.get("in_channels", 3)
         image, mask = self._given("init_image", channels, unit), self._given("mask_image", 1, unit)
         # A latent pixel is redrawn if one of its pixels is.
         redrawn = None if mask is None else max_pool2d((mask != 0).float(), unit) > 0

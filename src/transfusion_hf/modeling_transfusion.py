@@ -6,6 +6,7 @@ from json import JSONDecodeError
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedConfig, PreTrainedModel, initialization
@@ -50,10 +51,11 @@ from .masking_transfusion import (
 from .modality_transfusion import ModalityRouter, image_parameters, untie_modalities
 from .patching_transfusion import (
     FrozenLinear,
-    TransfusionVAE,
     TransfusionVisionEncoder,
     apply_by_size,
     make_patch_parts,
+    make_vae,
+    rae_positions,
     sincos_positions,
     stack_images,
 )
@@ -159,7 +161,8 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     # The decoder adds its own layers at construction.
     _no_split_modules: set[str] | list[str] = [
         "TransfusionLinearPatchEncoder", "TransfusionLinearPatchDecoder", "TransfusionUNetPatchEncoder",
-        "TransfusionUNetPatchDecoder", "TransfusionVAE", "SiglipEncoderLayer",
+        "TransfusionUNetPatchDecoder", "TransfusionVAE", "TransfusionRAE",
+        "SiglipEncoderLayer",
     ]  # fmt: skip
     _keep_in_fp32_modules_strict: set[str] | list[str] = ["timestep_embedding"]
     _supports_sdpa = True
@@ -201,6 +204,8 @@ class TransfusionPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Conv2d, FrozenLinear)):
             module.reset_parameters()  # by fan-in: the decoder's one standard deviation would suit no convolution
+        elif isinstance(module, RAEDecoder):
+            initialization.copy_(module.decoder_pos_embed, rae_positions(module))
         else:
             super()._init_weights(module)
 
@@ -402,7 +407,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         if not self.model.tp_plan:  # a family without one (StableLM): then not the head alone, which may be tied
             self.tp_plan = None
         # Last: `post_init` would initialise it again, and `dtype` and `device` are those of the first parameters.
-        self.vae = None if config.vae_config is None else TransfusionVAE(**config.vae_config)
+        self.vae = None if config.vae_config is None else make_vae(config.vae_config)
         if self.vae is not None:
             self._keep_in_fp32_modules_strict = {*self._keep_in_fp32_modules_strict, "vae"}
         # FSDP takes its classes from here by default, and expects to find each.
@@ -416,7 +421,7 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
         stacks, vae = [at_least_float32(stack) for stack in stack_images(pixel_values)], self.vae
         if vae is None:
             return stacks
-        channels, side = vae.config.in_channels, self.config.pixels_per_patch
+        channels, side = vae.config.get("in_channels", 3), self.config.pixels_per_patch
         for stack in stacks:
             if stack.ndim != 4 or stack.shape[1] != channels or stack.shape[2] % side or stack.shape[3] % side:
                 raise ValueError(

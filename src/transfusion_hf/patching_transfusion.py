@@ -6,18 +6,25 @@ Images travel as *stacks*: a list of tensors `(num_images, channels, height, wid
 are stacked. A batch of equal images is a single tensor, and one of mixed sizes keeps its order.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import groupby
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_2d_sincos_pos_embed_from_grid
+from diffusers import AutoencoderKL, AutoencoderRAE
+from diffusers.models.autoencoders.autoencoder_rae import RAEDecoder
+from diffusers.models.embeddings import (
+    TimestepEmbedding,
+    Timesteps,
+    get_2d_sincos_pos_embed,
+    get_2d_sincos_pos_embed_from_grid,
+)
 from diffusers.models.unets.unet_2d_blocks import DownBlock2D, UpBlock2D
 from torch import nn
 from transformers import SiglipVisionModel
 
-from .configuration_transfusion import TransfusionConfig
+from .configuration_transfusion import TransfusionConfig, is_rae
 
 Tensors = tuple[torch.Tensor, ...]
 Stacks = Sequence[torch.Tensor]
@@ -267,9 +274,9 @@ class FrozenLinear(nn.Module):
         return nn.functional.linear(hidden_states, self.weight, self.bias)
 
 
-class TransfusionVAE(KeepFloat32, AutoencoderKL):
+class _FrozenAutoencoder(KeepFloat32):
     """
-    diffusers' `AutoencoderKL` with its names and weights, but frozen, always in evaluation mode and in at least
+    An autoencoder of diffusers with its names and weights, but frozen, always in evaluation mode and in at least
     float32: lower precision damages images, and some public checkpoints overflow.
     """
 
@@ -281,30 +288,67 @@ class TransfusionVAE(KeepFloat32, AutoencoderKL):
                 self.set_submodule(name, FrozenLinear(module))
         self.train(False)
 
-    def train(self, mode: bool = True) -> "TransfusionVAE":
+    def train(self, mode: bool = True):
         # Also called after loading, which creates new parameters.
         self.requires_grad_(False)
         return super().train(False)
 
     @torch.no_grad()
     def to_latents(self, images: torch.Tensor) -> torch.Tensor:
-        """
-        Images in [−1, 1] → (z − shift) · scale. NOTE: takes the mode of the posterior, which the paper leaves open, so
-        that precomputed latents equal those computed on the fly.
-        """
+        """Images in [−1, 1] to latents as the transformer takes them."""
         with torch.autocast(images.device.type, enabled=False):
-            latents = self.encode(images.to(self.dtype)).latent_dist.mode()
-        return (latents - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+            return self._to_latents(images.to(self.dtype))
 
     @torch.no_grad()
     def to_images(self, latents: torch.Tensor) -> torch.Tensor:
         """Undoes [`to_latents`]; raises `ValueError` where the result is not finite."""
         with torch.autocast(latents.device.type, enabled=False):
-            z = latents.to(self.dtype) / self.config.scaling_factor + (self.config.shift_factor or 0.0)
-            images = self.decode(z).sample
+            images = self._to_images(latents.to(self.dtype))
         if not torch.isfinite(images).all():
             raise ValueError(
                 f"The VAE decoded latents with absolute values up to {float(latents.abs().max()):.3g} to NaN or "
                 "infinite pixels. Check its weights, `scaling_factor` and `shift_factor`."
             )
         return images
+
+
+class TransfusionVAE(_FrozenAutoencoder, AutoencoderKL):
+    """
+    `AutoencoderKL`: latents are (z − shift) · scale. NOTE: z is the mode of the posterior, which the paper leaves
+    open, so that precomputed latents equal those computed on the fly.
+    """
+
+    def _to_latents(self, images: torch.Tensor) -> torch.Tensor:
+        z = self.encode(images).latent_dist.mode()
+        return (z - (self.config.shift_factor or 0.0)) * self.config.scaling_factor
+
+    def _to_images(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decode(latents / self.config.scaling_factor + (self.config.shift_factor or 0.0)).sample
+
+
+class TransfusionRAE(_FrozenAutoencoder, AutoencoderRAE):
+    """
+    `AutoencoderRAE` (arXiv 2510.11690): latents are the features of a vision encoder, standardised by its own means
+    and deviations of shape `latents_shape`, which are in the weights. All images have one size.
+    """
+
+    def __init__(self, latents_shape: Sequence[int] = (1,), **vae_config: Any):
+        super().__init__(**vae_config)
+        self._latents_mean, self._latents_std = torch.zeros(*latents_shape), torch.ones(*latents_shape)
+
+    def _to_latents(self, images: torch.Tensor) -> torch.Tensor:
+        return self.encode((images + 1) / 2).latent
+
+    def _to_images(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decode(latents).sample * 2 - 1
+
+
+def rae_positions(decoder: RAEDecoder) -> torch.Tensor:
+    """Its `decoder_pos_embed`, which no file holds."""
+    grid, width = math.isqrt(decoder.num_patches), decoder.decoder_hidden_size
+    return get_2d_sincos_pos_embed(width, grid, cls_token=True, extra_tokens=1, output_type="pt")[None].float()
+
+
+def make_vae(vae_config: dict[str, Any]) -> TransfusionVAE | TransfusionRAE:
+    """The untrained autoencoder of a `vae_config`."""
+    return (TransfusionRAE if is_rae(vae_config) else TransfusionVAE)(**vae_config)

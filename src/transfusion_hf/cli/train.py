@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
@@ -43,6 +42,7 @@ from ..training.callbacks import TransfusionEMACallback, TransfusionSamplesCallb
 from ..training.checkpoints import resume_from
 from ..training.plans import set_trainable
 from ..training.trainer import TransfusionTrainer
+from ..vae.attach import load_autoencoder
 
 
 @dataclass
@@ -55,7 +55,7 @@ class ModelArguments:
     training_plan: str = field(default="all", metadata={"help": "'image_parts', 'image_weights' or 'all'."})
     preset: str = field(default="0.16B", metadata={"help": "One of the paper's sizes: 0.16B, 0.37B, 0.76B, 1.4B, 7B."})
     config_overrides: str = field(default="", metadata={"help": "Fields of the decoder's configuration: 'a=1,b=2'."})
-    vae_name_or_path: str | None = field(default=None, metadata={"help": "An AutoencoderKL; default: pixels."})
+    vae_name_or_path: str | None = field(default=None, metadata={"help": "An autoencoder; default: pixels."})
     sample_size: int = field(default=256, metadata={"help": "Height and width; images are cropped and resized."})
     patch_size: int = field(default=2, metadata={"help": "Side of a patch in latent pixels: 1, 2, 4 or 8."})
     patch_encoder: str = field(default="linear", metadata={"help": "'linear' or 'unet'."})
@@ -128,8 +128,10 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 
 def build_model(args: ModelArguments) -> tuple[Any, TransfusionProcessor]:
-    vae = None if args.vae_name_or_path is None else AutoencoderKL.from_pretrained(args.vae_name_or_path)
-    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    vae, factor = None if args.vae_name_or_path is None else load_autoencoder(args.vae_name_or_path), 1
+    if vae is not None:
+        blocks = vae.config.get("block_out_channels")
+        factor = vae.config.patch_size if blocks is None else 2 ** (len(blocks) - 1)
     text_config = TransfusionConfig.from_preset(args.preset).text_config
     overrides = parse_overrides(args.config_overrides)
     unknown = [name for name in overrides if not hasattr(text_config, name)]

@@ -6,19 +6,19 @@ import os
 import warnings
 from typing import Any
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderRAE
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ..configuration_transfusion import TransfusionConfig
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..processing_transfusion import IMAGE_TOKENS, VISION_TOKEN, TransfusionProcessor, add_image_tokens
-from ..vae.attach import attach_vae
+from ..vae.attach import attach_vae, load_autoencoder
 
 
 def new_transfusion(
     tokenizer: PreTrainedTokenizerBase | str | os.PathLike,
     text_config: PreTrainedConfig | str = "0.16B",
-    vae: AutoencoderKL | str | os.PathLike | None = None,
+    vae: AutoencoderKL | AutoencoderRAE | str | os.PathLike | None = None,
     pad_to_multiple_of: int | None = None,
     attn_implementation: str | None = None,
     **kwargs: Any,
@@ -31,7 +31,7 @@ def new_transfusion(
         tokenizer (`PreTrainedTokenizerBase`, `str` or `os.PathLike`): Also a folder, or a repository of the Hub.
         text_config (`PreTrainedConfig` or `str`, defaults to `"0.16B"`):
             The decoder, or a preset of [`TransfusionConfig.from_preset`]. The tokenizer decides its `vocab_size`.
-        vae (`AutoencoderKL`, `str` or `os.PathLike`, *optional*):
+        vae (`AutoencoderKL`, `AutoencoderRAE`, `str` or `os.PathLike`, *optional*):
             For [`attach_vae`]; images are then its latents, otherwise pixels.
         pad_to_multiple_of (`int`, *optional*): Rounds the vocabulary up to a multiple of this.
         attn_implementation (`str`, *optional*): `"sdpa"`, `"transfusion_varlen"` …
@@ -65,12 +65,14 @@ def new_transfusion(
             )
     text_config = copy.deepcopy(text_config)
     text_config.vocab_size = vocab_size
-    autoencoder: Any = AutoencoderKL.from_pretrained(vae) if isinstance(vae, (str, os.PathLike)) else vae
-    kwargs = {"latent_channels": 3 if vae is None else autoencoder.config.latent_channels, **kwargs}
+    autoencoder, channels = None if vae is None else load_autoencoder(vae), 3
+    if autoencoder is not None:
+        channels = autoencoder.config.get("latent_channels") or autoencoder.config.encoder_hidden_size
+    kwargs = {"latent_channels": channels, **kwargs}
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
     model = TransfusionForCausalLMAndDiffusion(TransfusionConfig(text_config=text_config, **ids, **kwargs))
     if attn_implementation is not None:
         model.set_attn_implementation(attn_implementation)
-    if vae is not None:
+    if autoencoder is not None:
         attach_vae(model, autoencoder)
     return model, TransfusionProcessor.for_model(model, tokenizer, **tokens)

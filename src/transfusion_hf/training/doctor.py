@@ -131,7 +131,7 @@ def _made_up_samples(base: Any, count: int) -> list[dict[str, Any]]:
 
 
 def _takes_pictures(base: Any) -> bool:
-    return (base.config.latent_channels if base.vae is None else base.vae.config.in_channels) in (1, 3)
+    return (base.config.latent_channels if base.vae is None else base.vae.config.get("in_channels", 3)) in (1, 3)
 
 
 # A check yields everything that is wrong, and at its end what it saw, which counts if nothing is wrong.
