@@ -92,6 +92,7 @@ def test_real_pictures_are_judged_right(packages, classifier, tmp_path, monkeypa
     monkeypatch.setattr(fashion_mnist, "draw", lambda _, __, captions, **___: [by_caption[c] for c in captions])
     monkeypatch.setattr(fashion_mnist, "read", lambda _, __, samples, **___: [s["text"] for s in samples])
     arguments = Arguments(output_dir=str(tmp_path / "run"), num_drawings=80, num_read=20, use_cpu=True)
+    assert arguments.learning_rate == 4 * Arguments(patch_encoder="unet", use_cpu=True).learning_rate
     (tmp_path / "run").mkdir()
     results = fashion_mnist.judge(None, None, arguments, train, test)
     assert results["drawn_right"] > 0.9 < results["classifier_accuracy"] and results["read_right"] == 1
