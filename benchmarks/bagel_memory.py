@@ -178,9 +178,14 @@ def drawing_table() -> list[str]:
     layers = [*model.model.language_model.layers]
     linear = sum(m.weight.numel() for each in layers for m in each.modules() if isinstance(m, nn.Linear))
     outside = num_bytes(model) - num_bytes(*layers)
+    config = model.config.text_config
+    a_token = 2 * 2 * config.num_key_value_heads * config.head_dim * len(layers)  # keys and values in bfloat16
     with torch.no_grad():
-        # With guidance by the text a row counts twice; the context stands before the block.
-        step = peak(lambda: decode(model, 2, DRAWING, PATCHES))
+        # A row counts once for each context of guidance; the keys and values of each context are kept.
+        step, edit = (
+            contexts * length * a_token + peak(lambda contexts=contexts: decode(model, contexts, DRAWING, PATCHES))
+            for contexts, length in ((2, DRAWING), (3, EDIT))
+        )
         decoded = peak(lambda: model.vae.decode(torch.zeros(1, 16, 128, 128, device="meta")))
     whole, largest = num_bytes(model), max(map(num_bytes, layers))
     four_bits = whole - 2 * linear + linear * (0.5 + 4 / 32)  # with a scale and an offset for each 32
@@ -190,14 +195,15 @@ def drawing_table() -> list[str]:
         "bfloat16, layers on the CPU or disk, one at a time on the GPU": outside + largest,
     }
     lines = [
-        f"One drawing of 1024² with guidance by the text: a step takes {gib(step)} GiB beside the weights, the "
-        f"decoding by the autoencoder in float32 {gib(decoded)} (less with `model.vae.enable_tiling()`).",
+        f"One drawing of 1024² with guidance by the text: a step takes {gib(step)} GiB beside the weights, with the "
+        f"keys and values of both contexts; one of an edit, with three contexts, {gib(edit)}; the decoding by the "
+        f"autoencoder in float32 {gib(decoded)} (less with `model.vae.enable_tiling()`).",
         "",
-        "| weights on the GPU | GiB | with the step | card | with the decoding | card |",
-        "|---|---|---|---|---|---|",
+        "| weights on the GPU | GiB | with the step | card | with that of an edit | card | with the decoding | card |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, weights in rows.items():
-        ends = [cell for each in (step, decoded) for cell in (gib(weights + each), smallest(weights + each))]
+        ends = [cell for each in (step, edit, decoded) for cell in (gib(weights + each), smallest(weights + each))]
         lines.append(f"| {name} | {gib(weights)} | {' | '.join(ends)} |")
     return [*lines, ""]
 

@@ -23,7 +23,12 @@ from transfusion_hf.attention_transfusion import (
     varlen_attention,
 )
 from transfusion_hf.kernels import FlashAttnKernel, flash_attn
-from transfusion_hf.masking_transfusion import create_transfusion_mask, image_block_ids, make_packed_plan
+from transfusion_hf.masking_transfusion import (
+    attention_block_ids,
+    create_transfusion_mask,
+    image_block_ids,
+    make_packed_plan,
+)
 
 HEADS = [(4, 4), (4, 2), (6, 1)]
 BACKENDS = ["eager", "sdpa", VARLEN_ATTENTION]
@@ -51,6 +56,17 @@ def states(seed: int, length: int, heads: tuple[int, int], dtype=torch.float64, 
     shapes = [(length, heads[0], dim), (length, heads[1], dim), (length, heads[1], dim)]
     made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     return [one.requires_grad_() for one in made]
+
+
+def blocks_of(ids: list[int]) -> list[int]:
+    """The number of each position's image with its markers, −1 elsewhere."""
+    blocks, number = [-1] * len(ids), -1
+    for i, token in enumerate(ids):
+        if token == IMG:
+            number += ids[i - 1] != IMG
+            for place in (i - 1, i, i + 1):
+                blocks[place] = number
+    return blocks
 
 
 def plan_of(ids: list[int], documents: list[int], device: str = "cpu"):
@@ -124,6 +140,40 @@ def through_transformers(backend: str, ids: list[int], documents: list[int], hea
         return interface(layer, query, key, value, mask, scaling=query.shape[-1] ** -0.5)[0][0]
 
     return run
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_decomposition_with_markers_and_hidden_images_has_each_pair_once(seed):
+    rng = random.Random(seed)
+    ids, documents = packed_row(rng)
+    blocks, size = blocks_of(ids), range(len(ids))
+    apart = {number for number in set(blocks) - {-1} if rng.random() < 0.4}
+    sees = [
+        [
+            documents[i] == documents[j]
+            and ((i >= j and blocks[j] not in apart) or (blocks[i] == blocks[j] != -1))
+            for j in size
+        ]
+        for i in size
+    ]  # fmt: skip
+    config = tiny.config(image_markers_in_block=True, hide_noised_images=True)
+    found = attention_block_ids(torch.tensor([ids]), config)
+    assert [[a == b for a in found[0]] for b in found[0]] == [[a == b for a in blocks] for b in blocks]
+    hidden = torch.tensor([[number in apart for number in blocks]])
+    plan = make_varlen_plan(torch.ones(1, len(ids)), len(ids), found, torch.tensor([documents]), hidden=hidden)
+    pairs = [
+        q * (q + 1) // 2 if one.is_causal else q * k for one in plan.passes for q, k in zip(*one.lengths, strict=True)
+    ]
+    assert sum(pairs) == sum(map(sum, sees))
+
+    def varlen(query, key, value):
+        return varlen_attention(query, key, value, plan, 8**-0.5)
+
+    heads = HEADS[seed % 3]
+    grad = torch.randn(len(ids), heads[0], 8, dtype=torch.float64)
+    expected = with_gradients(naive(heads, sees), states(seed, len(ids), heads), grad)
+    for actual, other in zip(with_gradients(varlen, states(seed, len(ids), heads), grad), expected, strict=True):
+        assert (actual - other).abs().max() <= 1e-10
 
 
 # transformers' eager softmax is in float32 whatever the dtype.

@@ -4,6 +4,7 @@ BAGEL's options.
 """
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -225,6 +226,49 @@ def test_blocks_with_their_markers_and_one_position_are_those_of_the_twin(model,
         model.set_attn_implementation(before)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "transfusion_varlen"])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_layout_is_that_of_the_twin(model, twin, seed, implementation):
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    segments, row, pixels, noised = [], [], [], []
+    images: dict[str, list] = {"latents": [], "timesteps": []}
+    for _ in range(rng.randrange(3, 8)):
+        kind = rng.choice(["text", "clean", "noised", "seen"])
+        if kind == "text":
+            segments.append(Text([rng.randrange(4, 300) for _ in range(rng.randrange(1, 5))]))
+            row += segments[-1].ids
+            continue
+        rows, columns = rng.choice([(1, 2), (2, 1), (2, 2), (2, 4)])
+        if kind == "seen":
+            pixels.append(torch.randn(3, 14 * rows, 14 * columns, generator=generator).double())
+            segments.append(Seen(pixels[-1]))
+            row += seen(rows, columns)
+            continue
+        image, t = torch.randn(16, 2 * rows, 2 * columns, generator=generator).double(), rng.choice([0.2, 0.7])
+        t = t if kind == "noised" else 0.0
+        if t:
+            noised.append(twin.velocity(segments, windows_of(image), t))
+        segments.append(Latents(windows_of(image), t, kind == "noised"))
+        row += block(rows, columns)
+        images["latents"].append(image)
+        images["timesteps"].append(1000 * t)
+    inputs: dict = {"vision_pixel_values": pixels} if pixels else {}
+    if images["latents"]:
+        times = torch.tensor(images["timesteps"], dtype=torch.float64)
+        inputs |= {"latents": images["latents"], "timesteps": times, "prediction_mask": times > 0}
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation(implementation)
+    try:
+        output = model(torch.tensor([row]), **inputs)
+    finally:
+        model.set_attn_implementation(before)
+    places = ~torch.isin(torch.tensor(row), torch.tensor([PATCH, VISION, 302, 303]))
+    near(output.logits[0][places], twin.logits(segments)[places])
+    for found, expected in zip(output.image_predictions or [], noised, strict=True):
+        near(found, latents_of(expected))
+
+
 DRAWN = {
     "plain": {"image_guidance_scale": 1.0},
     "text4_global": {"guidance_interval": (0.4, 1.0), "guidance_renorm": "global"},
@@ -245,8 +289,10 @@ def test_the_class_draws_as_the_released_code(model, cases, name, use_cache):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("renorm", ["global", "channel", "text_channel", None])
-def test_edits_are_guided_by_text_and_then_by_images_as_the_twin(model, twin, renorm, use_cache):
+@pytest.mark.parametrize(
+    ("renorm", "image_scale"), [("global", 1.5), ("channel", 1.5), ("text_channel", 1.5), (None, 1.5), (None, None)]
+)
+def test_edits_are_guided_by_text_and_then_by_images_as_the_twin(model, twin, renorm, image_scale, use_cache):
     """Two rows in a batch: of one and of two images."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 16, 8, 12, generator=generator).double()
@@ -255,13 +301,12 @@ def test_edits_are_guided_by_text_and_then_by_images_as_the_twin(model, twin, re
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
     kwargs = {**NESTED, "num_inference_steps": 3, "init_noise": noise, "use_cache": use_cache}
-    image_scale = 1.5 if renorm else None
     kwargs |= {"input_image_guidance_scale": image_scale, "guidance_interval": (0.4, 1.0), "guidance_renorm": renorm}
     latents = [first, second, -first]
     output = model.generate(ids, latents=latents, attention_mask=(ids != 0).long(), **kwargs)
     shown = [Latents(windows_of(one)) for one in latents]
     contexts = [
-        ([Text([300, 5]), shown[0], Text([9, 7])], [shown[0]], [Text([300, 5, 9, 7])]),
+        ([Text([300, 5]), shown[0], Text([9, 7])], [Text([300, 5]), shown[0]], [Text([300, 5, 9, 7])]),
         ([shown[1], shown[2], Text([300, 8])], [shown[1], shown[2]], [Text([300, 8])]),
     ]
     options = {"num_points": 4, "text_scale": 4.0, "image_scale": image_scale or 1.0, "interval": (0.4, 1.0)}
@@ -269,6 +314,21 @@ def test_edits_are_guided_by_text_and_then_by_images_as_the_twin(model, twin, re
     for i, (context, without_text, without_images) in enumerate(contexts):
         others = {"without_text": without_text, "without_images": without_images}
         near(output.images[i][0], latents_of(twin.draw(context, windows_of(noise[i]), **options, **others)))
+
+
+@pytest.mark.parametrize("renorm", ["global", "text_channel"])
+def test_a_system_prompt_stays_in_what_guidance_moves_away_from(model, twin, renorm):
+    noise = torch.randn(1, 16, 8, 12, generator=torch.Generator().manual_seed(0)).double()
+    system, prompt = [300, 5, 301], [300, 9, 7, 301]
+    kwargs = {**NESTED, "num_inference_steps": 3, "init_noise": noise, "guidance_renorm": renorm}
+    negative = {"negative_prompt_ids": torch.tensor([system])}
+    output = model.generate(torch.tensor([[*system, *prompt]]), **kwargs, **negative)
+    context, windows = [Text([*system, *prompt])], windows_of(noise[0])
+    options = {"num_points": 4, "text_scale": 4.0, "renorm": renorm, "without_text": [Text(system)]}
+    near(output.images[0][0], latents_of(twin.draw(context, windows, **options)))
+    image = torch.zeros(1, 16, 4, 4).double()
+    with pytest.raises(ValueError, match="nested guidance would lose the prompt's"):
+        model.generate(torch.tensor([[*block(2, 2), 300, 9]]), latents=image, **kwargs, **negative)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +341,6 @@ def test_edits_are_guided_by_text_and_then_by_images_as_the_twin(model, twin, re
         ({"guidance_interval": (0.5, 0.4)}, r"`guidance_interval` must be \(low, high\) with 0 ≤ low ≤ high ≤ 1"),
         ({"timestep_shift": 0.0}, r"`timestep_shift` must be positive; got 0\.0"),
         ({"sigmas": [1.0, 0.5]}, "`timestep_shift` is for flow matching, without `timesteps` and `sigmas`"),
-        ({"negative_prompt_ids": torch.tensor([[5]])}, "`negative_prompt_ids` has no place with"),
         ({"input_image_guidance_scale": 1.5}, "guides by the images of the prompt, and a prompt has none"),
     ],
 )

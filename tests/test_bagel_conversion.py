@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from transfusion_hf.conversion.bagel import (
     bagel_name,
     convert_bagel,
     export_bagel,
+    load_flux_autoencoder,
     transfusion_name,
 )
 
@@ -46,8 +48,10 @@ IMAGE, VISION = 304, 305  # which the tokenizer lacks, and gets
 START, END, BOI, EOI = SPECIAL.values()
 
 
-def flux_shapes(width: int = 32, multiples: tuple[int, ...] = (1, 2, 2, 2)) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the autoencoder's tensors, with one block on each level down and two up."""
+def flux_shapes(
+    width: int = 32, multiples: tuple[int, ...] = (1, 2, 2, 2), num_blocks: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the autoencoder's tensors, with so many blocks on each level down, and one more up."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def layer(name: str, *shape: int) -> None:
@@ -74,12 +78,13 @@ def flux_shapes(width: int = 32, multiples: tuple[int, ...] = (1, 2, 2, 2)) -> d
         for part in ("q", "k", "v", "proj_out"):
             layer(f"{half}.mid.attn_1.{part}", widths[-1], widths[-1], 1, 1)
     for level, after in enumerate(widths):
-        block(f"encoder.down.{level}.block.0", widths[max(level - 1, 0)], after)
+        above = widths[min(level + 1, len(widths) - 1)]
+        for i in range(num_blocks):
+            block(f"encoder.down.{level}.block.{i}", after if i else widths[max(level - 1, 0)], after)
+        for i in range(num_blocks + 1):
+            block(f"decoder.up.{level}.block.{i}", after if i else above, after)
         if level + 1 < len(widths):
             layer(f"encoder.down.{level}.downsample.conv", after, after, 3, 3)
-        above = widths[min(level + 1, len(widths) - 1)]
-        block(f"decoder.up.{level}.block.0", above, after)
-        block(f"decoder.up.{level}.block.1", after, after)
         if level:
             layer(f"decoder.up.{level}.upsample.conv", after, after, 3, 3)
     return shapes
@@ -151,9 +156,12 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 @torch.no_grad()
-def test_the_folder_writes_draws_and_answers_as_the_released_code(model, cases):
+def test_the_folder_writes_draws_and_answers_as_the_released_code(model, cases, twin):
     """By its own defaults, with the scale and the interval of the release."""
-    close(model(cases["text.ids"][None]).logits[0], cases["text.logits"])
+    logits = model(cases["text.ids"][None]).logits[0]
+    close(logits, cases["text.logits"])
+    twin_logits = twin.logits([Text(cases["text.ids"].tolist())])
+    torch.testing.assert_close(logits.double(), twin_logits, rtol=1e-5, atol=1e-5)  # float32 against float64
     noise = latents_of(cases["draw.text4_global.noise"].view(4, 6, 64))[None]
     prompt = {"inputs": cases["text.ids"][None], "generation_mode": "image", "num_inference_steps": 7}
     size = {"height": 64, "width": 96}
@@ -352,9 +360,12 @@ def test_names_and_bits_come_back(bagel, tmp_path, dtype):
         assert torch.equal(one, other), name
 
 
-def test_a_fine_tune_in_shards_is_converted(bagel, converted, tmp_path):
+def test_a_fine_tune_in_one_file_or_in_shards_is_converted(bagel, converted, tmp_path):
     source, weights = tmp_path / "source", load_file(bagel / "ema.safetensors")
     shutil.copytree(bagel, source, ignore=lambda *_: ["ema.safetensors"])
+    shutil.copyfile(bagel / "ema.safetensors", source / "model.safetensors")
+    convert_bagel(source, tmp_path / "from_one_file")
+    (source / "model.safetensors").unlink()
     names = sorted(weights)
     files = {f"model-0000{i + 1}-of-00002.safetensors": names[i::2] for i in range(2)}
     for file, members in files.items():
@@ -362,7 +373,9 @@ def test_a_fine_tune_in_shards_is_converted(bagel, converted, tmp_path):
     index = {"metadata": {}, "weight_map": {name: file for file, members in files.items() for name in members}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     convert_bagel(source, tmp_path / "model")
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == (converted / "model.safetensors").read_bytes()
+    expected = (converted / "model.safetensors").read_bytes()
+    for folder in ("model", "from_one_file"):
+        assert (tmp_path / folder / "model.safetensors").read_bytes() == expected
 
 
 def full_size() -> tuple[dict, dict]:
@@ -440,11 +453,47 @@ def test_every_tensor_of_the_release_has_its_place():
     assert sum(p.numel() for p in model.parameters()) == 14_575_219_168
 
 
+def test_the_autoencoder_of_the_release_has_its_place(tmp_path):
+    """FLUX's, at full size and in bfloat16: each tensor of its authors' layout becomes one of diffusers'."""
+    shapes = flux_shapes(128, (1, 2, 4, 4), num_blocks=2)
+    assert sum(np.prod(shape) for shape in shapes.values()) == 83_819_683
+    weights = {name: torch.full(shape, i, dtype=torch.bfloat16) for i, (name, shape) in enumerate(shapes.items())}
+    save_file(weights, tmp_path / "ae.safetensors")
+    state = load_flux_autoencoder(tmp_path / "ae.safetensors").state_dict()
+    assert sorted(int(tensor.flatten()[0]) for tensor in state.values()) == [*range(len(shapes))]
+
+
+@pytest.mark.slow
+def test_a_conversion_holds_a_shard_and_the_autoencoder_at_a_time(bagel, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(bagel, source)
+    config = json.loads((source / "llm_config.json").read_text()) | {"vocab_size": 400_000}
+    (source / "llm_config.json").write_text(json.dumps(config))
+    weights = load_file(source / "ema.safetensors")
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        weights[name] = torch.zeros(400_000, 64)
+    for i, part in enumerate((sorted(weights)[::2], sorted(weights)[1::2])):
+        save_file({name: weights[name] for name in part}, source / f"model-{i}.safetensors")
+    names = {name: f"model-{i}.safetensors" for i in (0, 1) for name in sorted(weights)[i::2]}
+    (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    (source / "ema.safetensors").unlink()
+    command = (
+        "import sys; from transfusion_hf.conversion.bagel import convert_bagel; "
+        "peak = lambda: int(next(l.split()[1] for l in open('/proc/self/status') if l.startswith('VmHWM'))); "
+        "before = peak(); convert_bagel(*sys.argv[1:], max_shard_size='20MB'); print(1024 * (peak() - before))"
+    )
+    arguments = [sys.executable, "-c", command, str(source), str(tmp_path / "model")]
+    printed = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+    largest = 4 * 400_000 * 64  # of the two tensors of 102 MB
+    grown = int(printed.split()[-1])
+    assert largest < grown < 2 * 2 * largest, f"{grown / 1e6:.0f} MB"
+
+
 def changed(bagel: Path, folder: Path, **changes) -> Path:
     """A copy with other files: `None` removes one, a dict changes JSON, a function weights."""
     shutil.copytree(bagel, folder)
     for name, change in changes.items():
-        file = folder / f"{name}.{'json' if name.endswith('config') else 'safetensors'}"
+        file = folder / f"{name}.{'json' if name.endswith(('config', 'tokenizer')) else 'safetensors'}"
         if change is None:
             file.unlink()
         elif isinstance(change, dict):
@@ -481,7 +530,14 @@ def narrow(weights):
         ({"vit_config": {"model_type": "clip_vision_model"}}, "`model_type` of vit_config.json must be 'siglip"),
         ({"vit_config": {"hidden_act": "gelu"}}, "must be 'gelu_pytorch_tanh'; got 'gelu'"),
         ({"vit_config": {"num_hidden_layers": 4}}, r"Tensors missing: vit_model\.vision_model\.encoder\.layers\.2"),
-        ({"llm_config": {"model_type": "llama"}}, "must be that of a 'qwen2' with an untied head"),
+        ({"llm_config": {"model_type": "llama"}}, "`model_type` of llm_config.json must be 'qwen2'; got 'llama'"),
+        ({"llm_config": {"tie_word_embeddings": True}}, "`tie_word_embeddings` of llm_config.json must be False"),
+        ({"llm_config": {"rope_scaling": {"type": "yarn"}}}, "`rope_scaling` of llm_config.json must be None; got"),
+        ({"llm_config": {"qk_norm": False}}, "`qk_norm` of llm_config.json must be True; got False"),
+        ({"llm_config": {"num_attention_heads": 0}}, "`num_attention_heads` of llm_config.json must be a positive in"),
+        ({"llm_config": None}, r"lacks llm_config\.json; a BAGEL holds"),
+        ({"tokenizer_config": None, "tokenizer": None}, "source has no tokenizer, or a damaged one; copy that of"),
+        ({"ae": lambda w: w.update({"encoder.x": torch.zeros(1)})}, "it holds 177 tensors, and that of FLUX 176"),
         ({"llm_config": {"num_hidden_layers": 2}}, r"unknown: language_model\.model\.layers\.2"),
         ({"ema": lambda w: w.pop("connector.fc1.bias")}, r"Tensors missing: connector\.fc1\.bias \(1 in all\)"),
         ({"ema": lambda w: w.update(other=torch.zeros(1))}, r"unknown: other \(1 in all\)"),

@@ -65,10 +65,15 @@ def draw_options(rng: random.Random, images: list[list[torch.Tensor]]) -> tuple[
     own: list[dict[str, Any]] = [{} for _ in images]
     shared |= rng.choice([{}, {}, {"min_new_tokens": 6}, {"no_repeat_ngram_size": 2}])
     if shared["image_guidance_scale"] != 1:
-        shared |= rng.choice([{}, {"guidance_start": 0.25, "guidance_end": 0.75}, {"guidance_rescale": 0.6}])
+        part = {"guidance_start": 0.25, "guidance_end": 0.75}
+        shared |= rng.choice([{}, part, {"guidance_rescale": 0.6}, {"guidance_interval": (0.3, 0.8)}])
+        is_nested = rng.random() < 0.4
+        if is_nested:
+            renorms = [None, "global", "channel", "text_channel"]
+            shared |= {"guidance_type": "nested", "guidance_renorm": rng.choice(renorms)}
         if all(images) and rng.random() < 0.6:
             shared["input_image_guidance_scale"] = 1.5
-        if rng.random() < 0.4:
+        if rng.random() < 0.4 and not (is_nested and any(images)):
             for options in own:
                 options["negative"] = [BOS] * rng.randrange(2) + tiny.words(rng, rng.randrange(1, 4))
     if rng.random() < 0.5:
@@ -160,7 +165,9 @@ def test_each_row_of_a_random_batch_equals_itself_alone_with_every_cache_and_att
         model.set_attn_implementation(backend)
         outputs.append((run(padded, everyone, use_cache=rng.random() < 0.7), padded))
         outputs.append((run({**together, "cache": DynamicCache()}, everyone), together))
-        filled = with_filled_cache(model, together, rng)
+        # Nested guidance needs the images of the prompts, which a cache hides.
+        is_hidden = any(images) and shared.get("guidance_type") == "nested"
+        filled = None if is_hidden else with_filled_cache(model, together, rng)
         if filled is not None:
             outputs.append((run(filled, everyone), together))
     for output, given in outputs:

@@ -102,7 +102,8 @@ class DrawingArguments:
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` must lie in 0 to 1; got {self.guidance_rescale}.")
         self._validate_guidance()
-        if self.negative_prompt_ids is not None and self.unconditional_scale == 1:
+        scale = self.image_guidance_scale if self.guidance_type == "nested" else self.unconditional_scale
+        if self.negative_prompt_ids is not None and scale == 1:
             raise ValueError("`negative_prompt_ids` does nothing at a guidance scale of 1; raise it or drop them.")
 
     def _validate_guidance(self) -> None:
@@ -116,8 +117,6 @@ class DrawingArguments:
             raise ValueError(
                 "`guidance_renorm='text_channel'` needs `guidance_type='nested'`, where text comes first."
             )
-        if self.negative_prompt_ids is not None and is_nested:
-            raise ValueError("`negative_prompt_ids` has no place with `guidance_type='nested'`; drop one of them.")
         interval = self.guidance_interval
         if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
             raise ValueError(f"`guidance_interval` must be (low, high) with 0 ≤ low ≤ high ≤ 1; got {interval}.")
@@ -314,7 +313,8 @@ def guidance_prefixes(
 ) -> list[Prefixes]:
     """
     The further contexts of guidance, for all rows: the images of the prompt without its text, with an
-    `input_image_guidance_scale`, then the unconditional context. What the scales leave nothing of is left out.
+    `input_image_guidance_scale`, then the unconditional context. Nested: the prompt up to its last image, then its
+    text without images. What the scales leave nothing of is left out.
 
     Args:
         prompts ([`Prefixes`]): The prompts, with or without `<BOI>` at their end, and all their images.
@@ -330,7 +330,8 @@ def guidance_prefixes(
     image_ids = boi.new_tensor(image_token_ids(config))
     # Where the prompt itself asks for a drawing it ends with `<BOI>`.
     asked = [row[:-1] if len(row) and row[-1] == boi else row for row in prompts.ids]
-    images, texts = ([row[torch.isin(row, image_ids) == keep] for row in asked] for keep in (True, False))
+    is_image = [torch.isin(row, image_ids) for row in asked]
+    images, texts = ([row[i == keep] for row, i in zip(asked, is_image, strict=True)] for keep in (True, False))
     has_scale = arguments.input_image_guidance_scale not in (None, 1 if is_nested else arguments.image_guidance_scale)
     shown = [[*latents, *seen] for latents, seen in zip(prompts.latents, prompts.seen, strict=True)]
     for blocks, row in zip(images, shown, strict=True):
@@ -343,8 +344,17 @@ def guidance_prefixes(
     texts = texts if has_scale else []
     if is_nested:
         nothing: list[list[torch.Tensor]] = [[] for _ in images]
-        if arguments.image_guidance_scale != 1:
-            rows = [torch.cat([*parts, boi]) for parts in zip(bos, images, strict=True)]
+        negative = _negative_prompts(config, arguments, sizes, boi)
+        if negative is not None:
+            if any(shown):
+                raise ValueError("`negative_prompt_ids` has no images, and nested guidance would lose the prompt's.")
+            contexts.append(Prefixes([torch.cat([row, boi]) for row in negative], nothing, prompts.pad_token_id))
+        elif arguments.image_guidance_scale != 1:
+            # Up to the last image: what stands behind it is the last text.
+            ends = [
+                int(i.nonzero()[-1]) + 1 if i.any() else len(start) for i, start in zip(is_image, bos, strict=True)
+            ]
+            rows = [torch.cat([row[:end], boi]) for row, end in zip(asked, ends, strict=True)]
             contexts.append(replace(prompts, ids=rows, is_bos_alone=not any(shown) and not texts))
         if texts:
             rows = [torch.cat([row, boi]) for row in texts]

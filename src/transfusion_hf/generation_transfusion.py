@@ -129,8 +129,8 @@ class TransfusionGenerationMixin(GenerationMixin):
             guidance_rescale (`float`, defaults to 0.0): φ of arXiv 2305.08891, against overexposure.
             guidance_type (`str`, defaults to `"instruct_pix2pix"`):
                 How two scales go together. `"nested"`, as in BAGEL (arXiv 2505.14683): `image_guidance_scale` moves
-                away from the prompt's images without its text, then `input_image_guidance_scale` from its text
-                without the images.
+                away from the prompt without the text behind its last image, or `negative_prompt_ids`, then
+                `input_image_guidance_scale` from its text without the images.
             guidance_interval (`tuple[float, float]`, *optional*): Guidance is on where low < t/T ≤ high.
             guidance_renorm (`str`, *optional*), guidance_renorm_min (`float`, defaults to 0.0):
                 Shrinks the guided prediction to the norm of the conditional one where it is longer, but to no less

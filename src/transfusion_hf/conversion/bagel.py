@@ -65,6 +65,12 @@ _OF_VISION = (
     "hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "hidden_act", "layer_norm_eps",
 )  # fmt: skip
 _NEEDED = {"llm_config.json": _OF_TEXT[:6], "vit_config.json": (*_OF_VISION[:4], "num_hidden_layers")}
+# What the class cannot have otherwise.
+_TEXT_IS = {
+    "model_type": "qwen2", "tie_word_embeddings": False, "rope_scaling": None, "qk_norm": True,
+    "use_sliding_window": False,
+}  # fmt: skip
+_VISION_IS = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
 LATENT_TABLE, VISION_TABLE = "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
 EMBEDDING, WINDOWS = "language_model.model.embed_tokens.weight", "vit_model.vision_model.embeddings.patch_embedding."
 
@@ -133,12 +139,16 @@ def bagel_config(
     Raises:
         ValueError: another vision encoder or decoder.
     """
-    expected = {"model_type": "siglip_vision_model", "hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
-    for name, value in expected.items():
-        if vit_config.get(name, value) != value:
-            raise ValueError(f"`{name}` of vit_config.json must be {value!r}; got {vit_config[name]!r}.")
-    if llm_config.get("model_type", "qwen2") != "qwen2" or llm_config.get("tie_word_embeddings"):
-        raise ValueError("llm_config.json must be that of a 'qwen2' with an untied head.")
+    for file, config, expected in (
+        ("llm_config.json", llm_config, _TEXT_IS),
+        ("vit_config.json", vit_config, _VISION_IS),
+    ):
+        for name, value in expected.items():
+            if config.get(name, value) != value:
+                raise ValueError(f"`{name}` of {file} must be {value!r}; got {config[name]!r}.")
+        for name in _NEEDED[file]:
+            if not isinstance(config[name], int) or config[name] < 1:
+                raise ValueError(f"`{name}` of {file} must be a positive integer; got {config[name]!r}.")
     text_config = Qwen3Config(
         **{name: llm_config[name] for name in _OF_TEXT if name in llm_config},
         head_dim=llm_config["hidden_size"] // llm_config["num_attention_heads"],
@@ -195,7 +205,10 @@ def load_flux_autoencoder(file: str | os.PathLike) -> AutoencoderKL:
             raise ValueError(f"it has {config['latent_channels']} channels, not 16")
         with TemporaryDirectory() as folder:  # diffusers would look for the configuration on the Hub
             Path(folder, "config.json").write_text(json.dumps(config))
-            return AutoencoderKL.from_single_file(str(file), config=folder, torch_dtype=torch.float32)
+            autoencoder = AutoencoderKL.from_single_file(str(file), config=folder, torch_dtype=torch.float32)
+        if len(shapes) != len(autoencoder.state_dict()):
+            raise ValueError(f"it holds {len(shapes)} tensors, and that of FLUX {len(autoencoder.state_dict())}")
+        return autoencoder
     except (SafetensorError, KeyError, IndexError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file} is not the autoencoder of FLUX, or damaged: {error!r}.") from error
 
@@ -236,7 +249,12 @@ def _check_table(checkpoint: SafetensorsCheckpoint, name: str, side: int) -> Non
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> Any:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} has no tokenizer, or a damaged one; copy that of the BAGEL it began as."
+        ) from error
     tokens = [START, END, *TOKENS.values()]
     tokenizer.add_tokens([token for token in tokens if token not in tokenizer.get_vocab()], special_tokens=True)
     tokenizer.eos_token = END
@@ -341,6 +359,7 @@ def export_bagel(
 ) -> None:
     """
     The way back: writes the weights under BAGEL's names as `ema.safetensors`, bit for bit, and its two configurations.
+    The tables of positions, which are computed, get the dtype of the head.
     `ae.safetensors` and the tokenizer's files stay as they are: copy them from the BAGEL that was converted.
 
     Args:
