@@ -60,12 +60,18 @@ def waits(run: Callable[[], Any], device: torch.device) -> int | None:
     return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
-def peak_gib(run: Callable[[], Any], device: torch.device) -> float:
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+def peak_gib(run: Callable[[], Any], device: torch.device, before: int = 0) -> float:
+    """Of a run that is warm, above what was allocated `before`."""
     if device.type != "cuda":
         return float("nan")
+    run()
     torch.cuda.reset_peak_memory_stats()
     run()
-    return torch.cuda.max_memory_allocated() / 2**30
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def row(
@@ -96,29 +102,34 @@ def training_rows(
     """A step on text alone, one on text and images, and one of Llama, all on as many tokens."""
     torch.manual_seed(0)
     config.text_config._attn_implementation = "sdpa"
+    before = allocated(device)
     model = TransfusionForCausalLMAndDiffusion(config).to(device, torch.bfloat16).train()
-    llama = LlamaForCausalLM(model.config.text_config).to(device, torch.bfloat16).train()
     packed = packed_batch(config, num_documents, num_words, device)
     ids = torch.randint(5, config.image_start_token_id, packed["input_ids"].shape, device=device)
     text = {"input_ids": ids, "labels": ids, "use_cache": False}
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-5, fused=True) for m in (model, llama)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def on_varlen(call: Callable[..., Any]) -> float:
         model.set_attn_implementation("transfusion_varlen")
         start = clock(device)
-        step_of(model, call, packed, optimizers[0])
+        step_of(model, call, packed, optimizer)
         seconds = clock(device) - start
         model.set_attn_implementation("sdpa")
         return seconds
 
-    runs: dict[str, Callable] = {"text alone": partial(step_of, model, model, text, optimizers[0])}
+    runs: dict[str, Callable] = {"text alone": partial(step_of, model, model, text, optimizer)}
     runs["text and images, transfusion_varlen"] = partial(on_varlen, model)
     if is_compiled:
         torch.compiler.reset()
         runs["the same, compiled"] = partial(on_varlen, torch.compile(model, fullgraph=True, dynamic=True))
-    runs["LlamaForCausalLM"] = partial(step_of, llama, llama, text, optimizers[1])
+    peaks = {name: peak_gib(run, device, before) for name, run in runs.items()}
+    before = allocated(device)
+    llama = LlamaForCausalLM(model.config.text_config).to(device, torch.bfloat16).train()
+    llamas = torch.optim.AdamW(llama.parameters(), lr=1e-5, fused=True)
+    runs["LlamaForCausalLM"] = partial(step_of, llama, llama, text, llamas)
+    peaks["LlamaForCausalLM"] = peak_gib(runs["LlamaForCausalLM"], device, before)
     model.set_attn_implementation("transfusion_varlen")
-    count = waits(partial(step_of, model, model, packed, optimizers[0]), device)
+    count = waits(partial(step_of, model, model, packed, optimizer), device)
     model.set_attn_implementation("sdpa")
     medians = {name: statistics.median(times) for name, times in in_turn(runs, rounds, device, label).items()}
     flops = 6 * ids.numel() * sum(p.numel() for p in llama.parameters() if p is not llama.model.embed_tokens.weight)
@@ -133,7 +144,7 @@ def training_rows(
         "LlamaForCausalLM": (None, None),
     }
     lines = [
-        row(f"{label}, {ids.numel():,} tokens: {what}", seconds, *against[what], peak_gib(runs[what], device),
+        row(f"{label}, {ids.numel():,} tokens: {what}", seconds, *against[what], peaks[what],
             flops / seconds / peak_flops)
         for what, seconds in medians.items()
     ]  # fmt: skip
@@ -223,7 +234,7 @@ def main() -> None:
         gc.collect()
         if args.device.type == "cuda":
             torch.cuda.empty_cache()
-        head = f"# A GPU\n\n{setting(args.device)}, bfloat16, medians of {args.rounds} rounds."
+        head = f"# A GPU\n\n{setting(args.device)}, bfloat16, medians of {args.rounds} rounds, 3 of drawing."
         rest = f"\n\nNo time was left for: {', '.join(left_out)}." if left_out else ""
         write("\n".join([head, "", HEAD, *lines]) + rest + "\n", "gpu", args)
 

@@ -21,9 +21,11 @@ from diffusers import AutoencoderKL
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionImageProcessor, measure_latent_scale
+from transfusion_hf.configuration_transfusion import latent_channels_and_scale
 from transfusion_hf.conversion.causal_lm import convert_causal_lm
 from transfusion_hf.conversion.gguf import find_gguf, load_gguf
 from transfusion_hf.data import load_rows
+from transfusion_hf.vae.attach import load_autoencoder
 
 NUM_MEASURED = 1000
 
@@ -78,7 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model", help="a language model: a folder or repository of the Hub, or a GGUF file")
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--tokenizer", help="default: the model's own")
-    parser.add_argument("--vae", help="an AutoencoderKL of diffusers; by default the model draws pixels")
+    parser.add_argument(
+        "--vae", help="an AutoencoderKL or AutoencoderRAE of diffusers; by default the model draws pixels"
+    )
     parser.add_argument("--vae_subfolder", default="")
     parser.add_argument(
         "--measure_vae_scale",
@@ -102,9 +106,9 @@ def main(argv: list[str] | None = None) -> None:
 
     vae, latents = None, {"latent_channels": 3, "sample_size": args.sample_size}
     if args.vae is not None:
-        vae = AutoencoderKL.from_pretrained(args.vae, subfolder=args.vae_subfolder, torch_dtype=torch.float32)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        latents = {"latent_channels": vae.config.latent_channels, "sample_size": args.sample_size // factor}
+        vae = load_autoencoder(args.vae, subfolder=args.vae_subfolder)
+        channels, factor = latent_channels_and_scale(vae.config)
+        latents = {"latent_channels": channels, "sample_size": args.sample_size // factor}
         if args.measure_vae_scale is not None:
             measure_vae_scale(vae, args.measure_vae_scale, args.image_column, args.sample_size)
     tokens = {name: getattr(args, name) for name in ("image_token", "image_start_token", "image_end_token")}

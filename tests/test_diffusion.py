@@ -6,6 +6,7 @@ from transfusion_hf.diffusion_transfusion import (
     add_noise,
     clip_x_0,
     content_seeds,
+    image_loss_weights,
     make_noise_scheduler,
     make_sampling_scheduler,
     must_clip_x_0,
@@ -222,6 +223,13 @@ def test_a_perfect_and_a_slightly_wrong_model_draw_the_right_mean_and_spread(pre
         ).prev_sample
     assert abs(float(x_t.mean()) - MEAN) < (0.1 if error else 0.05)
     assert abs(float(x_t.std()) - STD) < 0.05
+
+
+def test_the_weight_of_x_0_with_the_loss_of_v_has_a_limit():
+    noise_scheduler = make_noise_scheduler(tiny.config(prediction_type="sample"))
+    weights = image_loss_weights(noise_scheduler, torch.tensor([0, 500, 999]), "v_prediction")
+    noise = 1 - noise_scheduler.alphas_cumprod[[500, 999]]
+    torch.testing.assert_close(weights, torch.cat([torch.tensor([400.0]), 1 / noise]))
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

@@ -60,7 +60,20 @@ def arguments(folder: Path, data: Path, *extra: str) -> list[str]:
 
 @pytest.mark.parametrize("streaming", ["false", "true"])
 def test_a_model_trains_from_scratch_and_loads_again(tmp_path, data, streaming):
-    trainer = train.main(arguments(tmp_path, data, "--streaming", streaming, "--ema_decay", "0.9"))
+    recipe = [
+        "--prediction_type",
+        "sample",
+        "--diffusion_loss_weighting",
+        "v_prediction",
+        "--train_timestep_shift",
+        "2",
+    ]
+    recipe += ["--timestep_distribution", "logit_normal", "--image_learning_rate", "1e-4"]
+    trainer = train.main(arguments(tmp_path, data, "--streaming", streaming, "--ema_decay", "0.9", *recipe))
+    config = trainer.model.config
+    assert (config.diffusion_loss_weighting, config.prediction_type) == ("v_prediction", "sample")
+    assert (config.train_timestep_shift, config.timestep_distribution) == (2.0, "logit_normal")
+    assert {group["initial_lr"] for group in trainer.optimizer.param_groups} == {3e-4, 1e-4}
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 4 and all({"lm_loss", "diffusion_loss"} <= set(entry) for entry in logs)
     model = AutoModelForMultimodalLM.from_pretrained(tmp_path)

@@ -22,6 +22,7 @@ from transfusion_hf import (
     TransfusionSamplesCallback,
     TransfusionTrainer,
     make_labels,
+    set_trainable,
 )
 from transfusion_hf.training.checkpoints import NotFiniteError
 from transfusion_hf.training.trainer import _flops_per_token
@@ -288,6 +289,19 @@ def test_what_serves_images_alone_has_a_learning_rate_of_its_own(tmp_path, untie
     for name, change in moved[None].items():
         torch.testing.assert_close(moved[0.1][name], change)
         torch.testing.assert_close(moved[0.3][name], (3 if name in names else 1) * change, atol=1e-6, rtol=1e-5)
+
+
+def test_where_images_alone_are_trained_their_rate_is_logged(tmp_path):
+    model = tiny.model()
+    set_trainable(model, "image_parts")
+    args = TrainingArguments(
+        str(tmp_path), max_steps=1, learning_rate=0.1, logging_steps=1, lr_scheduler_type="constant", use_cpu=True,
+        report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    run = TransfusionTrainer(model, args, train_dataset=samples(8), data_collator=collate, image_learning_rate=0.3)
+    run.train()
+    assert run.state.log_history[0]["learning_rate"] == 0.3
+    assert all(group["params"] for group in run.optimizer.param_groups)
 
 
 def test_a_learning_rate_of_images_needs_the_optimizer_of_the_trainer(tmp_path):

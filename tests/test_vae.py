@@ -22,6 +22,7 @@ from transfusion_hf import (
     make_labels,
     measure_latent_scale,
 )
+from transfusion_hf.conversion.export import extract_vae
 
 CONFIG = {
     "block_out_channels": [8, 16],  # f = 2
@@ -359,6 +360,26 @@ def test_latents_of_a_representation_autoencoder_are_its_own(tmp_path, encoder_t
     assert not any(p.requires_grad for p in loaded.vae.parameters())
     half = TransfusionForCausalLMAndDiffusion.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {x.dtype for x in half.vae.state_dict().values()} == {torch.float32}
+
+
+def test_a_representation_autoencoder_goes_out_as_it_came_in(tmp_path):
+    model, images = model_with_rae(), torch.rand(1, 3, 16, 16)
+    extract_vae(model).save_pretrained(tmp_path)
+    again = tiny.model(latent_channels=64, sample_size=2, patch_size=1)
+    attach_vae(again, tmp_path)
+    for one, other in zip(model.encode_images(images), again.encode_images(images), strict=True):
+        assert torch.equal(one, other)
+    half = representation_autoencoder(latents_mean=None)
+    attach_vae(again, half)
+    torch.testing.assert_close(again.encode_images(images)[0], half.encode((images + 1) / 2).latent)
+
+
+def test_a_representation_autoencoder_has_one_size():
+    model = model_with_rae()
+    with pytest.raises(ValueError, match="`pixel_values` must be 16 × 16 for an `AutoencoderRAE`; got 16 × 32"):
+        model.encode_images(torch.rand(1, 3, 16, 32))
+    with pytest.raises(ValueError, match="`height` and `width` must be 16 × 16, the one size of an `AutoencoderRAE`"):
+        model.generate(torch.tensor([[5]]), generation_mode="image", height=32, width=32, num_inference_steps=2)
 
 
 def test_a_model_trains_on_features_and_draws_pictures():

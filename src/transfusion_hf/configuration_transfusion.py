@@ -68,9 +68,16 @@ def image_token_ids(config: "TransfusionConfig") -> list[int]:
     return [token_id for token_id in ids if token_id is not None]
 
 
-def is_rae(vae_config: dict[str, Any]) -> bool:
+def is_rae(vae_config: dict[str, Any] | None) -> bool:
     """Whether an autoencoder is a diffusers `AutoencoderRAE`."""
-    return vae_config.get("_class_name") in ("AutoencoderRAE", "TransfusionRAE")
+    return "encoder_type" in (vae_config or {})
+
+
+def latent_channels_and_scale(vae_config: dict[str, Any]) -> tuple[int, int]:
+    """Channels of an autoencoder's latents, and image pixels along a side of one."""
+    if is_rae(vae_config):
+        return vae_config["encoder_hidden_size"], vae_config["patch_size"]
+    return vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
 def _preset_text_config(name: str) -> LlamaConfig:
@@ -254,11 +261,7 @@ class TransfusionConfig(PreTrainedConfig):
     @property
     def vae_scale_factor(self) -> int:
         """Image pixels along one side of a latent pixel; 1 without a VAE."""
-        if self.vae_config is None:
-            return 1
-        if is_rae(self.vae_config):
-            return self.vae_config.get("patch_size", 16)
-        return 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        return 1 if self.vae_config is None else latent_channels_and_scale(self.vae_config)[1]
 
     @property
     def pixels_per_patch(self) -> int:
@@ -353,8 +356,17 @@ class TransfusionConfig(PreTrainedConfig):
         self.unet_layers_per_block, self.unet_norm_num_groups = layers, groups
 
     def _validate_rae(self, vae: dict[str, Any]) -> None:
-        channels, size = vae.get("encoder_hidden_size", 768), self.latent_size
-        side = vae.get("encoder_input_size", 224) // vae.get("encoder_patch_size", 14)
+        needed = (
+            "encoder_hidden_size",
+            "encoder_input_size",
+            "encoder_patch_size",
+            "patch_size",
+            "decoder_hidden_size",
+        )
+        if missing := [name for name in needed if name not in vae]:
+            raise ValueError(f"`vae_config` lacks {', '.join(missing)}; take it from the autoencoder by `attach_vae`.")
+        channels, size = vae["encoder_hidden_size"], self.latent_size
+        side = vae["encoder_input_size"] // vae["encoder_patch_size"]
         _refuse({
             f"`latent_channels` is {self.latent_channels}, but the features of `vae_config` have {channels}.":
                 channels != self.latent_channels,

@@ -22,7 +22,7 @@ from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging
 
-from .configuration_transfusion import TransfusionConfig, image_token_ids
+from .configuration_transfusion import TransfusionConfig, image_token_ids, is_rae
 from .diffusion_transfusion import (
     at_least_float32,
     at_timestep,
@@ -159,7 +159,13 @@ class DrawingArguments:
                     f"for each of {num_rows} rows; got {given!r}."
                 )
             both.append([default if side is None else side // config.vae_scale_factor for side in sides])
-        return list(zip(*both, strict=True))
+        sizes = list(zip(*both, strict=True))
+        if is_rae(config.vae_config) and set(sizes) != {config.latent_size}:
+            pixels = " × ".join(str(side * config.vae_scale_factor) for side in config.latent_size)
+            raise ValueError(
+                f"`height` and `width` must be {pixels}, the one size of an `AutoencoderRAE`; leave them out."
+            )
+        return sizes
 
 
 _CHOICES: dict[str, tuple] = {

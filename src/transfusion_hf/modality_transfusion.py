@@ -159,7 +159,7 @@ def image_name(name: str) -> str:
 
 
 def is_of_images(name: str) -> bool:
-    """Whether the parameter of this name serves images alone: patch encoder, patch decoder and image weights."""
+    """Whether a parameter of this name belongs to patch encoder, patch decoder or image weights."""
     return not {"patch_encoder", "patch_decoder", IMAGE}.isdisjoint(name.split("."))
 
 

@@ -337,6 +337,10 @@ class TransfusionRAE(_FrozenAutoencoder, AutoencoderRAE):
         self._latents_mean, self._latents_std = torch.zeros(*latents_shape), torch.ones(*latents_shape)
 
     def _to_latents(self, images: torch.Tensor) -> torch.Tensor:
+        side = self.decoder_image_size
+        if images.shape[2:] != (side, side):
+            got = " × ".join(map(str, images.shape[2:]))
+            raise ValueError(f"`pixel_values` must be {side} × {side} for an `AutoencoderRAE`; got {got}.")
         return self.encode((images + 1) / 2).latent
 
     def _to_images(self, latents: torch.Tensor) -> torch.Tensor:

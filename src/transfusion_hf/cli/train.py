@@ -31,7 +31,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 from transformers.distributed import DistributedConfig
 
-from ..configuration_transfusion import TransfusionConfig
+from ..configuration_transfusion import TransfusionConfig, latent_channels_and_scale
 from ..conversion.new_model import new_transfusion
 from ..data.collator import TransfusionDataCollator
 from ..data.dataset import TransfusionDataset, load_rows
@@ -128,10 +128,8 @@ def parse_overrides(text: str) -> dict[str, Any]:
 
 
 def build_model(args: ModelArguments) -> tuple[Any, TransfusionProcessor]:
-    vae, factor = None if args.vae_name_or_path is None else load_autoencoder(args.vae_name_or_path), 1
-    if vae is not None:
-        blocks = vae.config.get("block_out_channels")
-        factor = vae.config.patch_size if blocks is None else 2 ** (len(blocks) - 1)
+    vae = None if args.vae_name_or_path is None else load_autoencoder(args.vae_name_or_path)
+    factor = 1 if vae is None else latent_channels_and_scale(vae.config)[1]
     text_config = TransfusionConfig.from_preset(args.preset).text_config
     overrides = parse_overrides(args.config_overrides)
     unknown = [name for name in overrides if not hasattr(text_config, name)]

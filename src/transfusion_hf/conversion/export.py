@@ -3,9 +3,10 @@
 import copy
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderRAE
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from ..configuration_transfusion import is_rae
 from ..denoising_transfusion import DRAWING_DEFAULTS
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from .causal_lm import transfusion_key
@@ -59,7 +60,7 @@ def extract_causal_lm(model: TransfusionForCausalLMAndDiffusion, vocab_size: int
     return language_model.train(model.training)
 
 
-def extract_vae(model: TransfusionForCausalLMAndDiffusion) -> AutoencoderKL:
+def extract_vae(model: TransfusionForCausalLMAndDiffusion) -> AutoencoderKL | AutoencoderRAE:
     """
     The autoencoder alone, as a diffusers model with its scale and shift; `ValueError` for a model without one. Its
     weights are shared, not copied.
@@ -67,7 +68,12 @@ def extract_vae(model: TransfusionForCausalLMAndDiffusion) -> AutoencoderKL:
     vae_config = model.config.vae_config
     if model.vae is None or vae_config is None:
         raise ValueError("`model` has no autoencoder: its latents are the images themselves.")
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(vae_config)
+    if is_rae(vae_config):
+        own = {name: value for name, value in vae_config.items() if name != "latents_shape"}
+        statistics = {"latents_mean": model.vae._latents_mean, "latents_std": model.vae._latents_std}
+        vae = AutoencoderRAE(**own, **statistics)
+    else:
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(vae_config)
     vae.load_state_dict(model.vae.state_dict(), assign=True)
     return vae.eval()

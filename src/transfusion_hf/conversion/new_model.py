@@ -9,7 +9,7 @@ from typing import Any
 from diffusers import AutoencoderKL, AutoencoderRAE
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from ..configuration_transfusion import TransfusionConfig
+from ..configuration_transfusion import TransfusionConfig, latent_channels_and_scale
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..processing_transfusion import IMAGE_TOKENS, VISION_TOKEN, TransfusionProcessor, add_image_tokens
 from ..vae.attach import attach_vae, load_autoencoder
@@ -65,9 +65,8 @@ def new_transfusion(
             )
     text_config = copy.deepcopy(text_config)
     text_config.vocab_size = vocab_size
-    autoencoder, channels = None if vae is None else load_autoencoder(vae), 3
-    if autoencoder is not None:
-        channels = autoencoder.config.get("latent_channels") or autoencoder.config.encoder_hidden_size
+    autoencoder = None if vae is None else load_autoencoder(vae)
+    channels = 3 if autoencoder is None else latent_channels_and_scale(autoencoder.config)[0]
     kwargs = {"latent_channels": channels, **kwargs}
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
     model = TransfusionForCausalLMAndDiffusion(TransfusionConfig(text_config=text_config, **ids, **kwargs))

@@ -121,8 +121,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         peak_flops_per_second (`float`, *optional*): Logs the model FLOP utilisation `mfu`. Peak of one device in the
             precision of the training, such as 989e12 for an H100 in bfloat16.
         image_learning_rate (`float`, *optional*):
-            Of the parameters that serve images alone: patch encoder and decoder, and the image weights of
-            `untied_modalities`; all others have `args.learning_rate`. The scheduler moves both alike.
+            Of patch encoder and decoder and the image weights of `untied_modalities`; all others have
+            `args.learning_rate`. The scheduler moves both alike, and a resumed run keeps the rates that it began with.
 
     Raises:
         ValueError: settings that make the losses inexact, part images from their texts, or shard what must be whole;
@@ -174,8 +174,13 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         self.num_timestep_bands, self.peak_flops_per_second = num_timestep_bands, peak_flops_per_second
         self._train_sums, self._eval_sums = self._new_sums(), self._new_sums()
         self.image_learning_rate = image_learning_rate
-        if image_learning_rate is not None and self.optimizer is not None:
-            raise ValueError("`image_learning_rate` is for the Trainer's own optimizer; you passed `optimizers`.")
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        has_own = self.optimizer is not None or "optimizer" in (deepspeed.deepspeed_config if deepspeed else {})
+        if image_learning_rate is not None and has_own:
+            raise ValueError(
+                "`image_learning_rate` is for the Trainer's own optimizer; you passed `optimizers`, or DeepSpeed's "
+                "configuration names one."
+            )
 
     def create_optimizer(self, model=None):
         is_new, optimizer = self.optimizer is None, super().create_optimizer(model)
@@ -190,6 +195,7 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             group["params"], params = parts
             if params:
                 optimizer.add_param_group({**group, "params": params, "lr": self.image_learning_rate})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def _new_sums(self) -> _Sums:

@@ -67,7 +67,10 @@ def attach_vae(
     config.vae_config = vae_config
     config.validate_transfusion()
     attached = make_vae(vae_config)
-    attached.load_state_dict(vae.state_dict())
+    state = vae.state_dict()
+    for name in {"_latents_mean", "_latents_std"} & state.keys():
+        state[name] = state[name].expand(vae_config["latents_shape"])
+    attached.load_state_dict(state)
     model.config.vae_config = vae_config
     model.vae = attached.to(model.model.patch_encoder.proj.weight.device)
     model.noise_scheduler = make_noise_scheduler(model.config)  # whether it clips depends on the autoencoder
@@ -91,7 +94,8 @@ def _rae_config(vae: AutoencoderRAE) -> dict[str, Any]:
     # Means and deviations, many numbers, are in the weights too.
     left_out = ("latents_mean", "latents_std")
     own = {name: value for name, value in vae.config.items() if not name.startswith("_") and name not in left_out}
-    return {"_class_name": "AutoencoderRAE", **own, "latents_shape": list(vae._latents_mean.shape)}
+    shape = torch.broadcast_shapes(vae._latents_mean.shape, vae._latents_std.shape)
+    return {**own, "latents_shape": list(shape)}
 
 
 def _kl_config(vae: AutoencoderKL) -> dict[str, Any]:
