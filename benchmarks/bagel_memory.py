@@ -162,14 +162,21 @@ def training_table() -> list[str]:
         "| sum, drawing | card | sum, edit | card |",
         "|---" * 10 + "|",
     ]
+    needed: dict[int, list[float]] = {}
     for num_gpus in (1, 2, 4, 8):
         # FSDP2 gathers a layer while the one before it computes, and keeps what is outside of the layers.
         gathered = 0 if num_gpus == 1 else 2 * layer + rest
         fixed = frozen / num_gpus + gathered + lora / num_gpus
-        sums = [fixed + each for each in activations.values()]
+        needed[num_gpus] = sums = [fixed + each for each in activations.values()]
         cells = [frozen / num_gpus, gathered, lora / num_gpus, *activations.values()]
         ends = [cell for each in sums for cell in (gib(each), smallest(each))]
         lines.append(f"| {num_gpus} | " + " | ".join([*map(gib, cells), *ends]) + " |")
+    lines += ["", "| size of a GPU | GPUs for a drawing | for an edit |", "|---|---|---|"]
+    for card in CARDS:
+        fewest = [
+            next((str(n) for n, sums in needed.items() if sums[i] <= 0.9 * card * GIB), "more than 8") for i in (0, 1)
+        ]
+        lines.append(f"| {card} GiB | {' | '.join(fewest)} |")
     return [*lines, ""]
 
 
