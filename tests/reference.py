@@ -12,9 +12,9 @@ import torch
 Params = dict[str, torch.Tensor]
 
 
-def mask(ids: list[int], image_token_id: int) -> list[list[bool]]:
-    """Fig. 4: `mask[i][j]` says whether position i sees position j."""
-    image = []  # which image a position belongs to; None for text
+def blocks(ids: list[int], image_token_id: int, has_markers: bool = False) -> list[int | None]:
+    """Which image a position belongs to; `None` for text. With its markers, those on both sides of an image, too."""
+    image: list[int | None] = []
     number = -1
     for i, token in enumerate(ids):
         if token == image_token_id:
@@ -23,9 +23,34 @@ def mask(ids: list[int], image_token_id: int) -> list[list[bool]]:
             image.append(number)
         else:
             image.append(None)
-    return [
-        [j <= i or (image[i] is not None and image[i] == image[j]) for j in range(len(ids))] for i in range(len(ids))
-    ]
+    if not has_markers:
+        return image
+    places = [i for i, own in enumerate(image) if own is not None]
+    for i in places:
+        for beside in (i - 1, i + 1):
+            image[beside] = image[i]
+    return image
+
+
+def positions(image: list[int | None], is_shared: bool) -> list[int]:
+    """0, 1, 2, …; or all of an image at one position."""
+    found: list[int] = []
+    for i, own in enumerate(image):
+        is_same = is_shared and i > 0 and own is not None and own == image[i - 1]
+        found.append(found[-1] + (not is_same) if found else 0)
+    return found
+
+
+def mask(ids: list[int], image_token_id: int) -> list[list[bool]]:
+    """Fig. 4: `mask[i][j]` says whether position i sees position j."""
+    return mask_of(blocks(ids, image_token_id))
+
+
+def mask_of(image: list[int | None], hidden: set[int] = frozenset()) -> list[list[bool]]:
+    """The same of numbered images, of which those in `hidden` are seen by themselves alone."""
+    places = range(len(image))
+    same = [[image[i] is not None and image[i] == image[j] for j in places] for i in places]
+    return [[same[i][j] or (j <= i and image[j] not in hidden) for j in places] for i in places]
 
 
 def noised(x_0: torch.Tensor, eps: torch.Tensor, alpha_bar: float) -> torch.Tensor:
@@ -87,8 +112,8 @@ def timestep_vector(params: Params, sinusoids: torch.Tensor) -> torch.Tensor:
     return linear(params, f"{name}.linear_2", silu(linear(params, f"{name}.linear_1", sinusoids)))
 
 
-def attention(params: Params, config, names: list[str], hidden: list[torch.Tensor], sees: list[list[bool]]):
-    """One softmax over all positions, whatever weights (`names`) projected each."""
+def attention(params: Params, config, names: list[str], hidden: list[torch.Tensor], sees: list[list[bool]], at):
+    """One softmax over all tokens, whatever weights (`names`) projected each; `at`: their positions."""
     heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     theta = config.rope_parameters["rope_theta"]
     projected = {
@@ -103,9 +128,9 @@ def attention(params: Params, config, names: list[str], hidden: list[torch.Tenso
         row = []
         for h in range(heads):
             g = h // (heads // kv_heads)
-            query = rotate(head("q", i, h), i, theta)
+            query = rotate(head("q", i, h), at[i], theta)
             seen = [j for j in range(len(hidden)) if sees[i][j]]
-            scores = torch.stack([query @ rotate(head("k", j, g), j, theta) / math.sqrt(dim) for j in seen])
+            scores = torch.stack([query @ rotate(head("k", j, g), at[j], theta) / math.sqrt(dim) for j in seen])
             weights = torch.exp(scores - scores.max())
             weights = weights / weights.sum()
             row.append(sum(w * head("v", j, g) for w, j in zip(weights, seen, strict=True)))
@@ -114,7 +139,7 @@ def attention(params: Params, config, names: list[str], hidden: list[torch.Tenso
 
 
 def transformer(
-    params: Params, config, vectors: list[torch.Tensor], sees: list[list[bool]], is_patch: list[bool]
+    params: Params, config, vectors: list[torch.Tensor], sees: list[list[bool]], is_patch: list[bool], at: list[int]
 ) -> list[torch.Tensor]:
     """A Llama on the vectors of one document, those of patches by weights of their own where there are any."""
     prefix, eps = "model.language_model", config.rms_norm_eps
@@ -127,7 +152,7 @@ def transformer(
         def norm(which: str, hidden: list[torch.Tensor], names: list[str] = names) -> list[torch.Tensor]:
             return [rms_norm(params[f"{n}.{which}.weight"], h, eps) for n, h in zip(names, hidden, strict=True)]
 
-        attended = attention(params, config, names, norm("input_layernorm", hidden), sees)
+        attended = attention(params, config, names, norm("input_layernorm", hidden), sees, at)
         hidden = [h + a for h, a in zip(hidden, attended, strict=True)]
         hidden = [
             h
@@ -138,7 +163,9 @@ def transformer(
             )
             for name, h, n in zip(names, hidden, norm("post_attention_layernorm", hidden), strict=True)
         ]
-    return [rms_norm(params[f"{prefix}.norm.weight"], h, eps) for h in hidden]
+    image = f"{prefix}.image" if f"{prefix}.image.norm.weight" in params else prefix
+    names = [image if own else prefix for own in is_patch]
+    return [rms_norm(params[f"{n}.norm.weight"], h, eps) for n, h in zip(names, hidden, strict=True)]
 
 
 def conv(params: Params, name: str, x: torch.Tensor, stride: int = 1) -> torch.Tensor:
@@ -247,6 +274,8 @@ def document(
         if config.patch_encoder == "unet":
             new, maps_of_image = unet_down(params, config, image, t)
             maps.append((maps_of_image, t))
+        elif config.timestep_embedding_level == "hidden":
+            new = [linear(params, "model.patch_encoder.proj", p) + t for p in patches(image, config.patch_size)]
         else:
             # Footnote 6: the timestep embedding is added to the patch before the linear layer.
             new = [linear(params, "model.patch_encoder.proj", p + t) for p in patches(image, config.patch_size)]
@@ -262,7 +291,11 @@ def document(
         else:
             vectors.append(params["model.language_model.embed_tokens.weight"][token])
     is_patch = [token == config.image_token_id for token in ids]
-    hidden = transformer(params, config.text_config, vectors, mask(ids, config.image_token_id), is_patch)
+    own_block = blocks(ids, config.image_token_id, config.image_markers_in_block)
+    hidden_images = {i for i, noised in enumerate(is_noised) if noised and config.hide_noised_images}
+    at = positions(own_block, config.shared_image_position)
+    sees = mask_of(own_block, hidden_images)
+    hidden = transformer(params, config.text_config, vectors, sees, is_patch, at)
     logits = [linear(params, "lm_head", h) for h in hidden]
     predictions = []
     for number, image in enumerate(images):
@@ -290,9 +323,15 @@ def lm_terms(config, ids: list[int], logits: list[torch.Tensor]) -> list[torch.T
     return terms
 
 
-def diffusion_term(prediction: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+def diffusion_term(prediction: torch.Tensor, eps: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
     """Eq. 3: the mean squared error of one image."""
-    return ((prediction - eps) ** 2).sum() / eps.numel()
+    return weight * ((prediction - eps) ** 2).sum() / eps.numel()
+
+
+def min_snr_weight(alpha_bar: float) -> float:
+    """min(SNR, 5) / SNR for errors of ε (arXiv 2303.09556)."""
+    snr = alpha_bar / (1 - alpha_bar)
+    return min(snr, 5.0) / snr
 
 
 def attention_of_one_head(query, key, value, sees: list[list[bool]], scale: float) -> torch.Tensor:

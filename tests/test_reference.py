@@ -25,7 +25,8 @@ def drawn(model, features: dict):
     """t, ε and x_t as `forward` draws them from the seeds, x_t by the reference."""
     stacks = stack_images(features["latents"])
     seeds, is_noised = features["noise_seeds"], features["image_loss_mask"].tolist()
-    timesteps = sample_timesteps(features["max_timesteps"], seeds).tolist()
+    kind, shift = model.config.timestep_distribution, model.config.train_timestep_shift
+    timesteps = sample_timesteps(features["max_timesteps"], seeds, kind, shift).tolist()
     noise = [image for stack in sample_noise(stacks, seeds) for image in stack]
     images, alpha_bars = [], model.noise_scheduler.alphas_cumprod.double()
     timesteps = [t if noised else 0 for t, noised in zip(timesteps, is_noised, strict=True)]
@@ -46,10 +47,14 @@ def reference_losses(model, features: dict, params: reference.Params):
         here = slice(start, start + count)
         logits, predicted = reference.document(params, model.config, ids, images[here], s[here], is_noised[here])
         lm_terms += reference.lm_terms(model.config, ids, logits)
-        pairs = [(p, e) for p, e in zip(predicted, noise[here], strict=True) if p is not None]
-        diffusion_terms += [reference.diffusion_term(p, e) for p, e in pairs]
+        weights = [1.0] * count
+        if model.config.diffusion_loss_weighting == "min_snr":
+            alpha_bars = model.noise_scheduler.alphas_cumprod.double()
+            weights = [reference.min_snr_weight(float(alpha_bars[t])) for t in timesteps[here]]
+        pairs = [(p, e, w) for p, e, w in zip(predicted, noise[here], weights, strict=True) if p is not None]
+        diffusion_terms += [reference.diffusion_term(*pair) for pair in pairs]
         all_logits.append(torch.stack(logits))
-        predictions += [p for p, _ in pairs]
+        predictions += [p for p, *_ in pairs]
         start += count
     zero = torch.zeros((), dtype=torch.float64)
     lm_loss = sum(lm_terms, zero) / max(len(lm_terms), 1)
@@ -111,6 +116,11 @@ def test_the_other_front_ends_equal_the_reference(seed, options):
 @pytest.mark.parametrize("seed", SEEDS[:3])
 def test_untied_image_weights_equal_the_reference(seed):
     assert_equal_to_the_reference(seed, WAYS[1:], untied_modalities=["image"])
+
+
+@pytest.mark.parametrize("seed", [*SEEDS, 3, 4])
+def test_the_fields_that_the_paper_has_not_equal_the_reference(seed):
+    assert_equal_to_the_reference(seed, WAYS[:2], **tiny.drawn_fields(seed))
 
 
 def test_the_random_layouts_cover_every_case():
