@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.stats import linregress  # type: ignore[import-untyped]  # scipy has no annotations
 
 Points = dict[
@@ -92,3 +93,7 @@ def plot(axis: Any, points: dict[str, Points]) -> None:
             ends = np.array([runs[:, 0].min(), runs[:, 0].max()])
             axis.plot(ends, np.exp(intercept + slope * np.log(ends)), f"C{i}-", lw=1)
     axis.set(xscale="log", yscale="log", xlabel="FLOPs (6·N·D)")
+    # Within a decade or two, labels of all minor ticks would overlap.
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axis.xaxis.set_major_formatter("{x:.0e}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
