@@ -111,7 +111,7 @@ def write_table(
         cells = {row: _cells(runs, at_scales, {}) for row, runs in rows.items() if runs.values(at_scales[0])}
         lines += ["Other scales of guidance:", "", *_table("", at_scales, cells)]
     lines += [
-        "| compute of a run, median | parameters | tokens | FLOPs | seconds of training |",
+        "| compute of a run | parameters | tokens | FLOPs | seconds of the fastest |",
         "|---|---|---|---|---|",
     ]
     lines += [f"| {row} | {' | '.join(_compute(runs))} |" for row, runs in rows.items()]
@@ -172,8 +172,9 @@ def _cells(row: Row, metrics: Sequence[str], paper: dict[str, Any]) -> list[str]
 def _compute(row: Row) -> Iterator[str]:
     yield f"{row.done[0]['num_parameters']:,}"
     for name, form in (("num_tokens", ",.0f"), ("flops", ".2e"), ("seconds", ",.0f")):
-        # Not the mean: a machine that is shared makes a run longer, and none shorter.
-        yield f"{np.median([line[name] for line in row.last]):{form}}" if row.last else "diverged"
+        # A machine that is shared makes a run longer, and none shorter.
+        over_seeds = min if name == "seconds" else np.mean
+        yield f"{over_seeds([line[name] for line in row.last]):{form}}" if row.last else "diverged"
 
 
 def _named(numbers: dict[str, float]) -> str:
