@@ -1,7 +1,7 @@
 """
-A GPU in minutes: what a training step waits for, its time, memory and utilisation at the paper's sizes in bfloat16,
-compiled and not, against transformers' Llama on as many tokens; Liger's loss; and drawing in batches. What is demanded
-stands beside it.
+Measures a GPU in a few minutes. For the paper's sizes in bfloat16: how often a training step waits for the device, and
+its time, memory and utilisation, with and without compilation, beside transformers' Llama on as many tokens. Then
+Liger's loss, and drawing in batches. Each figure stands beside its demand.
 
     python benchmarks/gpu.py [--presets 0.16B 0.37B 0.76B 1.4B] [--limit_s 240] [--output_dir benchmarks/results]
 
@@ -65,7 +65,7 @@ def allocated(device: torch.device) -> int:
 
 
 def peak_gib(run: Callable[[], Any], device: torch.device, before: int = 0) -> float:
-    """Of a run that is warm, above what was allocated `before`."""
+    """Peak memory of a run, less the bytes that were allocated `before`; one run warms up."""
     if device.type != "cuda":
         return float("nan")
     run()

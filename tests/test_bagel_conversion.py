@@ -486,7 +486,7 @@ def test_a_conversion_holds_a_shard_and_the_autoencoder_at_a_time(bagel, tmp_pat
     printed = subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
     largest = 4 * 400_000 * 64  # of the two tensors of 102 MB
     grown = int(printed.split()[-1])
-    assert largest < grown < 2 * 2 * largest, f"{grown / 1e6:.0f} MB"
+    assert largest < grown < 2 * largest, f"{grown / 1e6:.0f} MB"  # 258 MB in one shard, 154 MB in many
 
 
 def changed(bagel: Path, folder: Path, **changes) -> Path:

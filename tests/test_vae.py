@@ -374,6 +374,11 @@ def test_a_representation_autoencoder_goes_out_as_it_came_in(tmp_path):
     torch.testing.assert_close(again.encode_images(images)[0], half.encode((images + 1) / 2).latent)
 
 
+def test_a_representation_autoencoder_has_no_scale_to_measure():
+    with pytest.raises(ValueError, match="standardises its latents itself; there is no scale to set"):
+        measure_latent_scale(representation_autoencoder(), [torch.rand(1, 3, 16, 16)])
+
+
 def test_a_representation_autoencoder_has_one_size():
     model = model_with_rae()
     with pytest.raises(ValueError, match="`pixel_values` must be 16 × 16 for an `AutoencoderRAE`; got 16 × 32"):

@@ -356,13 +356,7 @@ class TransfusionConfig(PreTrainedConfig):
         self.unet_layers_per_block, self.unet_norm_num_groups = layers, groups
 
     def _validate_rae(self, vae: dict[str, Any]) -> None:
-        needed = (
-            "encoder_hidden_size",
-            "encoder_input_size",
-            "encoder_patch_size",
-            "patch_size",
-            "decoder_hidden_size",
-        )
+        needed = ("encoder_hidden_size", "encoder_input_size", "encoder_patch_size", "patch_size")
         if missing := [name for name in needed if name not in vae]:
             raise ValueError(f"`vae_config` lacks {', '.join(missing)}; take it from the autoencoder by `attach_vae`.")
         channels, size = vae["encoder_hidden_size"], self.latent_size

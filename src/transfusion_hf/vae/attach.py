@@ -113,6 +113,10 @@ def measure_latent_scale(vae: AutoencoderKL, images: Iterable[torch.Tensor]) -> 
     The `(scaling_factor, shift_factor)` = (1 / std, mean) that give latents a mean of 0 and a standard deviation of 1,
     from batches of images of shape `(num_images, channels, height, width)` in [−1, 1]; they must differ.
     """
+    if isinstance(vae, AutoencoderRAE):
+        raise ValueError(
+            "`vae` is an `AutoencoderRAE`, which standardises its latents itself; there is no scale to set."
+        )
     count, total, squares = 0, 0.0, 0.0
     for batch in images:
         latents = vae.encode(batch.to(device=vae.device, dtype=vae.dtype)).latent_dist.mode().double()
