@@ -17,7 +17,8 @@ fi
 python3 -c 'import torch, transfusion_hf; print(torch.__version__, torch.cuda.get_device_name(), transfusion_hf.varlen_kernels())'
 # One that fails does not keep the others from being seen.
 status=0
-timeout 150 python3 -m pytest -q tests/test_attention.py -k 'cuda or kernels' || status=$?
+timeout 150 python3 -m pytest -q tests/test_attention.py -k 'cuda or kernels' 2>&1 |
+    tee "${OUT:-benchmarks/results}/gpu_tests.txt" || status=$?
 timeout 180 python3 benchmarks/attention.py --device cuda --output_dir "${OUT:-benchmarks/results}" || status=$?
 # The report is written after each part; the last one may take longer than is left.
 timeout $((560 - SECONDS)) python3 benchmarks/gpu.py --limit_s $((460 - SECONDS)) --output_dir "${OUT:-benchmarks/results}" ||
