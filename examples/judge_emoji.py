@@ -157,7 +157,8 @@ def main(argv: list[str] | None = None) -> dict:
     judge = EmojiJudge(emoji, args.packages, args.judge)
     order = np.random.default_rng(1).permutation(len(train))[: args.num_drawings]
     chosen = [train[i] for i in order]
-    model = AutoModelForMultimodalLM.from_pretrained(args.model).eval()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForMultimodalLM.from_pretrained(args.model).eval().to(device)
     processor = AutoProcessor.from_pretrained(args.model)
 
     real = [load_picture(one, SIZE, packages=args.packages) for one in train]
