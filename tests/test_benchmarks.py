@@ -1,6 +1,7 @@
 """The pictures of the benchmarks, and how they count memory."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,12 +62,15 @@ def test_the_report_of_a_gpu_has_each_figure_beside_what_is_demanded(monkeypatch
     cpu, config = torch.device("cpu"), small_model().config
     ids = gpu.packed_batch(config, 3, 5, cpu)
     assert ids["input_ids"].shape == (1, 3 * (5 + 18)) and ids["position_ids"][0, 23] == 0
-    lines = gpu.training_rows("tiny", config, cpu, 1, num_documents=2, num_words=5, is_compiled=False)
+    lines = gpu.training_rows("tiny", config, cpu, 1, num_documents=2, num_words=5)
     assert [line.split(" | ")[0] for line in lines] == [
-        "| tiny, 46 tokens: text alone", "| tiny, 46 tokens: text and images, transfusion_varlen",
+        "| tiny, 46 tokens: text and images, transfusion_varlen", "| tiny, 46 tokens: text alone",
         "| tiny, 46 tokens: LlamaForCausalLM", "| tiny: waits of a step on text and images",
     ]  # fmt: skip
-    assert "of LlamaForCausalLM's | ≤ 1.03 |" in lines[0]
+    assert "of LlamaForCausalLM's | ≤ 1.03 |" in lines[1]
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor takes a minute
+    _, compiled = gpu.training_rows("tiny", config, cpu, 1, num_documents=2, num_words=5, is_compiled=True)
+    assert "tokens: the same, compiled |" in compiled and "of the same, not compiled | ≤ 1 |" in compiled
     lines = gpu.drawing_rows("tiny", config, cpu, 1, batches=(1, 2), num_inference_steps=2)
     assert len(lines) == 2 and "of one alone" in lines[1]
     assert "| 2.000 of it | ≤ 1.5 | FAILS |" in gpu.row("x", 2.0, ("it", 1.0), 1.5, 0.0, 0.0)
