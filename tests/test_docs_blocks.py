@@ -55,6 +55,7 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / folder) for folder in ("examples", "conversion", "experiments")]
 import convert_bagel  # noqa: E402
 import export_bagel  # noqa: E402
+import fashion_mnist  # noqa: E402
 import tables  # noqa: E402
 import train_vae  # noqa: E402
 
@@ -78,6 +79,7 @@ NOT_RUN = {
         "29 GB of weights; test_bagel_conversion.py does the same with tiny ones",
     ),
     "experiments/tables.py": "hours; test_experiments_tables.py has stand-ins for the data",
+    "examples/fashion_mnist.py": "a package of pictures; test_real_material.py trains on it for two steps",
     "transfusion app": "a server; test_app.py runs it",
     "--tasks wikipedia c4": "the weights of the judges; test_evaluation_*.py make their own",
 }
@@ -96,6 +98,7 @@ READERS = {
         (train.ModelArguments, train.DataArguments, train.PaperTrainingArguments)
     ).parse_args_into_dataclasses,
     "examples/train_vae.py": train_vae.parse_args,
+    "examples/fashion_mnist.py": HfArgumentParser((fashion_mnist.Arguments,)).parse_args_into_dataclasses,
     "experiments/tables.py": tables.parse_args,
     "conversion/convert_bagel.py": convert_bagel.parse_args,
     "conversion/export_bagel.py": export_bagel.parse_args,
