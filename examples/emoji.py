@@ -38,7 +38,7 @@ class Arguments(SmallTrainingArguments):
     prediction_type: str = "v_prediction"
     patch_encoder: str = "linear"
     ema_decay: float = 0.999
-    max_length: int = field(default=256, metadata={"help": "Of rows into which documents are packed."})
+    max_length: int = field(default=320, metadata={"help": "Of rows into which documents are packed."})
     story_share: float = field(default=0.2, metadata={"help": "Share of documents with several pictures."})
     categories: list[str] = field(default_factory=lambda: list(CATEGORIES))
     packages: str = field(default=str(PACKAGES), metadata={"help": "Folder for the packages."})
