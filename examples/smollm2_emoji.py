@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--image_size", type=int, default=32)
     parser.add_argument("--patch_size", type=int, default=8, help="with 4, a step takes four times as long")
     parser.add_argument("--patch_encoder", default="unet", help="or 'linear'")
-    parser.add_argument("--max_steps", type=int, default=6000)
+    parser.add_argument("--max_steps", type=int, default=8000)
     args, others = parser.parse_known_args(argv)
     start, data, trained = (args.output_dir / name for name in ("start", "data", "model"))
 
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> dict:
         [
             *("--model_name_or_path", str(start), "--training_plan", "image_weights"),
             *("--caption_dataset", str(data / "train"), "--output_dir", str(trained)),
-            *("--attn_implementation", "sdpa", "--per_device_train_batch_size", "32", "--max_length", "256"),
+            *("--attn_implementation", "sdpa", "--per_device_train_batch_size", "8", "--max_length", "256"),
             *("--learning_rate", "5e-4", "--max_steps", str(args.max_steps), "--warmup_steps", "200"),
             *("--save_steps", "250", "--save_total_limit", "1", "--report_to", "none"),
             *("--resume_from_checkpoint", "true"),
