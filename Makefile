@@ -40,8 +40,8 @@ experiments: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/tables.py all --scale toy --seeds 1 \
 		--output_dir outputs/experiments-toy --results_dir outputs/experiments-toy/results
 
-# Emoji from scratch: two and a half hours on two cores that multiply in bfloat16, four on others. It goes on where it was
-# broken off; a smaller EMOJI_STEPS takes less time.
+# Emoji from scratch. By its first steps: two and a half hours on two cores that multiply in bfloat16, four on others. It
+# goes on where it was broken off; a smaller EMOJI_STEPS takes less time.
 EMOJI_STEPS ?= 7500
 BF16 := $(shell grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2> /dev/null && echo --bf16 true)
 emoji: .venv/installed

@@ -5,7 +5,7 @@ reads pictures, and continues a document that mixes both.
     OMP_NUM_THREADS=2 python examples/emoji.py --bf16 true --resume_from_checkpoint true    # again: goes on
     python examples/judge_emoji.py outputs/emoji
 
-On two cores that multiply in bfloat16 it takes two and a half hours.
+By its first steps it takes two and a half hours on two cores that multiply in bfloat16.
 
 It takes all arguments of transformers' `TrainingArguments`.
 """

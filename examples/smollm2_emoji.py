@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/smollm2-emoji"))
     parser.add_argument("--packages", type=Path, default=emoji_data.PACKAGES)
     parser.add_argument("--image_size", type=int, default=32)
-    parser.add_argument("--patch_size", type=int, default=8, help="with 4, a step takes four times as long")
+    parser.add_argument("--patch_size", type=int, default=8, help="with 4 there are four times as many patches")
     parser.add_argument("--patch_encoder", default="unet", help="or 'linear'")
     parser.add_argument("--max_steps", type=int, default=8000)
     args, others = parser.parse_known_args(argv)
