@@ -72,6 +72,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     app.add_argument("--host", default="127.0.0.1", help="'0.0.0.0' for other machines")
     app.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     app.add_argument("--share", action="store_true", help="a public address through Gradio's servers")
+    app.add_argument(
+        "--examples", nargs="+", help="prompts to draw, offered on the page, which opens in the mode 'draw'"
+    )
     for name, text in DELEGATED.items():
         commands.add_parser(name, help=text)
     return parser.parse_args(argv)

@@ -226,7 +226,7 @@ def test_a_model_that_draws_on_its_own_draws_by_default_and_its_captions_are_the
     (mode,) = [block for block in page.blocks.values() if isinstance(block, gr.Radio)]
     (chatbot,) = [block for block in page.blocks.values() if isinstance(block, gr.Chatbot)]
     assert captions and mode.value == "draw"
-    assert [example["text"] for example in chatbot.examples] == captions[:4]
+    assert [example["text"] for example in chatbot.examples] == captions
     inputs = processor(text=captions[:1])
     assert drawing_model.generate(**inputs, max_new_tokens=24, num_inference_steps=1).images[0]
 
@@ -238,6 +238,14 @@ def test_a_model_that_writes_chats_by_default(model, processor):
     assert page.title == "fixtures/tiny-transfusion · Transfusion"
 
 
+def test_given_examples_are_offered_and_drawn(model, processor):
+    given = [f"a red apple {i}" for i in range(6)]
+    page = app.make_app(model, processor, given)
+    (mode,) = [block for block in page.blocks.values() if isinstance(block, gr.Radio)]
+    (chatbot,) = [block for block in page.blocks.values() if isinstance(block, gr.Chatbot)]
+    assert mode.value == "draw" and [example["text"] for example in chatbot.examples] == given
+
+
 def test_the_model_runs_for_one_at_a_time(model, processor):
     page = app.make_app(model, processor)
     runs = [fn for fn in page.fns.values() if fn.name == "_submit_fn"]
@@ -247,9 +255,12 @@ def test_the_model_runs_for_one_at_a_time(model, processor):
 
 def test_the_command_starts_the_page(monkeypatch):
     launched = {}
-    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **kwargs: launched.update(kwargs))
-    assert main(["app", TINY, "--device", "cpu", "--host", "0.0.0.0", "--port", "7000", "--share"]) == 0
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **kwargs: launched.update(blocks=self.blocks, **kwargs))
+    words = ["--host", "0.0.0.0", "--port", "7000", "--share", "--examples", "a red apple", "a pizza"]
+    assert main(["app", TINY, "--device", "cpu", *words]) == 0
     assert (launched["server_name"], launched["server_port"], launched["share"]) == ("0.0.0.0", 7000, True)
+    (chatbot,) = [block for block in launched["blocks"].values() if isinstance(block, gr.Chatbot)]
+    assert [example["text"] for example in chatbot.examples] == ["a red apple", "a pizza"]
 
 
 def test_the_space_shows_the_model_that_its_variable_names(monkeypatch):

@@ -123,7 +123,7 @@ def respond(
 
 
 def sample_captions(model: Any, processor: TransfusionProcessor) -> list[str] | None:
-    """Texts that the model writes before it draws; `None` unless it draws in each of 8 answers to an empty prompt."""
+    """Up to 4 texts that it writes before it draws; `None` unless it draws in all 8 answers to an empty prompt."""
     if processor.tokenizer.bos_token_id is None:
         return None
     inputs, config = processor(text=[""] * 8).to(model.device), model.config
@@ -140,16 +140,19 @@ def sample_captions(model: Any, processor: TransfusionProcessor) -> list[str] | 
     if not all(any(not isinstance(part, str) for part in row) for row in rows):
         return None
     texts = [row[0].strip() for row in rows if isinstance(row[0], str)]
-    return [text for text in dict.fromkeys(texts) if text]
+    return [text for text in dict.fromkeys(texts) if text][:4]
 
 
-def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
-    """The page for a `TransfusionForCausalLMAndDiffusion` and its processor. `launch_app` starts it."""
+def make_app(model: Any, processor: TransfusionProcessor, examples: list[str] | None = None) -> gr.Blocks:
+    """
+    The page for a `TransfusionForCausalLMAndDiffusion` and its processor. `launch_app` starts it. With `examples`,
+    prompts to draw, it opens in mode "draw". Without, it does if the model draws on its own, offering its captions.
+    """
     config, stored = model.config, model.generation_config
     defaults = DRAWING_DEFAULTS | {name: value for name, value in stored.to_dict().items() if value is not None}
     schedulers = _FLOW_SCHEDULERS if is_flow(model.noise_scheduler) else _SCHEDULERS
     scheduler = defaults["scheduler"] or type(model.noise_scheduler).__name__
-    captions = sample_captions(model, processor)
+    captions = examples or sample_captions(model, processor)
     name = "/".join(Path(config.name_or_path).parts[-2:])
     full, whole = {"fill_height": True, "fill_width": True}, {"step": 1, "precision": 0}
     # Files are deleted after a day.
@@ -169,7 +172,7 @@ def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
         gr.ChatInterface(
             partial(respond, model, processor),
             title=f"Transfusion: {html.escape(name)}",
-            examples=[[{"text": caption, "files": []}] for caption in (captions or [])[:4]] or None,
+            examples=[[{"text": caption, "files": []}] for caption in captions or []] or None,
             multimodal=True,
             chatbot=gr.Chatbot(show_label=False, scale=1, render_markdown=False, buttons=["copy"]),
             textbox=gr.MultimodalTextbox(placeholder="text, pictures", stop_btn=True, **files),
@@ -190,9 +193,11 @@ def make_app(model: Any, processor: TransfusionProcessor) -> gr.Blocks:
     return app
 
 
-def launch_app(model: Any, processor: TransfusionProcessor, **kwargs: Any) -> gr.Blocks:
-    """Starts the page. `kwargs` are for Gradio's `launch`: `server_name`, `server_port`, `share` …"""
-    app = make_app(model, processor)
+def launch_app(
+    model: Any, processor: TransfusionProcessor, examples: list[str] | None = None, **kwargs: Any
+) -> gr.Blocks:
+    """Starts the page of `make_app`. `kwargs` are for Gradio's `launch`: `server_name`, `server_port`, `share` …"""
+    app = make_app(model, processor, examples)
     app.queue(api_open=False)
     is_small = max(model.config.latent_size) * model.config.vae_scale_factor < 256
     # The browser's own fonts: none are fetched.

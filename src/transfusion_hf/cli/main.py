@@ -106,7 +106,8 @@ def _run(args: argparse.Namespace) -> None:
     model = AutoModelForMultimodalLM.from_pretrained(args.model, dtype=args.dtype).to(args.device)
     processor = TransfusionProcessor.from_pretrained(args.model)
     if args.command == "app":
-        launch_app(model, processor, server_name=args.host, server_port=args.port, share=args.share)
+        server = {"server_name": args.host, "server_port": args.port, "share": args.share}
+        launch_app(model, processor, args.examples, **server)
         return
     kwargs = {name: value for name, value in vars(args).items() if name in {*DRAWING_DEFAULTS, "max_new_tokens"}}
     words = ("guidance_scale", "negative_prompt", "num_images_per_prompt")
