@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
     )
     trainer.train(resume_from_checkpoint=resume_from(args))
     trainer.save_model()
+    trainer.create_model_card(model_name="emoji", license="apache-2.0")
     if args.process_index == 0:
         say_next(Path(args.output_dir), "python", "examples/judge_emoji.py", args.output_dir)
     return trainer

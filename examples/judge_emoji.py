@@ -5,12 +5,14 @@ Draws emoji by name, reads their pictures, and lets a judge say what the drawing
 
 The judge knows all names, those held out too: a linear discriminant analysis on the features of EfficientNet-lite0,
 fitted on the pictures of Noto and OpenMoji. `results.json` has the share of drawings whose name it finds first, the
-same for real pictures (Noto's, moved a little, and Twemoji's, a third hand), and chance. `drawn.png` and
-`held_out.png` show drawings with the name that the judge found, above the nearest picture of the training data.
+same for real pictures (Noto's, moved a little, and Twemoji's, a third hand), and chance; the model card shows them.
+`drawn.png` and `held_out.png` show drawings with the name that the judge found, above the nearest picture of the
+training data.
 """
 
 import argparse
 import json
+import re
 import sys
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ import numpy as np
 import torch
 from common import draw, plt, read
 from emoji_data import CATEGORIES, PACKAGES, PHRASES, Emoji, load_emoji, load_picture, split
+from huggingface_hub import ModelCard
 from package_data import fetch_python
 from PIL import Image
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
@@ -137,6 +140,40 @@ def plot(emoji: list[Emoji], drawn: list[Image.Image], names: list[str], near: l
     plt.close(figure)
 
 
+def add_to_card(file: Path, results: dict) -> None:
+    """What the judge found, in the card of the model, in place of what it found before."""
+    rows = {
+        f"{results['num_drawings']} names, drawn": results["drawn"],
+        "their real pictures, moved": results["real pictures, moved"],
+        "real pictures of another hand, Twemoji": results["real pictures, Twemoji"],
+        f"{results['num_held_out']} held-out names, drawn": results["held_out"],
+    }
+    cells = [
+        " | ".join([name, *(f"{row[key]:.3f}" if key in row else "" for key in ("first", "among five", "read right"))])
+        for name, row in rows.items()
+    ]
+    table = "\n".join(f"| {line} |" for line in cells)
+    section = f"""
+## Emoji
+
+![Drawings of names, each above the training picture that is nearest to it](drawn.png)
+
+| | judge finds the name first | among five | its picture is read right |
+|---|---|---|---|
+{table}
+| chance | {results["chance"]:.4f} | | |
+
+{results["num_inference_steps"]} steps, guidance {results["image_guidance_scale"]:g}. The judge is a linear
+discriminant on features of EfficientNet-lite0 (`examples/judge_emoji.py` of transfusion_hf, beside what trains the
+model). Trained on the emoji of Noto (Apache-2.0). OpenMoji (CC-BY-SA 4.0) and Twemoji (CC-BY 4.0) are for the judge
+alone: nothing of them is in these weights.
+"""
+    card = ModelCard.load(file)
+    text = re.sub(r"\n## Emoji\n.*?(?=\n## )", "", card.text, flags=re.DOTALL)
+    card.text = text.replace("\n## Model\n", f"{section}\n## Model\n", 1)
+    card.save(file)
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder that `emoji.py` or `transfusion train` has written")
@@ -182,6 +219,8 @@ def main(argv: list[str] | None = None) -> dict:
         results[title]["read right"] = float(np.mean([is_right(*pair) for pair in zip(captions, part, strict=True)]))
     results |= {"num_drawings": len(chosen), "num_held_out": len(held_out), **steps}
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    if (output_dir / "README.md").is_file():
+        add_to_card(output_dir / "README.md", results)
     print(json.dumps(results, indent=2))
     return results
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import emoji
@@ -34,6 +35,10 @@ def test_an_emoji_model_is_trained_and_judged(tmp_path):
     assert results["chance"] == pytest.approx(1 / len(load_emoji(categories=("Activities",))))
     assert results["real pictures, moved"]["first"] > 0.5 < results["real pictures, Twemoji"]["among five"]
     assert results["drawn"]["first"] < 0.5
+    judge_emoji.add_to_card(folder / "README.md", results)  # once more
+    card = ModelCard.load(folder / "README.md")
+    assert card.text.count("## Emoji") == card.text.count("| 5 names, drawn |") == card.text.count("## Training") == 1
+    assert card.data.license == "apache-2.0" and (folder / "drawn.png").is_file()
 
 
 def test_fashion_mnist_is_drawn_read_and_judged(tmp_path, monkeypatch):

@@ -250,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> TransfusionTrainer:
         )
     trainer.train(resume_from_checkpoint=resume_from(training_args))
     trainer.save_model()
+    trainer.create_model_card()
     if training_args.process_index == 0:
         folder, prompt = training_args.output_dir, training_args.sample_prompts.split("|")[0] or "…"
         print(f"Saved in {folder}. Draw from it:\n    {shlex.join(['transfusion', 'draw', folder, prompt])}")
