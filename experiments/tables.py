@@ -61,7 +61,7 @@ SCALES = {
         tokens_per_step=1024,
         max_length=256,
         # The best of `sweep`, at this size.
-        learning_rates={"llama": 2e-3, "chameleon": 1.6e-2, "transfusion": 4e-3, "unet": 1e-3},
+        learning_rates={"llama": 2e-3, "chameleon": 3.2e-2, "transfusion": 4e-3, "unet": 1e-3},
         # Errors of ε at high noise are magnified in x_0, and latents are not clipped (docs/front_ends.md).
         options={"prediction_type": "v_prediction"},
     ),
@@ -94,7 +94,7 @@ SCALES = {
 # Four for each, moved by factors of two until the best one had neighbours on both sides.
 SWEPT_LEARNING_RATES = {
     "llama": (1e-3, 2e-3, 4e-3, 8e-3),
-    "chameleon": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "chameleon": (8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
     "transfusion": (1e-3, 2e-3, 4e-3, 8e-3),
     "unet": (5e-4, 1e-3, 2e-3, 4e-3),
 }
@@ -237,7 +237,7 @@ def weight(scale: Scale) -> Table:
 
 def recipes(scale: Scale) -> Table:
     """What is younger than the paper, or not of it: one change at a time."""
-    base = _transfusion(scale)
+    base, unet = _transfusion(scale), _transfusion(scale, patch_encoder="unet")
     x_0 = {"prediction_type": "sample", "diffusion_loss_weighting": "v_prediction"}
     rows = {
         "default": base,
@@ -247,6 +247,10 @@ def recipes(scale: Scale) -> Table:
         "x_0 with the loss of v": _transfusion(scale, **x_0),
         "image parts at half the rate": replace(base, image_learning_rate=base.learning_rate / 2),
         "image parts at twice the rate": replace(base, image_learning_rate=base.learning_rate * 2),
+        "unet": unet,
+        "unet, transformer at the linear rate": replace(
+            unet, learning_rate=base.learning_rate, image_learning_rate=unet.learning_rate
+        ),
     }
     return Table("Other recipes", rows, {}, [])
 
