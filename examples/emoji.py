@@ -37,6 +37,8 @@ class Arguments(SmallTrainingArguments):
     patch_size: int = field(default=4, metadata={"help": "Pixels of a side, at 32; it grows with `image_size`."})
     prediction_type: str = "v_prediction"
     patch_encoder: str = "linear"
+    diffusion_loss_weight: float = field(default=5.0, metadata={"help": "λ."})
+    train_timestep_shift: float = field(default=1.0, metadata={"help": "Above 1: more noise in training."})
     ema_decay: float = 0.999
     max_length: int = field(default=320, metadata={"help": "Of rows into which documents are packed."})
     story_share: float = field(default=0.2, metadata={"help": "Share of documents with several pictures."})
@@ -105,6 +107,8 @@ def build_model(args: Arguments, texts: list[str]) -> tuple:
         patch_size=args.patch_size * args.image_size // 32,
         patch_encoder=args.patch_encoder,
         prediction_type=args.prediction_type,
+        diffusion_loss_weight=args.diffusion_loss_weight,
+        train_timestep_shift=args.train_timestep_shift,
     )
 
 
@@ -129,7 +133,8 @@ def main(argv: list[str] | None = None) -> TransfusionTrainer:
     trainer.save_model()
     trainer.create_model_card(model_name="emoji", license="apache-2.0")
     if args.process_index == 0:
-        say_next(Path(args.output_dir), "python", "examples/judge_emoji.py", args.output_dir)
+        command = ("python", "examples/judge_emoji.py", args.output_dir, "--categories", *args.categories)
+        say_next(Path(args.output_dir), *command)
     return trainer
 
 

@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--image_guidance_scale", type=float, default=3.0)
     parser.add_argument("--phrase", default="{}", help="of prompts, around the name")
-    parser.add_argument("--categories", nargs="+", default=CATEGORIES)
+    parser.add_argument("--categories", nargs="+", default=CATEGORIES, help="those of the training; it may name any")
     parser.add_argument("--judge", type=Path, default=Path("outputs/emoji-judge.joblib"), help="made if it is missing")
     parser.add_argument("--packages", type=Path, default=PACKAGES)
     parser.add_argument("--output_dir", type=Path, help="default: MODEL")
@@ -189,8 +189,8 @@ def main(argv: list[str] | None = None) -> dict:
     output_dir = args.output_dir or Path(args.model)
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    emoji = load_emoji(args.packages, tuple(args.categories))
-    train, held_out = split(emoji)
+    emoji = load_emoji(args.packages)
+    train, held_out = split(load_emoji(args.packages, tuple(args.categories)))
     judge = EmojiJudge(emoji, args.packages, args.judge)
     order = np.random.default_rng(1).permutation(len(train))[: args.num_drawings]
     chosen = [train[i] for i in order]

@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--patch_size", type=int, default=8, help="with 4 there are four times as many patches")
     parser.add_argument("--patch_encoder", default="unet", help="or 'linear'")
     parser.add_argument("--max_steps", type=int, default=8000)
+    parser.add_argument("--categories", nargs="+", default=emoji_data.CATEGORIES)
     args, others = parser.parse_known_args(argv)
     start, data, trained = (args.output_dir / name for name in ("start", "data", "model"))
 
@@ -81,7 +82,12 @@ def main(argv: list[str] | None = None) -> dict:
         fields["untied_modalities"] = ["image"]
         convert_causal_lm(file, start, **fields)
     if not data.is_dir():
-        emoji_data.main([str(data), "--image_size", str(args.image_size), "--packages", str(args.packages)])
+        emoji_data.main(
+            [
+                *(str(data), "--image_size", str(args.image_size), "--packages", str(args.packages)),
+                *("--categories", *args.categories),
+            ]
+        )
     train(
         [
             *("--model_name_or_path", str(start), "--training_plan", "image_weights"),
@@ -96,7 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
     results = compare(file, trained)
     (args.output_dir / "text.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     print(json.dumps(results, indent=2, ensure_ascii=False))
-    say_next(trained, "python", "examples/judge_emoji.py", trained)
+    say_next(trained, "python", "examples/judge_emoji.py", trained, "--categories", *args.categories)
     return results
 
 

@@ -1,6 +1,7 @@
 """Emoji with their names: the data on a stand-in for the packages, and on the packages themselves."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -167,14 +168,16 @@ def test_a_caption_is_right_in_any_wording_and_phrase_of_the_training(judge):
         assert not judge_emoji.is_right(caption, one)
 
 
-def test_a_model_is_judged_on_names_of_both_sides(judge, tmp_path, capsys):
+def test_a_model_of_some_categories_is_judged_among_all_names(judge, tmp_path, capsys):
+    some = ["--packages", str(judge.packages), "--categories", *CATEGORIES[:3]]
     words = ["--output_dir", str(tmp_path / "model"), "--max_steps", "1", "--hidden_size", "64", "--num_hidden_layers"]
-    words += ["1", "--per_device_train_batch_size", "2", "--use_cpu", "true", "--packages", str(judge.packages)]
+    words += ["1", "--per_device_train_batch_size", "2", "--use_cpu", "true", *some]
     emoji.main(words)
+    assert shlex.join(some[2:]) in capsys.readouterr().out
     arguments = [str(tmp_path / "model"), "--num_drawings", "6", "--num_inference_steps", "2"]
-    arguments += ["--packages", str(judge.packages), "--judge", str(tmp_path / "judge.joblib")]
+    arguments += [*some, "--judge", str(tmp_path / "judge.joblib")]
     results = judge_emoji.main(arguments)
     assert json.loads((tmp_path / "model" / "results.json").read_text()) == results
-    assert results["chance"] == 0.05 and results["num_drawings"] == 6 and results["num_held_out"] == 2
+    assert results["chance"] == 0.05 and results["num_drawings"] == 6 and results["num_held_out"] == 1
     assert results["real pictures, Twemoji"]["first"] == 1 and results["drawn"]["first"] < 0.5
     assert results["drawn"]["read right"] == 0 and (tmp_path / "model" / "held_out.png").stat().st_size > 5000
