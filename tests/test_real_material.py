@@ -57,3 +57,22 @@ def test_smollm2_keeps_its_text(tmp_path):
     assert all(answer["before"] == answer["after"] != "" for answer in results["chat"])
     assert "Paris" in results["chat"][0]["before"]
     assert (tmp_path / "model" / "model.safetensors").is_file()
+
+
+def test_the_notebook_runs_and_keeps_the_text(tmp_path, capsys):
+    cells = json.loads(Path(emoji.__file__).with_name("learn_to_draw.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    for printed, less in {
+        "max_steps = 400": "max_steps = 2",
+        "per_device_train_batch_size=16": "per_device_train_batch_size=2",
+        "num_inference_steps=25": "num_inference_steps=2",
+        "outputs/learn_to_draw": str(tmp_path),
+    }.items():
+        assert code.count(printed) == 1
+        code = code.replace(printed, less)
+    names: dict = {}
+    exec(compile(code, "<notebook>", "exec"), names)
+    assert len(names["foods"]) == len(names["names"]) == len(names["output"].images) == 16
+    assert names["trainer"].state.global_step == 2
+    printed = capsys.readouterr().out
+    assert "bit: True\n" in printed and "the same: True\n" in printed and "Bananas" in printed
