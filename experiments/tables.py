@@ -235,6 +235,22 @@ def weight(scale: Scale) -> Table:
     return Table("Weight of the diffusion loss", {name: rows[name] for name in ("λ = 1", "λ = 5", "λ = 25")}, {}, [])
 
 
+def steps(scale: Scale) -> Table:
+    """Whether a claim of tables 3 to 5 depends on the number of steps."""
+    once = {"Llama 2": _row(scale, "llama"), "Chameleon": _row(scale, "chameleon"), "Transfusion": _transfusion(scale)}
+    once["U-Net"] = _transfusion(scale, patch_encoder="unet")
+    rows, claims = {}, []
+    for num_steps in (scale.max_steps, 2 * scale.max_steps):
+        names = {name: f"{name}, {num_steps:,} steps" for name in once}
+        rows |= {names[name]: replace(row, max_steps=num_steps) for name, row in once.items()}
+        claims += [
+            Claim(names["Llama 2"], names["Transfusion"], ("perplexity",)),
+            Claim(names["Transfusion"], names["Chameleon"], METRICS),
+            Claim(names["U-Net"], names["Transfusion"], IMAGES),
+        ]
+    return Table("Number of steps", rows, {}, claims)
+
+
 def recipes(scale: Scale) -> Table:
     """What is younger than the paper, or not of it: one change at a time."""
     base, unet = _transfusion(scale), _transfusion(scale, patch_encoder="unet")
@@ -266,7 +282,7 @@ def sweep(scale: Scale) -> Table:
 
 TABLES: dict[str, Callable[[Scale], Table]] = {
     "table3": table3, "table4": table4, "table5": table5, "table6": table6, "table7": table7, "table8": table8,
-    "order": order, "weight": weight, "recipes": recipes, "sweep": sweep,
+    "order": order, "weight": weight, "steps": steps, "recipes": recipes, "sweep": sweep,
 }  # fmt: skip
 
 
