@@ -172,7 +172,8 @@ def test_a_model_of_some_categories_is_judged_among_all_names(judge, tmp_path, c
     some = ["--packages", str(judge.packages), "--categories", *CATEGORIES[:3]]
     words = ["--output_dir", str(tmp_path / "model"), "--max_steps", "1", "--hidden_size", "64", "--num_hidden_layers"]
     words += ["1", "--per_device_train_batch_size", "2", "--use_cpu", "true", *some]
-    emoji.main(words)
+    model = emoji.main([*words, "--diffusion_loss_weight", "25", "--train_timestep_shift", "2"]).model
+    assert (model.config.diffusion_loss_weight, model.config.train_timestep_shift) == (25, 2)
     assert shlex.join(some[2:]) in capsys.readouterr().out
     arguments = [str(tmp_path / "model"), "--num_drawings", "6", "--num_inference_steps", "2"]
     arguments += [*some, "--judge", str(tmp_path / "judge.joblib")]
