@@ -239,6 +239,8 @@ def steps(scale: Scale) -> Table:
     """Whether a claim of tables 3 to 5 depends on the number of steps."""
     once = {"Llama 2": _row(scale, "llama"), "Chameleon": _row(scale, "chameleon"), "Transfusion": _transfusion(scale)}
     once["U-Net"] = _transfusion(scale, patch_encoder="unet")
+    once["Transfusion, causal"] = _transfusion(scale, bidirectional_image_attention=False)
+    once["U-Net, causal"] = _transfusion(scale, patch_encoder="unet", bidirectional_image_attention=False)
     rows, claims = {}, []
     for num_steps in (scale.max_steps, 2 * scale.max_steps):
         names = {name: f"{name}, {num_steps:,} steps" for name in once}
@@ -247,6 +249,8 @@ def steps(scale: Scale) -> Table:
             Claim(names["Llama 2"], names["Transfusion"], ("perplexity",)),
             Claim(names["Transfusion"], names["Chameleon"], METRICS),
             Claim(names["U-Net"], names["Transfusion"], IMAGES),
+            Claim(names["Transfusion"], names["Transfusion, causal"], IMAGES),
+            Claim(names["U-Net"], names["U-Net, causal"], IMAGES),
         ]
     return Table("Number of steps", rows, {}, claims)
 
