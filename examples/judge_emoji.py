@@ -44,7 +44,7 @@ class EmojiJudge:
         emoji (`list[Emoji]`): All that it may name.
         packages (`Path`): Folder for the packages with pictures and with the features' weights (`ImportError` if they
             cannot be had).
-        file (`Path`): Keeps the fitted head, which takes ten minutes on one core.
+        file (`Path`): Keeps the fitted head, which takes two minutes on one core.
     """
 
     def __init__(self, emoji: list[Emoji], packages: Path, file: Path):
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("model", help="a folder that `emoji.py` or `transfusion train` has written")
     parser.add_argument("--num_drawings", type=int, default=200, help="names of the training data")
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--image_guidance_scale", type=float, default=3.0)
+    parser.add_argument("--image_guidance_scale", type=float, default=1.0)
     parser.add_argument("--phrase", default="{}", help="of prompts, around the name")
     parser.add_argument("--categories", nargs="+", default=CATEGORIES, help="those of the training; it may name any")
     parser.add_argument("--judge", type=Path, default=Path("outputs/emoji-judge.joblib"), help="made if it is missing")

@@ -264,6 +264,7 @@ def recipes(scale: Scale) -> Table:
         "logit-normal t": _transfusion(scale, timestep_distribution="logit_normal"),
         "t shifted by 2": _transfusion(scale, train_timestep_shift=2.0),
         "min-SNR": _transfusion(scale, diffusion_loss_weighting="min_snr"),
+        "x_0": _transfusion(scale, prediction_type="sample"),
         "x_0 with the loss of v": _transfusion(scale, **x_0),
         "image parts at half the rate": replace(base, image_learning_rate=base.learning_rate / 2),
         "image parts at twice the rate": replace(base, image_learning_rate=base.learning_rate * 2),
