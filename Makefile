@@ -51,10 +51,10 @@ emoji: .venv/installed
 emoji-small:
 	$(MAKE) emoji EMOJI_STEPS=5000 EMOJI_CATEGORIES='--categories "Animals & Nature" "Food & Drink"'
 
-# A language model that learns to draw emoji: hours on two cores. It goes on where it was broken off.
+# A language model that learns to draw food and drink. It goes on where it was broken off.
 smollm2-emoji: .venv/installed
 	OMP_NUM_THREADS=2 $(BIN)/python examples/smollm2_emoji.py $(BF16)
-	$(BIN)/python examples/judge_emoji.py outputs/smollm2-emoji/model
+	$(BIN)/python examples/judge_emoji.py outputs/smollm2-emoji/model --categories "Food & Drink"
 
 test: .venv/installed
 	$(PYTEST)

@@ -125,13 +125,17 @@ def captioned(emoji: list[Emoji], size: int, packages: Path = PACKAGES) -> list[
     ]
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output_dir", type=Path)
     parser.add_argument("--image_size", type=int, default=32, choices=(16, 32, 64))
     parser.add_argument("--packages", type=Path, default=PACKAGES, help="folder for the packages")
     parser.add_argument("--categories", nargs="+", default=CATEGORIES)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
     emoji = load_emoji(args.packages, tuple(args.categories))
     for name, part in zip(("train", "held_out"), split(emoji), strict=True):
         samples = captioned(part, args.image_size, args.packages)

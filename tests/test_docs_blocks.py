@@ -54,6 +54,7 @@ from transfusion_hf.hub.card import make_model_card
 ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / folder) for folder in ("examples", "conversion", "experiments")]
 import convert_bagel  # noqa: E402
+import emoji_data  # noqa: E402
 import export_bagel  # noqa: E402
 import fashion_mnist  # noqa: E402
 import tables  # noqa: E402
@@ -80,6 +81,7 @@ NOT_RUN = {
     ),
     "experiments/tables.py": "hours; test_experiments_tables.py has stand-ins for the data",
     "examples/fashion_mnist.py": "a package of pictures; test_real_material.py trains on it for two steps",
+    "examples/emoji_data.py": "a package of pictures; test_emoji.py makes its own",
     "transfusion app": "a server; test_app.py runs it",
     "--tasks wikipedia c4": "the weights of the judges; test_evaluation_*.py make their own",
 }
@@ -98,6 +100,7 @@ READERS = {
         (train.ModelArguments, train.DataArguments, train.PaperTrainingArguments)
     ).parse_args_into_dataclasses,
     "examples/train_vae.py": train_vae.parse_args,
+    "examples/emoji_data.py": emoji_data.parse_args,
     "examples/fashion_mnist.py": HfArgumentParser((fashion_mnist.Arguments,)).parse_args_into_dataclasses,
     "experiments/tables.py": tables.parse_args,
     "conversion/convert_bagel.py": convert_bagel.parse_args,
@@ -195,7 +198,7 @@ def save_vae(folder: Path, channels: int, scale: float = 0.18215, shift: float |
 
 
 def save_pictures(folder: Path) -> None:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for line in CAPTIONS.splitlines()[1:]:
         picture().save(folder / line.split(",")[0])
     (folder / "metadata.csv").write_text(CAPTIONS)
@@ -212,7 +215,10 @@ FILES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "MODEL": ("MODEL", save_model),
     "outputs/shapes": ("outputs/shapes", save_shapes_model),
     "someone/digits": ("someone/digits", save_model),
+    "outputs/emoji-5000": ("outputs/emoji-5000", save_model),
+    "outputs/smollm2-emoji/model": ("outputs/smollm2-emoji/model", save_model),
     "HuggingFaceTB/SmolLM2-135M": ("HuggingFaceTB/SmolLM2-135M", save_language_model),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", save_language_model),
     "ORIGINAL": ("ORIGINAL", save_tokenizer),
     "TOKENIZER": ("TOKENIZER", save_tokenizer),
     "stabilityai/sd-vae-ft-mse": ("stabilityai/sd-vae-ft-mse", partial(save_vae, channels=4)),
@@ -226,6 +232,7 @@ FILES: dict[str, tuple[str, Callable[[Path], None]]] = {
     'AutoTokenizer.from_pretrained("...")': ("...", save_tokenizer),
     "picture.png": ("picture.png", lambda file: picture().save(file)),
     "pictures": ("pictures", save_pictures),
+    "outputs/food/data/train": ("outputs/food/data/train", save_pictures),
     "pictures/*.parquet": ("pictures", partial(save_rows, image=picture(), caption="gray", text="gray")),
     "data/*.parquet": ("data", partial(save_rows, image=picture(), caption="gray")),
     "DATASET": ("DATASET", partial(save_rows, image=picture(), caption="gray", text="gray")),

@@ -27,19 +27,22 @@ def hub(monkeypatch):
 def test_the_cards_of_the_presets_are_those_of_their_configurations():
     from write_model_cards import PRESETS, preset_card
 
-    assert {file.stem for file in CARDS.glob("*.md")} == set(PRESETS) == set(_PRESETS)
+    assert {file.stem for file in CARDS.glob("*B.md")} == set(PRESETS) == set(_PRESETS)
     for preset in PRESETS:
         assert str(preset_card(preset)) == (CARDS / f"{preset}.md").read_text(), "run write_model_cards.py"
 
 
 @pytest.mark.parametrize("file", sorted(CARDS.glob("*.md")), ids=lambda file: file.stem)
-def test_the_cards_of_the_presets_are_valid_and_claim_no_weights(file, hub):
+def test_the_cards_are_valid_and_claim_no_weights(file, hub):
     card = ModelCard.load(file)
     card.validate()
     assert ("POST", "/api/validate-yaml") in hub.log
     assert card.data.pipeline_tag == "any-to-any" and card.data.library_name == "transformers"
     assert card.data.license == "apache-2.0" and card.data.eval_results is None
-    assert "no weights of this size are public" in card.text and "from_pretrained(name" not in card.text
+    if file.stem in _PRESETS:
+        assert "no weights of this size are public" in card.text and "from_pretrained(name" not in card.text
+    else:
+        assert "Not on the Hub: `make " in card.text
 
 
 def full_card() -> ModelCard:
