@@ -63,7 +63,7 @@ def test_the_notebook_runs_and_keeps_the_text(tmp_path, capsys):
     cells = json.loads(Path(emoji.__file__).with_name("learn_to_draw.ipynb").read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     for printed, less in {
-        "max_steps = 400": "max_steps = 2",
+        "max_steps = 200": "max_steps = 2",
         "per_device_train_batch_size=16": "per_device_train_batch_size=2",
         "num_inference_steps=25": "num_inference_steps=2",
         "outputs/learn_to_draw": str(tmp_path),
