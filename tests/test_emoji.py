@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import GenerationConfig
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import emoji
@@ -186,12 +187,16 @@ def test_a_model_of_some_categories_is_judged_among_all_names(judge, tmp_path, c
 
 
 def test_a_language_model_is_shown_the_categories_of_this_call(packages, tmp_path, monkeypatch):
-    for name in ("fetch_python", "convert_causal_lm", "train", "compare"):
+    for name in ("fetch_python", "train", "compare"):
         monkeypatch.setattr(smollm2_emoji, name, lambda *args, **kwargs: None)
+    monkeypatch.setattr(
+        smollm2_emoji, "convert_causal_lm", lambda file, start, **kwargs: GenerationConfig().save_pretrained(start)
+    )
     for place, category in enumerate(CATEGORIES[:2]):
         words = ["--output_dir", str(tmp_path), "--packages", str(packages), "--categories", category]
         smollm2_emoji.main(words)
         lines = (tmp_path / "data" / "train" / "metadata.jsonl").read_text().splitlines()
+        assert GenerationConfig.from_pretrained(tmp_path / "start").image_guidance_scale == 1
         texts = {json.loads(line)["text"] for line in lines}
         assert f"thing {place}" in texts and f"thing {1 - place}" not in texts
         assert len(list((tmp_path / "data" / "train").glob("*.png"))) == len(lines)
