@@ -190,7 +190,9 @@ def test_a_language_model_is_shown_the_categories_of_this_call(packages, tmp_pat
     for name in ("fetch_python", "train", "compare"):
         monkeypatch.setattr(smollm2_emoji, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(
-        smollm2_emoji, "convert_causal_lm", lambda file, start, **kwargs: GenerationConfig().save_pretrained(start)
+        smollm2_emoji,
+        "convert_causal_lm",
+        lambda file, start, **kwargs: GenerationConfig(image_guidance_scale=3.0).save_pretrained(start),
     )
     for place, category in enumerate(CATEGORIES[:2]):
         words = ["--output_dir", str(tmp_path), "--packages", str(packages), "--categories", category]
