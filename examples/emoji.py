@@ -1,5 +1,5 @@
 """
-Trains a Transfusion of 5.4M parameters from scratch on Noto's emoji (`emoji_data.py`): it draws their names, reads
+Trains a Transfusion of 5.3M parameters from scratch on Noto's emoji (`emoji_data.py`): it draws their names, reads
 pictures, and continues a document that mixes both.
 
     OMP_NUM_THREADS=2 python examples/emoji.py --resume_from_checkpoint true    # again: goes on
