@@ -164,9 +164,14 @@ def _cells(row: Row, metrics: Sequence[str], paper: dict[str, Any]) -> list[str]
     for metric in metrics:
         text = "" if row.last else "diverged"
         if values := row.values(metric):
-            text = f"{np.mean(values):.3g} ({min(values):.3g}–{max(values):.3g})"
+            text = f"{_number(np.mean(values))} ({_number(min(values))}–{_number(max(values))})"
         cells.append(text + (f" [{paper[metric]}]" if metric in paper else ""))
     return cells
+
+
+def _number(x: float) -> str:
+    """Three digits, and 1000 instead of 1e+03."""
+    return f"{float(f'{x:.3g}'):g}"
 
 
 def _compute(row: Row) -> Iterator[str]:
