@@ -17,8 +17,8 @@ from test_generation import (
     generators,
     prompts,
 )
-from tiny import BOI, BOS, EOS, IMG
-from transformers import CompileConfig, DynamicCache, LogitsProcessorList
+from tiny import BOI, BOS, EOI, EOS, IMG
+from transformers import CompileConfig, DynamicCache, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from transfusion_hf.denoising_transfusion import DrawingLayer
 
@@ -93,6 +93,17 @@ def test_guidance_may_be_limited_to_some_steps_and_rescaled():
     kwargs["generator"] = generators(1)
     output = generate(model, prompts(prompt), guidance_rescale=0.7, **kwargs)
     expected = by_hand(model, [prompt, [BOS, BOI]], [[], []], rescaled)
+    torch.testing.assert_close(output.images[0][0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_prompt_of_bos_alone_is_guided_away_from_bos(use_cache):
+    model = tiny.model()
+    script = [BOI, *IMAGE[1:5], EOI, EOS]
+    said = LogitsProcessorList([PrefixConstrainedLogitsProcessor(lambda _, ids: script[len(ids) - 1 :][:1], 1)])
+    kwargs = {"logits_processor": said, "use_cache": use_cache, "image_guidance_scale": 3.0}
+    output = generate(model, prompts([BOS]), generator=generators(1), **kwargs)
+    expected = by_hand(model, [[BOS, BOI], [BOS, BOI]], [[], []], lambda c, u: u + 3 * (c - u))
     torch.testing.assert_close(output.images[0][0], expected, atol=1e-4, rtol=0)
 
 
@@ -420,6 +431,11 @@ def test_a_variation_takes_its_share_of_the_steps_from_the_noised_image():
         ),
         ({"negative_prompt_ids": torch.tensor([[7]] * 3)}, "`negative_prompt_ids` has 3 rows for 1 prompts"),
         ({"negative_prompt_ids": torch.tensor([[BOI, IMG]])}, "a negative prompt is text"),
+        (
+            {"negative_prompt_ids": torch.tensor([[7, 8]]), "negative_prompt_attention_mask": torch.ones(1, 3)},
+            r"must have the shape of `negative_prompt_ids`; got \(1, 3\) and \(1, 2\)",
+        ),
+        ({"negative_prompt_attention_mask": torch.ones(1, 3)}, r"the shape of `negative_prompt_ids`; got .* and None"),
         ({"strength": 0.5}, "need an `init_image` to begin with"),
         (
             {"init_image": torch.zeros(1, 2, 4, 4), "strength": 0.0},

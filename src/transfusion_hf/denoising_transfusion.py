@@ -331,7 +331,7 @@ def guidance_prefixes(
         ValueError: negative prompts of another number, with images or too long; no images to guide by.
     """
     boi = prompts.ids[0].new_tensor([config.image_start_token_id])
-    bos = [row[:1] if len(row) > 1 and int(row[0]) == bos_token_id else row[:0] for row in prompts.ids]
+    bos = [row[:1] if row[:1].tolist() == [bos_token_id] else row[:0] for row in prompts.ids]
     is_nested, contexts = arguments.guidance_type == "nested", []
     image_ids = boi.new_tensor(image_token_ids(config))
     # Where the prompt itself asks for a drawing it ends with `<BOI>`.
@@ -379,6 +379,12 @@ def guidance_prefixes(
 def _negative_prompts(config: TransfusionConfig, arguments: DrawingArguments, sizes: list, boi) -> list | None:
     """The ids of each row's negative prompt, without `<BOI>`."""
     ids, mask, num_rows = arguments.negative_prompt_ids, arguments.negative_prompt_attention_mask, len(sizes)
+    if mask is not None and (ids is None or mask.shape != ids.shape):
+        shape = None if ids is None else tuple(ids.shape)
+        raise ValueError(
+            "`negative_prompt_attention_mask` must have the shape of `negative_prompt_ids`; got "
+            f"{tuple(mask.shape)} and {shape}."
+        )
     if ids is None:
         return None
     if len(ids) not in (1, num_rows):
