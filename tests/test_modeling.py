@@ -540,6 +540,15 @@ def test_bad_training_input_names_what_was_expected_and_what_came(change, messag
         tiny.model()(ids, latents=images(2), labels=ids, **change)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("change", [slice(None, -1), slice(1, None)])
+def test_labels_of_another_length_are_refused(training, change):
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    message = r"`labels` must have the shape of `input_ids`, \(2, 4\); got \(2, 3\)"
+    with pytest.raises(ValueError, match=message):
+        tiny.model().train(training)(ids, labels=ids[:, change])
+
+
 def test_any_mistral_config_object_is_accepted():
     config = TransfusionConfig(text_config=MistralConfig(vocab_size=32003, num_hidden_layers=1))
     assert config.text_config.model_type == "mistral"

@@ -626,6 +626,12 @@ class TransfusionForCausalLMAndDiffusion(TransfusionPreTrainedModel, Transfusion
     ) -> tuple:
         """The logits (`None` with `skip_logits`) and L_LM (Eq. 1; `None` without `labels`)."""
         text_config, targets = self.config.text_config, None
+        if labels is not None and shift_labels.shape != hidden_states.shape[:2]:
+            raise ValueError(
+                f"`labels` must have the shape of `input_ids`, {tuple(hidden_states.shape[:2])}; got "
+                f"{tuple(shift_labels.shape)}. Pass the ids themselves, with -100 where there is no loss: the model "
+                "shifts them."
+            )
         if num_items is not None:
             num_items = num_items.to(hidden_states.device).clamp(min=1)
         if skip_logits if skip_logits is not None else self.training and labels is not None:
