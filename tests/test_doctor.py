@@ -194,6 +194,11 @@ def test_3_a_backend_that_drops_the_mask_is_named(family, patch_encoder):
     assert_named(findings, "attention mask", "not causal outside of images", "without_any_mask")
 
 
+def test_3_markers_in_the_block_of_their_image_are_no_fault():
+    findings = diagnose(*healthy(image_markers_in_block=True), overfit=False)
+    assert not errors(findings, "attention mask")
+
+
 def test_3_the_causal_ablation_is_a_warning_where_an_image_has_several_patches():
     model, processor = healthy(bidirectional_image_attention=False)
     findings = diagnose(model, processor, overfit=False)

@@ -190,7 +190,8 @@ def check_attention_mask(base: Any) -> Iterator[Finding]:
     *others, last = (ids[0] == config.image_token_id).nonzero().flatten().tolist()[-4:]  # the second image
     sees_patch, sees_word = ((states(i) - unchanged).abs().amax(-1) > noise for i in (last, -1))
     remedy = "use `attn_implementation='sdpa'`, 'eager', 'flex_attention' or 'transfusion_varlen'"
-    if sees_patch[: others[0]].any() or sees_word[:-1].any():
+    first = others[0] - (config.image_markers_in_block and config.bidirectional_image_attention)  # `<BOI>`
+    if sees_patch[:first].any() or sees_word[:-1].any():
         yield _error(f"the mask is not causal outside of images under {backend}: the LM loss is worthless", remedy)
     if config.bidirectional_image_attention and not sees_patch[others].all():
         yield _error(f"the mask is causal inside images: {backend} drops the image blocks", remedy)
