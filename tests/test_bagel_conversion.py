@@ -236,8 +236,11 @@ def test_texts_between_images_have_their_marks(processor):
     assert tokens("".join(as_it_is)) == as_it_is
     assert tokens("w1<|vision_start|>") == ["<|im_start|>", "w1", "<|im_end|>", "<|vision_start|>"]
     assert tokens("") == ["<|vision_start|>"]
-    with pytest.raises(ValueError, match=r"`text_format` must hold one \{\} where the text goes; got '<s>'"):
-        TransfusionProcessor(processor.image_processor, processor.tokenizer, **TOKENS, text_format="<s>")
+    for text_format in ("<s>", "{}<e>"):
+        with pytest.raises(
+            ValueError, match=rf"`text_format` must hold one \{{\}} .* begins a text; got {text_format!r}"
+        ):
+            TransfusionProcessor(processor.image_processor, processor.tokenizer, **TOKENS, text_format=text_format)
     found = tokens("w1<|image_pad|>w2", images=[picture(64, 64)], read_images_as="latents")
     image = ["<|vision_start|>", *["<|image_pad|>"] * 16, "<|vision_end|>"]
     assert found == ["<|im_start|>", "w1", "<|im_end|>", *image, "<|im_start|>", "w2", "<|im_end|>"]

@@ -157,8 +157,10 @@ class TransfusionProcessor(ProcessorMixin):
         self.image_token_id, self.image_start_token_id, self.image_end_token_id = (vocabulary[t] for t in tokens)
         self.vision_token_id = vocabulary.get(vision_token)
         self.text_format = text_format
-        if text_format is not None and text_format.count("{}") != 1:
-            raise ValueError(f"`text_format` must hold one {{}} where the text goes; got {text_format!r}.")
+        if text_format is not None and (text_format.count("{}") != 1 or text_format.startswith("{}")):
+            raise ValueError(
+                f"`text_format` must hold one {{}} where the text goes, after what begins a text; got {text_format!r}."
+            )
         if (vision_token is None) != (image_processor.vision_size is None):
             raise ValueError("`vision_token` and the image processor's `vision_size` belong together; pass both.")
         if chat_template is None:
