@@ -5,8 +5,6 @@ import io
 import json
 import math
 import re
-import runpy
-import sys
 import warnings
 from pathlib import Path
 
@@ -438,29 +436,25 @@ def data(tmp_path_factory):
     return folder
 
 
-def run_command(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
-    """`python -m transfusion_hf.doctor`, without another Python."""
-    monkeypatch.setattr(sys, "argv", ["doctor", *arguments, "--device", "cpu"])
-    with pytest.raises(SystemExit) as ended, warnings.catch_warnings(action="ignore"):
-        runpy.run_module("transfusion_hf.doctor", run_name="__main__")
-    return ended.value.code, capsys.readouterr().out
+def run_command(capsys, *arguments: str) -> tuple[int, str]:
+    with warnings.catch_warnings(action="ignore"):
+        status = run(["doctor", *arguments, "--device", "cpu"])
+    return status, capsys.readouterr().out
 
 
-def test_the_command_prints_a_line_for_each_check(data, monkeypatch, capsys):
-    status, output = run_command(
-        monkeypatch, capsys, str(TINY), str(data / "*.parquet"), "--caption_column", "caption"
-    )
+def test_the_command_prints_a_line_for_each_check(data, capsys):
+    status, output = run_command(capsys, str(TINY), str(data / "*.parquet"), "--caption_column", "caption")
     lines = output.splitlines()
     assert status == 0 and [line[8:24].strip() for line in lines] == CHECKS, output
     assert all(line.startswith("ok") for line in lines), output
 
 
-def test_the_command_fails_where_an_error_is_found(tmp_path, monkeypatch, capsys):
+def test_the_command_fails_where_an_error_is_found(tmp_path, capsys):
     model, processor = AutoModelForMultimodalLM.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
     model.config.diffusion_loss_weight = 0.0
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    status, output = run_command(monkeypatch, capsys, str(tmp_path), "--steps", "3")
+    status, output = run_command(capsys, str(tmp_path), "--steps", "3")
     assert status == 1 and "error   overfit " in output and "ok      attention mask" in output
 
 

@@ -110,11 +110,7 @@ def test_wings_import_the_core_and_few_other_wings(wing):
 def test_every_file_has_its_place():
     assert {file.stem for file in SOURCE.glob("*_transfusion.py")} == {f"{n}_transfusion" for t in CORE for n in t}
     assert {file.parent.name for file in SOURCE.glob("*/*.py")} == set(WINGS)
-    assert {file.stem for file in SOURCE.glob("*.py") if not file.stem.endswith("_transfusion")} == {
-        "__init__",
-        "doctor",  # `python -m transfusion_hf.doctor`
-        "latents",
-    }
+    assert {file.stem for file in SOURCE.glob("*.py") if not file.stem.endswith("_transfusion")} == {"__init__"}
     assert {file.name for file in SOURCE.parent.glob("*.py")} == {"transfusion_command.py"}
 
 
