@@ -342,6 +342,16 @@ def test_probabilities_outside_of_0_to_1_are_refused(processor):
         TransfusionDataCollator(processor, caption_dropout=1.5)
 
 
+def test_an_image_before_its_caption_has_half_of_the_noise_of_any_schedule(processor):
+    collator = TransfusionDataCollator(processor, caption_first_probability=0, num_train_timesteps=20)
+    assert collator([{"text": "a", "image": RED}])["max_timesteps"].tolist() == [10]
+    assert TransfusionDataCollator(processor).image_first_max_timesteps == 500  # §4.3.4
+    with pytest.raises(
+        ValueError, match="`image_first_max_timesteps` must lie in 1 to `num_train_timesteps`, 20; got 21"
+    ):
+        TransfusionDataCollator(processor, image_first_max_timesteps=21, num_train_timesteps=20)
+
+
 def test_our_trainer_keeps_the_columns_and_saves_what_draws_and_the_stock_one_says_what_to_pass(processor, tmp_path):
     model = TransfusionForCausalLMAndDiffusion.from_pretrained(TINY)
     options = {"max_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}

@@ -51,7 +51,7 @@ def edits() -> list[dict]:
     return [
         {"text": "<image>edit<image>", "images": pictures, "image_loss_mask": [False, True]},
         {"text": "none"},
-        {"text": "limited<image>", "image": pictures[0], "max_timesteps": [500]},
+        {"text": "limited<image>", "image": pictures[0], "max_timesteps": 500},
     ]
 
 
@@ -166,6 +166,26 @@ def test_another_model_or_processing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="`batch_size` and `shard_size` must be at least 1; got 0 and 1000"):
         write_latents(model, processor, edits(), tmp_path, batch_size=0)
     assert shards(tmp_path) == written
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "a"}]},
+            "A sample has `messages`, which is not stored with latents",
+        ),
+        ({"text": "a<image>", "latents": torch.zeros(1, 2, 4, 4)}, "A sample has `latents`, which is not stored"),
+        ({"texts": "a"}, "A sample has no `text`"),
+        (
+            {"text": "a", "image": None, "image_loss_mask": [True]},
+            "`image_loss_mask` must hold one value for each of 0",
+        ),
+    ],
+)
+def test_what_latents_would_lose_is_refused(tmp_path, sample, message):
+    with pytest.raises(ValueError, match=message):
+        write_latents(*model_and_processor(), [sample], tmp_path)
 
 
 def test_images_of_several_sizes_and_no_vae_work_too(tmp_path):

@@ -119,7 +119,8 @@ class TransfusionDataCollator:
         caption_first_probability (`float`, defaults to 0.8): How often a caption precedes its image (§4.1).
         caption_dropout (`float`, defaults to 0.1): How often such a caption is dropped, which teaches the
             unconditional context of guidance. NOTE: the paper does not give a rate; 0.1 is the usual one.
-        image_first_max_timesteps (`int`, defaults to 500): Limit of t for images before their caption (§4.3.4).
+        image_first_max_timesteps (`int`, *optional*): Limit of t for images before their caption; by default half
+            of `num_train_timesteps`, as in the paper (500 of 1,000, §4.3.4).
         num_train_timesteps (`int`, defaults to 1000): T of the model, the noise limit of all other images.
         max_length (`int`, *optional*): Pack samples into rows of this length.
         assistant_only_loss (`bool`, defaults to `False`): In chats, train only on what the assistant says and draws;
@@ -141,7 +142,7 @@ class TransfusionDataCollator:
     processor: TransfusionProcessor
     caption_first_probability: float = 0.8
     caption_dropout: float = 0.1
-    image_first_max_timesteps: int = 500
+    image_first_max_timesteps: int | None = None
     num_train_timesteps: int = 1000
     max_length: int | None = None
     assistant_only_loss: bool = False
@@ -159,6 +160,11 @@ class TransfusionDataCollator:
         for name in ("caption_first_probability", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in 0 to 1; got {getattr(self, name)}.")
+        if self.image_first_max_timesteps is None:
+            self.image_first_max_timesteps = max(1, self.num_train_timesteps // 2)
+        if not 1 <= self.image_first_max_timesteps <= self.num_train_timesteps:
+            what = f"1 to `num_train_timesteps`, {self.num_train_timesteps}"
+            raise ValueError(f"`image_first_max_timesteps` must lie in {what}; got {self.image_first_max_timesteps}.")
 
     @property
     def fill_rate(self) -> float:
@@ -191,11 +197,11 @@ class TransfusionDataCollator:
     def _sample(self, feature: dict[str, Any], text: str, limits: list[int], masks: list[bool]) -> _Sample:
         """A sample whose `max_timesteps` and `image_loss_mask` are, unless it says otherwise, these."""
         images, latents = images_of(feature), latents_of(feature)
-        masks = _per_image(feature, "image_loss_mask", masks)
-        limits = _per_image(feature, "max_timesteps", limits)
+        masks = per_image(feature, "image_loss_mask", masks)
+        limits = per_image(feature, "max_timesteps", limits)
         (default,) = self.processor.image_processor.kinds(None, 1)
         kinds = ["latents" if latents or mask else default for mask in masks]
-        kinds = _per_image(feature, "read_images_as", kinds)
+        kinds = per_image(feature, "read_images_as", kinds)
         if any(mask and kind == "vision" for mask, kind in zip(masks, kinds, strict=True)):
             raise ValueError("`read_images_as` is 'vision' for an image with a loss; set its `image_loss_mask` False.")
         if latents and set(kinds) != {"latents"}:
@@ -211,7 +217,8 @@ class TransfusionDataCollator:
         if feature.get("messages"):
             return self._read_chat(feature)
         images, latents, text = images_of(feature), latents_of(feature), text_of(feature)
-        num_images, limit, marker = len(images) + len(latents), self.num_train_timesteps, self.processor.image_token
+        num_images, marker = len(images) + len(latents), self.processor.image_token
+        limit: Any = self.num_train_timesteps
         if num_images and marker not in text:
             if num_images > 1:
                 what = f"`text` marks no image but {num_images} images belong to it"
@@ -332,7 +339,8 @@ class TransfusionDataCollator:
         return next((s for s, end in zip(starts, ends, strict=True) if s < max_length <= end), max_length)
 
 
-def _per_image(feature: dict[str, Any], name: str, defaults: list[Any]) -> list[Any]:
+def per_image(feature: dict[str, Any], name: str, defaults: list[Any]) -> list[Any]:
+    """What a sample has in `name`, one value or a list, for each of its images, which have these defaults."""
     values = defaults if feature.get(name) is None else feature[name]
     values = [values] if isinstance(values, (bool, int, str)) else list(values)
     if len(values) != len(defaults):

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ..modeling_transfusion import TransfusionForCausalLMAndDiffusion
 from ..processing_transfusion import TransfusionProcessor
-from .collator import images_of
+from .collator import images_of, per_image, text_of
 from .dataset import TransfusionDataset, hf_datasets, load_rows
 
 MANIFEST = ".manifest.json"  # hidden, so that `datasets` does not take it for data
@@ -51,7 +51,8 @@ def write_latents(
         shard_size (`int`, defaults to 1000): Samples per file.
 
     Raises:
-        ValueError: `output_dir` holds latents from another VAE, image processor or sizes; a size below 1.
+        ValueError: `output_dir` holds latents from another VAE, image processor or sizes; a size below 1; a sample
+            without `text`, or one with more than text, images and their `image_loss_mask` and `max_timesteps`.
     """
     import pyarrow.parquet  # comes with `datasets`
 
@@ -90,16 +91,26 @@ def write_latents(
 def _encode(
     model: TransfusionForCausalLMAndDiffusion, processor: TransfusionProcessor, samples: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
+    for sample in samples:
+        if lost := [name for name in ("messages", "latents", "read_images_as") if sample.get(name) is not None]:
+            raise ValueError(
+                f"A sample has `{lost[0]}`, which is not stored with latents; expected `text`, images, and their "
+                "`image_loss_mask` and `max_timesteps`. Write a chat as `text`, for example by "
+                "`processor.apply_chat_template`; train on other samples without `write_latents`."
+            )
     images = [images_of(sample) for sample in samples]
     stacks: Iterable[torch.Tensor] = ()
     if any(images):
         pixel_values = processor.image_processor([*chain(*images)])["pixel_values"]
         stacks = model.encode_images([pixels.to(model.device) for pixels in pixel_values])
     latents = (latent for stack in stacks for latent in stack.float().cpu().numpy())
-    return [
-        {name: sample.get(name) for name in _FEATURES} | {"latents": [*islice(latents, len(own))]}
-        for sample, own in zip(samples, images, strict=True)
-    ]
+    rows = []
+    for sample, own in zip(samples, images, strict=True):
+        row: dict[str, Any] = {"text": text_of(sample), "latents": [*islice(latents, len(own))]}
+        for name in ("image_loss_mask", "max_timesteps"):
+            row[name] = None if sample.get(name) is None else per_image(sample, name, own)
+        rows.append(row)
+    return rows
 
 
 def _digest(model: TransfusionForCausalLMAndDiffusion) -> str | None:
