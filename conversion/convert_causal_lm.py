@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.vae is not None:
         vae = load_autoencoder(args.vae, subfolder=args.vae_subfolder)
         channels, factor = latent_channels_and_scale(vae.config)
+        if args.sample_size % factor:
+            parser.error(f"--sample_size must be a multiple of {factor} with this autoencoder; got {args.sample_size}")
         latents = {"latent_channels": channels, "sample_size": args.sample_size // factor}
         if args.measure_vae_scale is not None:
             measure_vae_scale(vae, args.measure_vae_scale, args.image_column, args.sample_size)

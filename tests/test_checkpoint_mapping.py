@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from transfusion_hf import TransfusionForCausalLMAndDiffusion, TransfusionProcessor, set_trainable
+from transfusion_hf.configuration_transfusion import IMAGE_TOKEN_IDS
 from transfusion_hf.conversion.causal_lm import convert_causal_lm, transfusion_key
 from transfusion_hf.conversion.export import extract_causal_lm
 
@@ -144,6 +145,19 @@ def test_fields_and_arguments_of_loading_are_told_apart(tmp_path):
     assert converted.model.patch_encoder.timestep_embedding.mlp.linear_1.weight.dtype == torch.float32
     assert converted.config.prediction_type == "sample"
     assert converted.config.text_config._attn_implementation == "eager"
+
+
+def test_any_of_the_image_tokens_may_be_a_spare_row():
+    for name in ("image_start_token_id", "image_token_id", "image_end_token_id"):
+        converted = TransfusionForCausalLMAndDiffusion.from_causal_lm(causal_lm(), **{name: 5}, **IMAGES)
+        ids = [getattr(converted.config, each) for each in IMAGE_TOKEN_IDS]
+        assert getattr(converted.config, name) == 5 and len(converted.get_input_embeddings().weight) == max(ids) + 1
+
+
+@pytest.mark.parametrize("name", ["vae_config", "vision_config"])
+def test_parts_that_a_language_model_lacks_are_refused(name):
+    with pytest.raises(ValueError, match=f"`{name}` would have no weights"):
+        TransfusionForCausalLMAndDiffusion.from_causal_lm(causal_lm(), **{name: {}}, **IMAGES)
 
 
 def test_the_ends_of_a_chat_model_stay(tokenizer):

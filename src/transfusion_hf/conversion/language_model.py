@@ -19,13 +19,20 @@ from ..patching_transfusion import make_patch_parts
 def causal_lm_config(text_config: PreTrainedConfig, **kwargs: Any) -> TransfusionConfig:
     """
     The configuration of the Transfusion that a language model becomes: its vocabulary grows by the three image tokens
-    that `kwargs`, the fields of [`TransfusionConfig`], do not name. `ValueError` for a quantised model.
+    that `kwargs`, the fields of [`TransfusionConfig`], do not name. `ValueError` for a quantised model, and for fields
+    whose weights it does not have.
     """
     if getattr(text_config, "quantization_config", None) is not None:
         raise ValueError(
             "`quantization_config`: a quantised language model cannot be converted; take the original, and quantise "
             "the result when loading it."
         )
+    for name, remedy in (
+        ("vae_config", "; call `attach_vae(model, vae)` after the conversion"),
+        ("vision_config", ""),
+    ):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"`{name}` would have no weights, since a language model has none for it{remedy}.")
     text_config = copy.deepcopy(text_config)
     size = getattr(text_config, "vocab_size", 0)
     for offset, name in enumerate(IMAGE_TOKEN_IDS):
@@ -112,7 +119,7 @@ def from_causal_lm(
         untie_modalities(model.model.language_model, config.untied_final_norm)
     model.lm_head = language_model.get_output_embeddings()
     config.text_config = model.model.language_model.config
-    model.grow_vocabulary(config.image_end_token_id + 1, pad_to_multiple_of)
+    model.grow_vocabulary(max(getattr(config, name) for name in IMAGE_TOKEN_IDS) + 1, pad_to_multiple_of)
     init_patch_parts(model, model.get_input_embeddings().weight.detach())
     model.generation_config.update(**generation_values(language_model.generation_config))
     if attn_implementation is not None:
