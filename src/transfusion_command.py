@@ -9,7 +9,7 @@ The command line:
     transfusion doctor MODEL [DATA]
     transfusion latents MODEL DATASET OUTPUT
     transfusion evaluate MODEL --tasks shapes geneval
-    transfusion train --tokenizer_name TOKENIZER --caption_dataset DATA --output_dir FOLDER
+    transfusion train --tokenizer_name TOKENIZER --vae_name_or_path VAE --caption_dataset DATA --output_dir FOLDER
 """
 
 import argparse

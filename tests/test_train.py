@@ -106,7 +106,11 @@ def test_the_command_trains_on_a_folder_by_a_yaml_file_and_names_the_next_comman
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("- max_steps", "must hold lines such as `max_steps: 1000`; got list"), ("steps: 1", "--steps=1")],
+    [
+        ("- max_steps", "must hold lines such as `max_steps: 1000`; got list"),
+        ("steps: 1", "--steps=1"),
+        ("steps: [1", "recipe.yml is no YAML: "),
+    ],
 )
 def test_a_yaml_file_that_says_nothing_known_is_an_error(tmp_path, data, text, message, capsys):
     (tmp_path / "recipe.yml").write_text(text)
@@ -226,6 +230,24 @@ def test_a_model_is_new_or_one_to_go_on_from(tmp_path, data):
 def test_overrides_that_mean_nothing_are_refused(tmp_path, data, overrides):
     with pytest.raises(ValueError, match="`config_overrides`"):
         train.main([*arguments(tmp_path, data), "--config_overrides", overrides])
+
+
+def test_what_follows_from_an_overridden_field_is_computed_anew():
+    args = train.ModelArguments(tokenizer_name=TINY, config_overrides="num_attention_heads=4,num_hidden_layers=1")
+    model, _ = train.build_model(args)
+    assert (model.config.text_config.num_key_value_heads, model.config.text_config.head_dim) == (4, 192)
+    assert torch.isfinite(model(torch.tensor([[5, 6]])).logits).all()
+
+
+def test_images_that_do_not_fit_a_row_or_the_autoencoder_are_refused_before_training(tmp_path, data):
+    message = "`max_length` is 192, and an image has 1026 tokens; pass an autoencoder in `vae_name_or_path`"
+    with pytest.raises(ValueError, match=message):
+        train.main(arguments(tmp_path, data, "--sample_size", "64"))
+    vae = AutoencoderKL(block_out_channels=[4] * 2, down_block_types=["DownEncoderBlock2D"] * 2, norm_num_groups=2)
+    vae.save_pretrained(tmp_path / "vae")
+    message = "`sample_size` must be a multiple of 2 with this autoencoder; got 17"
+    with pytest.raises(ValueError, match=message):
+        train.main(arguments(tmp_path, data, "--sample_size", "17", "--vae_name_or_path", str(tmp_path / "vae")))
 
 
 def test_one_call_makes_a_model_and_a_processor_from_a_tokenizer(tmp_path):

@@ -80,9 +80,9 @@ def latent_channels_and_scale(vae_config: dict[str, Any]) -> tuple[int, int]:
     return vae_config["latent_channels"], 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
-def _preset_text_config(name: str) -> LlamaConfig:
+def _preset_text_config(name: str, **fields: Any) -> LlamaConfig:
     # Llama 2's 32,000 tokens, then `<BOI>`, the patch placeholder and `<EOI>`.
-    return LlamaConfig(vocab_size=32003, max_position_embeddings=4096, **_PRESETS[name])
+    return LlamaConfig(**{"vocab_size": 32003, "max_position_embeddings": 4096, **_PRESETS[name], **fields})
 
 
 def _refuse(problems: dict[str, Any]) -> None:
@@ -217,11 +217,14 @@ class TransfusionConfig(PreTrainedConfig):
         self.validate_transfusion()
 
     @classmethod
-    def from_preset(cls, name: str, **kwargs: Any) -> "TransfusionConfig":
-        """One of the paper's five sizes (Table 2): `"0.16B"`, `"0.37B"`, `"0.76B"`, `"1.4B"` or `"7B"`."""
+    def from_preset(cls, name: str, text_config: dict[str, Any] | None = None, **kwargs: Any) -> "TransfusionConfig":
+        """
+        One of the paper's five sizes (Table 2): `"0.16B"`, `"0.37B"`, `"0.76B"`, `"1.4B"` or `"7B"`. `text_config` has
+        fields of the decoder that differ from it, `kwargs` those of this class.
+        """
         if name not in _PRESETS:
             raise ValueError(f"`name` must be one of the presets {', '.join(_PRESETS)}; got {name!r}.")
-        return cls(text_config=_preset_text_config(name), **kwargs)
+        return cls(text_config=_preset_text_config(name, **(text_config or {})), **kwargs)
 
     # transformers and PEFT read and set the outer flag: a copy of it would contradict the decoder's.
     @property

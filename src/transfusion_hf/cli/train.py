@@ -3,7 +3,8 @@ Trains a Transfusion from scratch by the paper's recipe (§4.1, arXiv 2408.11039
 rate of 3e-4 after 4,000 steps of warm-up that falls to 1.5e-5 by a cosine, weight decay 0.1 except on norms and
 biases, gradients clipped at 1, rows of 4,096 tokens, λ = 5, equal numbers of tokens of text and of captioned images.
 
-    transfusion train --preset 0.16B --tokenizer_name TOKENIZER --caption_dataset pictures --output_dir outputs/train
+    transfusion train --preset 0.16B --tokenizer_name TOKENIZER --vae_name_or_path VAE --caption_dataset pictures \\
+        --output_dir outputs/train
     transfusion train recipe.yaml --max_steps 100
 
 A YAML file holds the same arguments, `preset: 0.16B`; arguments behind the file win. On several processes
@@ -130,15 +131,19 @@ def parse_overrides(text: str) -> dict[str, Any]:
 def build_model(args: ModelArguments) -> tuple[Any, TransfusionProcessor]:
     vae = None if args.vae_name_or_path is None else load_autoencoder(args.vae_name_or_path)
     factor = 1 if vae is None else latent_channels_and_scale(vae.config)[1]
-    text_config = TransfusionConfig.from_preset(args.preset).text_config
+    if args.sample_size % factor:
+        raise ValueError(
+            f"`sample_size` must be a multiple of {factor} with this autoencoder; got {args.sample_size}."
+        )
+    preset = TransfusionConfig.from_preset(args.preset).text_config
     overrides = parse_overrides(args.config_overrides)
-    unknown = [name for name in overrides if not hasattr(text_config, name)]
+    unknown = [name for name in overrides if not hasattr(preset, name)]
     if unknown:
         raise ValueError(f"`config_overrides` names unknown fields of the decoder's config: {', '.join(unknown)}.")
-    text_config.update(overrides)
+    decoder = TransfusionConfig.from_preset(args.preset, text_config=overrides).text_config
     return new_transfusion(
         args.tokenizer_name,
-        text_config if overrides else args.preset,
+        decoder if overrides else args.preset,
         vae,
         attn_implementation=args.attn_implementation,
         sample_size=args.sample_size // factor,
@@ -196,7 +201,10 @@ def build_dataset(args: DataArguments, processor: TransfusionProcessor, seed: in
 
 def read_arguments(file: str) -> list[str]:
     """The arguments in a YAML file, as on the command line, which checks their names and types."""
-    values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    try:
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{file} must hold lines such as `max_steps: 1000`; got {type(values).__name__}.")
     arguments: list[str] = []
@@ -223,6 +231,12 @@ def main(argv: Sequence[str] | None = None) -> TransfusionTrainer:
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(argv)
     set_seed(training_args.seed)
     model, processor = load_model(model_args)
+    num_tokens = model.config.num_patches(*model.config.latent_size) + 2  # <BOI>, <EOI>
+    if num_tokens > data_args.max_length:
+        raise ValueError(
+            f"`max_length` is {data_args.max_length}, and an image has {num_tokens} tokens; pass an autoencoder in "
+            "`vae_name_or_path`, a smaller `sample_size`, or a larger `patch_size` or `max_length`."
+        )
     if training_args.tp_size > 1:
         model = split_model(model, training_args.tp_size, training_args)
     set_trainable(model, model_args.training_plan)
