@@ -1,5 +1,6 @@
 """The page of `transfusion app`: the function behind it, and the page itself in a headless Chromium."""
 
+import copy
 import io
 import os
 import re
@@ -208,6 +209,16 @@ def test_the_schedulers_offered_fit_the_model(processor, prediction_type):
     assert dropdown.value in names and len(names) == (3 if prediction_type == "flow_prediction" else 5)
     for name in names:
         make_sampling_scheduler(model.noise_scheduler, name, 2, torch.device("cpu"))
+
+
+def test_stored_settings_outside_of_the_usual_are_offered(model, processor, monkeypatch):
+    stored = {"scheduler": "HeunDiscreteScheduler", "max_new_tokens": 10_000, "image_guidance_scale": 30.0}
+    config = copy.deepcopy(model.generation_config)
+    config.update(**stored)
+    monkeypatch.setattr(model, "generation_config", config)
+    page = app.make_app(model, processor)
+    settings = [block for block in page.blocks.values() if isinstance(block, gr.Dropdown | gr.Slider)]
+    assert {*stored.values()} <= {block.preprocess(block.value) for block in settings}
 
 
 @pytest.fixture(scope="module")

@@ -453,3 +453,12 @@ def test_images_and_markers_must_be_as_many(model, processor):
     ):
         with pytest.raises(ValueError, match=message):
             pipe(prompt, image=RED, num_images_per_prompt=number)
+
+
+def test_a_pipeline_may_lie_in_a_subfolder(pipe, tmp_path):
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "inner")
+    again = TransfusionPipeline.from_pretrained(str(tmp_path), subfolder="inner")
+    assert type(again.scheduler) is DDIMScheduler
+    pair = [p("draw", generator=seeded(), **QUICK).images[0].tobytes() for p in (pipe, again)]
+    assert pair[0] == pair[1]

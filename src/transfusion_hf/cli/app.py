@@ -152,6 +152,7 @@ def make_app(model: Any, processor: TransfusionProcessor, examples: list[str] | 
     defaults = DRAWING_DEFAULTS | {name: value for name, value in stored.to_dict().items() if value is not None}
     schedulers = _FLOW_SCHEDULERS if is_flow(model.noise_scheduler) else _SCHEDULERS
     scheduler = defaults["scheduler"] or type(model.noise_scheduler).__name__
+    max_new_tokens, scale = stored.max_new_tokens or 1024, defaults["image_guidance_scale"]
     captions = examples or sample_captions(model, processor)
     name = "/".join(Path(config.name_or_path).parts[-2:])
     full, whole = {"fill_height": True, "fill_width": True}, {"step": 1, "precision": 0}
@@ -161,10 +162,10 @@ def make_app(model: Any, processor: TransfusionProcessor, examples: list[str] | 
             settings = [
                 gr.Radio(list(MODES), value="chat" if captions is None else "draw", label="mode"),
                 gr.Slider(1, config.num_train_timesteps, defaults["num_inference_steps"], label="steps", **whole),
-                gr.Slider(1, 20, defaults["image_guidance_scale"], step=0.1, label="guidance scale"),
+                gr.Slider(1, max(20, scale), scale, step=0.1, label="guidance scale"),
                 seed := gr.Number(label="seed", placeholder="random", precision=0),
-                gr.Dropdown(schedulers, value=scheduler, label="scheduler"),
-                gr.Slider(1, 8192, stored.max_new_tokens or 1024, label="max new tokens", **whole),
+                gr.Dropdown([*dict.fromkeys([*schedulers, scheduler])], value=scheduler, label="scheduler"),
+                gr.Slider(1, max(8192, max_new_tokens), max_new_tokens, label="max new tokens", **whole),
                 gr.Slider(1, 100, 5, label="preview interval", **whole),
             ]
             gr.Markdown(_HELP)

@@ -70,10 +70,12 @@ class TransfusionPipeline(DiffusionPipeline):
         model = AutoModelForMultimodalLM.from_pretrained(path, **kwargs)
         names = ("revision", "token", "cache_dir", "trust_remote_code", "local_files_only")
         shared = {name: kwargs[name] for name in names if name in kwargs}
-        if scheduler is None and has_file(path, "scheduler/scheduler_config.json", **shared):
-            config = type(model.noise_scheduler).load_config(path, subfolder="scheduler", **shared)
+        subfolder = kwargs.get("subfolder", "")
+        folder = f"{subfolder}/scheduler".lstrip("/")
+        if scheduler is None and has_file(path, f"{folder}/scheduler_config.json", **shared):
+            config = type(model.noise_scheduler).load_config(path, subfolder=folder, **shared)
             scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-        return cls(model, TransfusionProcessor.from_pretrained(path, **shared), scheduler)
+        return cls(model, TransfusionProcessor.from_pretrained(path, subfolder=subfolder, **shared), scheduler)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """
@@ -84,9 +86,6 @@ class TransfusionPipeline(DiffusionPipeline):
         self.processor.save_pretrained(save_directory)
         self.scheduler.save_pretrained(os.path.join(save_directory, "scheduler"))
         self.save_config(save_directory)
-
-    def set_progress_bar_config(self, *, disable: bool = False) -> None:
-        super().set_progress_bar_config(disable=disable)
 
     def enable_vae_tiling(self) -> None:
         """Encodes and decodes large images in tiles, in less memory."""
