@@ -140,7 +140,7 @@ def to_dataset(edits: list[Edit]) -> Dataset:
 def load_model(args: ModelArguments, instructions: list[str]) -> tuple[Any, Any]:
     if args.model_name_or_path is None:
         return build_shapes_model(instructions)
-    model = AutoModelForMultimodalLM.from_pretrained(args.model_name_or_path)
+    model = AutoModelForMultimodalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     return model, AutoProcessor.from_pretrained(args.model_name_or_path)
 
 

@@ -104,11 +104,15 @@ def add_lora(model: Any, args: ModelArguments) -> PeftModel:
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules="all-linear" if args.target_modules == ["all-linear"] else args.target_modules,
-        # Without this, linear layers of the image parts would be targets too.
-        exclude_modules=r"(model\.patch_(encoder|decoder)|vae)\..*",
+        # Without this, linear layers of the image parts and of a vision encoder would be targets too.
+        exclude_modules=r"(model\.(patch_encoder|patch_decoder|vision_encoder)|vae)\..*",
         modules_to_save=PATCH_PARTS[args.train_patch_parts],
     )
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # bfloat16 would round their updates away
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def count_parameters(model: PeftModel) -> dict[str, int]:

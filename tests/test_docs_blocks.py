@@ -174,9 +174,10 @@ def save_tokenizer(folder: Path) -> None:
 
 
 def save_language_model(folder: Path) -> None:
+    """In bfloat16, as most are."""
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(byte_tokenizer()), tie_word_embeddings=True, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
     save_tokenizer(folder)
 
 

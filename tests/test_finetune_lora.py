@@ -12,11 +12,13 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from make_tiny_transfusion import byte_tokenizer
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from test_trainer import collate, samples
 from test_vae import model_with_vae
+from test_vision import VISION
 from torch import nn
 from transformers import AutoModelForMultimodalLM, AutoProcessor, TrainerCallback, TrainingArguments
 
@@ -28,6 +30,7 @@ from transfusion_hf import (
     TransfusionProcessor,
     TransfusionSamplesCallback,
     TransfusionTrainer,
+    new_transfusion,
 )
 from transfusion_hf.cli.main import main
 from transfusion_hf.data.shapes import ShapesDataset
@@ -105,6 +108,14 @@ def test_lora_is_on_every_linear_layer_of_the_decoder_and_nowhere_else(kind, par
     chosen = finetune_lora.PATCH_PARTS[parts] or []
     assert beside == {f"base_model.model.model.{name}" for name in chosen}
     assert (len(trained) == 2 * 14) == (parts == "none")
+
+
+def test_lora_is_not_on_a_vision_encoder_and_learns_in_float32():
+    sizes = {"sample_size": 8, "patch_size": 2, "timestep_embedding_dim": 16, "vision_config": VISION}
+    base, _ = new_transfusion(byte_tokenizer(), tiny.text_config(), **sizes)
+    model = adapted(base.bfloat16(), "all")
+    assert all(name.startswith("model.language_model.") for name in targets_of(model))
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", ["linear", "unet"])
@@ -263,6 +274,13 @@ def adapter_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("adapter")
     adapted(TransfusionForCausalLMAndDiffusion.from_pretrained(FIXTURE), "all", std=0.5).save_pretrained(folder)
     return folder
+
+
+def test_a_model_of_an_adapters_folder_is_not_trained(adapter_folder, tmp_path):
+    model = AutoModelForMultimodalLM.from_pretrained(adapter_folder)
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"loaded from the folder of an adapter, .* would save the adapter alone"):
+        TransfusionTrainer(model, args)
 
 
 def test_an_adapter_has_the_processor_of_its_base_model(adapter_folder, tmp_path):

@@ -71,7 +71,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def is_inside_a_save(folder: Path) -> bool:
     try:
-        return any((folder / "incomplete").glob("checkpoint-*/*"))
+        return any((folder / "_incomplete").glob("checkpoint-*/*"))
     except FileNotFoundError:  # renamed meanwhile
         return False
 
@@ -108,7 +108,7 @@ def check_equal_runs(whole: Path, killed: Path, num_steps: int) -> None:
     for name in ("final/model.safetensors", f"{checkpoint}/ema.safetensors"):
         expected, weights = load_file(whole / name), load_file(killed / name)
         assert all(torch.equal(weights[key], value) for key, value in expected.items())
-    assert not (killed / "incomplete").exists()
+    assert not (killed / "_incomplete").exists()
 
 
 @pytest.mark.parametrize(
@@ -324,7 +324,7 @@ def test_a_kill_inside_the_deletion_of_an_old_checkpoint_leaves_none_in_part(tmp
     train_on_texts(tmp_path, "map", WHOLE, resume=True, **kwargs)
     (last,) = tmp_path.glob("checkpoint-*")
     assert (last.name, len(list(last.iterdir()))) == ("checkpoint-4", files["checkpoint-2"])
-    assert not (tmp_path / "incomplete").exists()
+    assert not (tmp_path / "_incomplete").exists()
 
 
 @pytest.mark.parametrize("data", ["map", "streaming"])

@@ -32,7 +32,7 @@ def start(folder: Path, data: str) -> subprocess.Popen:
 
 def is_inside_a_save(folder: Path) -> bool:
     try:
-        return any((folder / "incomplete").glob("checkpoint-*/*"))
+        return any((folder / "_incomplete").glob("checkpoint-*/*"))
     except FileNotFoundError:  # renamed meanwhile
         return False
 
@@ -87,4 +87,4 @@ def test_two_processes_that_are_killed_end_as_if_they_had_not_been(tmp_path, dat
     for name in ("final/model.safetensors", f"checkpoint-{STEPS}/ema.safetensors"):
         expected, weights = load_file(whole / name), load_file(killed / name)
         assert all(torch.equal(weights[key], value) for key, value in expected.items())
-    assert not (killed / "incomplete").exists()
+    assert not (killed / "_incomplete").exists()

@@ -57,7 +57,9 @@ def collate_without_seeds(rows: list[dict]) -> dict:
     return batch
 
 
-def trainer(model, folder, dataset, callbacks=(), data_collator=collate, eval_dataset=None, **kwargs) -> Trainer:
+def trainer(
+    model, folder, dataset, callbacks=(), data_collator=collate, eval_dataset=None, kind=Trainer, **kwargs
+) -> Trainer:
     defaults = {
         "output_dir": str(folder),
         "max_steps": 1,
@@ -73,7 +75,7 @@ def trainer(model, folder, dataset, callbacks=(), data_collator=collate, eval_da
         "use_cpu": True,
     }
     args = TrainingArguments(**{**defaults, **kwargs})
-    return Trainer(
+    return kind(
         model,
         args,
         train_dataset=dataset,
@@ -220,6 +222,31 @@ def test_ema_is_what_is_evaluated_and_the_training_goes_on_with_the_trained_weig
     trainer(plain, tmp_path, dataset, max_steps=4).train()
     for expected, trained in zip(plain.parameters(), watch.trained, strict=True):
         torch.testing.assert_close(trained, expected.detach(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("eval_strategy", ["no", "steps"])  # between steps, or before an evaluation
+def test_ema_ends_with_an_interrupted_training(tmp_path, eval_strategy):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    dataset = samples(8)
+    kwargs = {"eval_dataset": dataset, "kind": TransfusionTrainer, "eval_strategy": eval_strategy, "eval_steps": 2}
+    kwargs["max_steps"] = 3
+    run = trainer(tiny.model(), tmp_path, dataset, callbacks=[TransfusionEMACallback(0.7), Interrupt()], **kwargs)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    loss = run.evaluate()["eval_loss"]
+    plain = tiny.model()
+    with pytest.raises(KeyboardInterrupt):
+        trainer(plain, tmp_path, dataset, callbacks=[Interrupt()], **kwargs).train()
+    assert loss == pytest.approx(trainer(plain, tmp_path, dataset, **kwargs).evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_training_in_bfloat16_alone_is_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match="are torch.bfloat16, which rounds away most updates; load the model with"):
+        trainer(tiny.model().bfloat16(), tmp_path, samples(8), kind=TransfusionTrainer)
 
 
 def test_ema_refuses_what_it_cannot_do(tmp_path):
@@ -557,17 +584,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_its_batch(tmp_path):
     run = exact_trainer(model, tmp_path, uneven_samples())
     with pytest.raises(NotFiniteError, match=r"The loss is nan after step 0 \(`lm_loss` nan"):
         run.train()
-    (file,) = tmp_path.glob("not-finite-0-0.pt")
+    (file,) = tmp_path.glob("_not-finite-0-0.pt")
     assert sorted(map(tuple, torch.load(file)["input_ids"].tolist())) == sorted(
         map(tuple, collate_uneven(uneven_samples())["input_ids"].tolist())
     )
     dataset = uneven_samples()
     dataset[3]["latents"][0, 0, 0, 0] = torch.nan
     with pytest.raises(
-        NotFiniteError, match=r"hold NaN or infinite values.*The batch is saved in .*not-finite-0-0\.pt"
+        NotFiniteError, match=r"hold NaN or infinite values.*The batch is saved in .*_not-finite-0-0\.pt"
     ):
         exact_trainer(tiny.model(), tmp_path / "data", dataset).train()
-    assert torch.load(tmp_path / "data" / "not-finite-0-0.pt")["latents"].isnan().sum() == 1
+    assert torch.load(tmp_path / "data" / "_not-finite-0-0.pt")["latents"].isnan().sum() == 1
 
 
 def test_a_checkpoint_of_fsdp_is_pushed_without_what_is_pickled(tmp_path, monkeypatch):

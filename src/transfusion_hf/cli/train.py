@@ -172,7 +172,7 @@ def split_model(model: Any, tp_size: int, args: TrainingArguments) -> Any:
     """Spreads each layer over `tp_size` processes. transformers splits a model only when it loads it."""
     if args.world_size % tp_size:
         raise ValueError(f"`tp_size` must divide the number of processes, {args.world_size}; got {tp_size}.")
-    folder = Path(args.output_dir, "initial")
+    folder = Path(args.output_dir, "_initial")
     with args.main_process_first(local=False):
         if args.process_index == 0:
             model.save_pretrained(folder)

@@ -90,6 +90,12 @@ class TransfusionEMACallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs: Any) -> None:
         self._ema.copy_to(self._parameters)
+        self.stop()
+
+    def stop(self) -> None:
+        """Also after an interruption, which may have come during an evaluation; evaluations are then the model's."""
+        if self._is_training and self._ema.temp_stored_params is not None:
+            self._ema.restore(self._parameters)
         self._is_training = False
 
 

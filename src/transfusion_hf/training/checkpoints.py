@@ -80,7 +80,7 @@ class NotFiniteError(ValueError):
 
 class WholeCheckpointsTrainer(Trainer, TrainerCallback):
     """
-    A `Trainer` that writes each checkpoint into `incomplete/` and renames it when it is whole, so a run killed at any
+    A `Trainer` that writes each checkpoint into `_incomplete/` and renames it when it is whole, so a run killed at any
     moment continues with `resume_from_checkpoint=True`, exactly. Only the states of optimizer and generators are
     pickled. While it trains it is one of its callbacks. [`TransfusionTrainer`] is one.
     """
@@ -149,6 +149,9 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self.remove_callback(self)  # a reference to itself would keep the memory of a deleted trainer
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, TransfusionEMACallback):
+                    callback.stop()
 
     def set_initial_training_values(self, args, dataloader):
         num_epochs, *values = super().set_initial_training_values(args, dataloader)
@@ -239,7 +242,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
 
     # The library has no argument for where a checkpoint is written before it is whole.
     def _get_output_dir(self, trial):
-        return str(Path(super()._get_output_dir(trial), "incomplete"))
+        return str(Path(super()._get_output_dir(trial), "_incomplete"))
 
     # The library has no event between the last file of a checkpoint and the deletion of old ones.
     def _save_checkpoint(self, model, trial):
@@ -251,7 +254,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
         if best == name or (aside.parent / best).exists():
-            self.state.best_model_checkpoint = str(aside.parent / best)  # the library has found it in `incomplete/`
+            self.state.best_model_checkpoint = str(aside.parent / best)  # the library has found it in `_incomplete/`
             if self.args.should_save:
                 self.state.save_to_json(str(new / TRAINER_STATE_NAME))
         for callback in self.callback_handler.callbacks:
@@ -288,7 +291,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         args, folder = self.args, Path(checkpoint_folder)
         is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
         is_left_out = args.hub_strategy == HubStrategy.END or (is_pushing and not args.hub_always_push)
-        if folder.parent.name == "incomplete" or is_left_out or not self.is_world_process_zero():
+        if folder.parent.name == "_incomplete" or is_left_out or not self.is_world_process_zero():
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
         # A copy of the model, because the checkpoint may be deleted before the upload ends.
@@ -296,7 +299,7 @@ class WholeCheckpointsTrainer(Trainer, TrainerCallback):
         shutil.copytree(folder, args.output_dir, ignore=shutil.ignore_patterns(*others), dirs_exist_ok=True)
         to: dict[str, Any] = {"repo_id": self.hub_model_id, "token": args.hub_token, "revision": args.hub_revision}
         to |= {"commit_message": f"Training in progress, step {self.state.global_step}", "run_as_future": True}
-        not_pushed = ["_*", "incomplete/*", "checkpoint-*"]
+        not_pushed = ["_*", "checkpoint-*"]
         jobs = [HfApi().upload_folder(folder_path=args.output_dir, ignore_patterns=not_pushed, **to)]
         if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
             name = "last-checkpoint" if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+import warnings
 from dataclasses import is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -125,7 +126,8 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             `args.learning_rate`. The scheduler moves both alike, and a resumed run keeps the rates that it began with.
 
     Raises:
-        ValueError: settings that make the losses inexact, part images from their texts, or shard what must be whole;
+        ValueError: a model from the folder of an adapter, of which the library would save the adapter alone; settings
+            that make the losses inexact, part images from their texts, or shard what must be whole;
             resuming with another model or adapter; in the training, a pass too short for a step.
         NotFiniteError: a `ValueError`: in the training, a gradient, a loss or an image that is not finite. The batch
             of the latter two is saved.
@@ -140,6 +142,19 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        if getattr(self.model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "The model was loaded from the folder of an adapter, and the library would save the adapter alone. "
+                "Load its base model and wrap it: `PeftModel.from_pretrained(base, folder, is_trainable=True)`, or to "
+                "train all of it, `PeftModel.from_pretrained(base, folder).merge_and_unload()`."
+            )
+        trained = {parameter.dtype for parameter in self.model.parameters() if parameter.requires_grad}
+        if halved := trained - {torch.float32, torch.float64}:
+            warnings.warn(
+                f"Weights that are trained are {', '.join(sorted(map(str, halved)))}, which rounds away most updates; "
+                "load the model with `dtype=torch.float32`, and pass `bf16=True` to compute in bfloat16.",
+                stacklevel=2,
+            )
         self.args.remove_unused_columns = False  # the collator reads texts and images, which `forward` does not take
         if self.processing_class is None:  # saved with the model
             self.processing_class = getattr(self.data_collator, "processor", None)
@@ -264,7 +279,7 @@ class TransfusionTrainer(WholeCheckpointsTrainer):
             )
 
     def _stop(self, inputs: dict[str, Any], reason: str, error: Exception | None = None) -> NoReturn:
-        file = Path(self.args.output_dir, f"not-finite-{self.state.global_step}-{self.args.process_index}.pt")
+        file = Path(self.args.output_dir, f"_not-finite-{self.state.global_step}-{self.args.process_index}.pt")
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save({name: x for name, x in inputs.items() if not is_dataclass(x)}, file)  # what is loaded safely
         raise NotFiniteError(f"{reason} The batch is saved in {file}.") from error
