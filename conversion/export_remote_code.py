@@ -29,8 +29,11 @@ def export_remote_code(folder: Path) -> None:
         if (folder / PROCESSOR_NAME).is_file():
             AutoProcessor.from_pretrained(folder).save_pretrained(aside)
         # The files that name the code come last, once all of it is there.
-        for file in sorted(Path(aside).iterdir(), key=lambda file: file.name.endswith("config.json")):
-            os.replace(file, folder / file.name)
+        files = [file for file in Path(aside).rglob("*") if file.is_file()]
+        for file in sorted(files, key=lambda file: file.name.endswith("config.json")):
+            target = folder / file.relative_to(aside)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import running_hub
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
+from huggingface_hub.errors import LocalEntryNotFoundError
 from make_tiny_transfusion import byte_tokenizer
 from safetensors.torch import load, load_file
 from transformers import AutoModelForMultimodalLM, AutoProcessor, LlamaConfig, pipeline
@@ -22,6 +23,7 @@ import transfusion_hf
 from transfusion_hf import TransfusionConfig, TransfusionForCausalLMAndDiffusion, TransfusionProcessor
 from transfusion_hf.configuration_transfusion import AUTO_MAP, CUSTOM_PIPELINES
 from transfusion_hf.conversion.causal_lm import transfusion_key
+from transfusion_hf.hub import push_to_hub
 
 SOURCE = Path(transfusion_hf.__file__).parent
 TINY = Path(__file__).parent / "fixtures" / "tiny-transfusion"
@@ -188,6 +190,26 @@ def test_a_folder_that_is_no_checkpoint_is_left_alone(tmp_path):
     with pytest.raises(SystemExit, match="holds a 'llama', not a Transfusion"):
         export([str(tmp_path)])
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_an_exported_folder_may_hold_named_chat_templates(tmp_path):
+    model, processor = AutoModelForMultimodalLM.from_pretrained(TINY), TransfusionProcessor.from_pretrained(TINY)
+    processor.chat_template = {"default": processor.chat_template, "short": "{{ messages }}"}
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    before = TransfusionProcessor.from_pretrained(tmp_path).chat_template
+    runpy.run_path(str(FIXTURES / "../../conversion/export_remote_code.py"))["main"]([str(tmp_path)])
+    assert TransfusionProcessor.from_pretrained(tmp_path).chat_template == before != processor.chat_template["default"]
+
+
+def test_a_push_without_an_answer_replaces_no_card(monkeypatch):
+    def fail(*args, **kwargs):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: RepoUrl("https://huggingface.co/someone/whole"))
+    monkeypatch.setattr(HfApi, "hf_hub_download", fail)
+    with pytest.raises(LocalEntryNotFoundError):
+        push_to_hub(AutoModelForMultimodalLM.from_pretrained(TINY), repo_id="someone/whole")
 
 
 def test_a_push_is_one_commit_of_safetensors(hub, folder):

@@ -8,6 +8,7 @@ import pytest
 import tiny
 from hub_server import running_hub
 from huggingface_hub import ModelCard
+from test_vae import representation_autoencoder
 
 from transfusion_hf import TransfusionConfig, paper_vae_config
 from transfusion_hf.configuration_transfusion import _PRESETS
@@ -86,6 +87,14 @@ def test_a_card_holds_what_is_given(hub):
         assert line in card.text.splitlines()
     assert "[someone/language-model](https://huggingface.co/someone/language-model)" in card.text
     assert "written from the configuration alone" not in card.text and "no weights" not in card.text
+
+
+def test_a_card_names_the_kind_of_autoencoder():
+    config = representation_autoencoder().config.items()
+    rae = {name: value for name, value in config if name not in ("latents_mean", "latents_std")}
+    sizes = {"latent_channels": rae["encoder_hidden_size"], "sample_size": 2, "patch_size": 1}
+    text = make_model_card(TransfusionConfig(vae_config=rae, **sizes), "digits").text
+    assert f"| autoencoder | `AutoencoderRAE`, {rae['patch_size']} times smaller sides |" in text
 
 
 def test_a_card_claims_nothing_that_is_not_given(hub):

@@ -6,6 +6,8 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..configuration_transfusion import is_rae
+
 _TASKS = {"text → text": "text-generation", "image → text": "image-to-text", "text → image": "text-to-image"}
 
 
@@ -76,6 +78,7 @@ def make_model_card(
         model_name=model_name,
         preset=preset,
         config=config,
+        autoencoder="AutoencoderRAE" if is_rae(config.vae_config) else "AutoencoderKL",
         num_parameters=num_parameters,
         training=training,
         evaluation=evaluation,

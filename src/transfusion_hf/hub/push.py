@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .card import evaluation_results, make_model_card
@@ -52,7 +52,7 @@ def push_to_hub(
         try:
             card_file = api.hf_hub_download(repo_id, "README.md", revision=revision)
             card = ModelCard.load(card_file, ignore_metadata_errors=True)
-        except (EntryNotFoundError, RevisionNotFoundError):
+        except (RemoteEntryNotFoundError, RevisionNotFoundError):
             card = make_model_card(model.config, repo_id, results=results)
         if tags:
             card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *tags]))
