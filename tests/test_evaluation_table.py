@@ -104,9 +104,10 @@ def test_signs_of_mathematics_and_tables_do_not_break_a_report(model, processor,
 def test_the_papers_value_stands_beside_the_papers_benchmark_alone():
     assert _paper("llama2-suite", "accuracy", {"tasks": dict.fromkeys(LLAMA2_SUITE)}) == "0.615"
     assert _paper("llama2-suite", "accuracy", {"tasks": {"boolq": {}}}) == ""
-    assert _paper("coco-captions", "CIDEr", {"split": "test"}) == "27.2"
-    assert _paper("coco-captions", "CIDEr", {"split": "train"}) == ""
-    assert _paper("coco-captions", "CIDEr (words)", {"split": "test"}) == ""
+    assert _paper("coco-captions", "CIDEr", {"split": "test", "is_coco": True}) == "27.2"
+    assert _paper("coco-captions", "CIDEr", {"split": "train", "is_coco": True}) == ""
+    assert _paper("clip-score", "CLIP score", {"split": "test", "is_coco": False}) == ""
+    assert _paper("coco-captions", "CIDEr (words)", {"split": "test", "is_coco": True}) == ""
     assert _paper("wikipedia", "perplexity", {}) == "4.28"
 
 

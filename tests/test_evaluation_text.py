@@ -149,6 +149,12 @@ def test_texts_are_streamed_from_files_until_the_limit(converted, tokenizer, tmp
         assert settings["num_texts"] == 3 and settings["num_tokens"] == 3 * size and settings["data"] == data
     with pytest.raises(ValueError, match=r"`text_column` is 'title', but the columns .* are \['text', 'page'\]"):
         PerplexityTask(data, text_column="title").prepare(converted, tokenizer)
+    (tmp_path / "lists.jsonl").write_text('{"text": ["a", "b"]}\n')
+    message = r"The task `text` needs strings; the column 'text' of .*lists.jsonl holds list: \['a', 'b'\]"
+    with pytest.raises(ValueError, match=message):
+        PerplexityTask(str(tmp_path / "lists.jsonl")).prepare(converted, tokenizer)
+    with pytest.raises(ValueError, match="needs strings; `data` holds int: 7"):
+        PerplexityTask([7]).prepare(converted, tokenizer)
     with pytest.raises(ValueError, match="`data` of the task `c4` holds no text"):
         PerplexityTask(["", ""], name="c4").prepare(converted, tokenizer)
     with pytest.raises(ValueError, match="`max_length` must be 1 to 64"):

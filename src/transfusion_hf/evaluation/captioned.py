@@ -114,7 +114,7 @@ def read_captioned(
         raise ValueError(f"The task `{task}` needs `data`: {_HELP}.")
     if not isinstance(data, (str, os.PathLike)):
         found = _read_sequence(data)
-        source = "pictures passed in Python"
+        source, is_coco = "pictures passed in Python", False
     else:
         folder = Path(data)
         is_coco = folder.joinpath(KARPATHY).is_file() or folder.joinpath("val2014").is_dir()
@@ -128,7 +128,13 @@ def read_captioned(
             raise ValueError(f"Picture {i} of `data` ({source}) has an empty caption or none; add one or remove it.")
     if not found:
         raise ValueError(f"`data` ({source}, split {split!r}) of the task `{task}` holds no pictures; pass {_HELP}.")
-    found.settings |= {"data": source, "split": split, "num_pictures": len(found), "digest": found.digest}
+    found.settings |= {
+        "data": source,
+        "split": split,
+        "is_coco": is_coco,
+        "num_pictures": len(found),
+        "digest": found.digest,
+    }
     return found
 
 

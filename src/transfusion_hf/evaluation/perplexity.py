@@ -248,7 +248,7 @@ class PerplexityTask(Task):
 
     def _read(self) -> Iterator[str]:
         if not isinstance(self.data, str):
-            yield from self.data or []
+            yield from (self._checked(text, "`data`") for text in self.data or [])
             return
         try:
             rows = load_rows(self.data, streaming=True, split=self.split, config=self.config)
@@ -259,7 +259,14 @@ class PerplexityTask(Task):
                 raise ValueError(
                     f"`text_column` is {self.text_column!r}, but the columns of {self.data} are {list(row)}; name one."
                 )
-            yield row[self.text_column] or ""
+            yield self._checked(row[self.text_column] or "", f"the column {self.text_column!r} of {self.data}")
+
+    def _checked(self, text: Any, place: str) -> str:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"The task `{self.name}` needs strings; {place} holds {type(text).__name__}: {text!r:.60}."
+            )
+        return text
 
 
 def _score_text(model: PreTrainedModel, tokenizer: Any, text: str, max_length: int, stride: int) -> TextScore:

@@ -60,7 +60,7 @@ def _table(tasks: dict[str, Any]) -> list[str]:
 def _paper(task: str, metric: str, settings: dict[str, Any]) -> str:
     """The paper's value, or nothing if the task ran on other data than the paper's benchmark."""
     is_suite = {*settings.get("tasks", ())} == {*LLAMA2_SUITE}
-    is_coco = settings.get("split") in ("test", "val2014")
+    is_coco = settings.get("is_coco") and settings["split"] in ("test", "val2014")
     is_other = (task == "llama2-suite" and not is_suite) or (task in COCO and not is_coco)
     return "" if is_other else str(PAPER.get((task, metric), ""))
 
