@@ -385,7 +385,7 @@ def save_checkpoint(accelerator: Accelerator, args: argparse.Namespace, state: d
             shutil.rmtree(old)
 
 
-def load_checkpoint(accelerator: Accelerator, args: argparse.Namespace, run: dict) -> int:
+def load_checkpoint(accelerator: Accelerator, args: argparse.Namespace, run: dict, ema: EMAModel | None) -> int:
     """Returns the step to go on with."""
     folder = Path(args.resume_from_checkpoint)
     if args.resume_from_checkpoint == "latest":
@@ -401,6 +401,8 @@ def load_checkpoint(accelerator: Accelerator, args: argparse.Namespace, run: dic
     if differing:
         raise ValueError(f"{folder} belongs to another run, (there, here): {differing}; pass the same flags")
     accelerator.load_state(folder)
+    if ema is not None:
+        ema.to(accelerator.device)  # it was read to the CPU
     accelerator.print(f"resumed from {folder}")
     return state["step"]
 
@@ -485,7 +487,7 @@ def train(training: Training, train_set: Subset, held_out: Subset) -> float:
     names = ("seed", "image_size", "train_batch_size", "gradient_accumulation_steps")
     run = {name: getattr(args, name) for name in names}
     run |= {"num_train_images": len(train_set), "num_processes": accelerator.num_processes}
-    first = load_checkpoint(accelerator, args, run) if args.resume_from_checkpoint else 0
+    first = load_checkpoint(accelerator, args, run, training.ema) if args.resume_from_checkpoint else 0
     loader = DataLoader(
         train_set,
         batch_sampler=endless_batches(len(train_set), args, accelerator, first),
@@ -550,8 +552,10 @@ def main(argv: list[str] | None = None) -> dict:
     if accelerator.is_main_process:
         (args.output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(*(f"{name:18} {value}" for name, value in results.items()), sep="\n")
-        commands = ("python", "examples/quickstart.py", "--vae"), ("transfusion", "train", "--vae_name_or_path")
-        say_next(args.output_dir, *commands[not args.digits], args.output_dir / "vae")
+        if not args.vq:  # a Transfusion diffuses latents without codes
+            words = ("transfusion", "train", "--tokenizer_name", "TOKENIZER", "--caption_dataset", "DATA")
+            words = ("python", "examples/quickstart.py", "--vae") if args.digits else (*words, "--vae_name_or_path")
+            say_next(args.output_dir, *words, args.output_dir / "vae")
     accelerator.end_training()
     return results
 

@@ -3,14 +3,17 @@
 import io
 import json
 import sys
+from argparse import Namespace
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, VQModel
+from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
@@ -124,6 +127,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_a_missing_one_too(run):
         train(run[0], "--resume_from_checkpoint", run[0] / "checkpoint-9")
 
 
+def test_a_resumed_average_is_on_the_device_of_the_training(tmp_path):
+    (tmp_path / "run.json").write_text('{"step": 3}')
+    ema = EMAModel([torch.nn.Parameter(torch.zeros(2))])  # on the CPU, where accelerate reads it
+    accelerator = SimpleNamespace(load_state=lambda folder: None, print=print, device=torch.device("meta"))
+    assert train_vae.load_checkpoint(accelerator, Namespace(resume_from_checkpoint=tmp_path), {}, ema) == 3
+    assert ema.shadow_params[0].is_meta
+
+
 def test_latest_begins_where_there_is_no_checkpoint_and_only_the_last_ones_are_kept(run):
     folder, _, printed = run
     assert "starts from the beginning" in printed
@@ -172,8 +183,9 @@ def test_psnr_and_l1_are_those_of_the_held_out_images(run):
 
 
 @pytest.mark.usefixtures("few_digits")
-def test_vq_saves_a_model_that_diffusers_loads(tmp_path):
+def test_vq_saves_a_model_that_diffusers_loads(tmp_path, capsys):
     results = train(tmp_path, "--vq", "--max_train_steps", 2)
+    assert "--vae" not in capsys.readouterr().out  # a Transfusion does not take it
     vae = VQModel.from_pretrained(tmp_path / "vae")
     assert vae.config.num_vq_embeddings == 8
     assert 0 < results["codes_used"] <= 1
