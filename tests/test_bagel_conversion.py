@@ -347,7 +347,7 @@ def test_names_and_bits_come_back(bagel, tmp_path, dtype):
         save_file(expected, source / "ema.safetensors")
     convert_script.main([str(source), str(tmp_path / "model"), "--max_shard_size", "500KB"])
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 3
-    export_bagel(tmp_path / "model", tmp_path / "back", latent_side=8)
+    export_bagel(tmp_path / "model", tmp_path / "back")
     found = load_file(tmp_path / "back" / "ema.safetensors")
     assert found.keys() == expected.keys()
     for name, value in expected.items():

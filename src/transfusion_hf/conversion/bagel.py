@@ -355,7 +355,6 @@ def export_bagel(
     transfusion_dir: str | os.PathLike,
     output_dir: str | os.PathLike,
     max_shard_size: int | str | None = None,
-    latent_side: int = 64,
 ) -> None:
     """
     The way back: writes the weights under BAGEL's names as `ema.safetensors`, bit for bit, and its two configurations.
@@ -367,7 +366,6 @@ def export_bagel(
             or not; adapters must have been merged.
         output_dir (`str` or `os.PathLike`): Must be empty or not exist.
         max_shard_size (`int` or `str`, *optional*): By default one file, which is in memory.
-        latent_side (`int`, defaults to 64): Patches along a side of BAGEL's table of positions.
 
     Raises:
         ValueError: a model that BAGEL's format cannot hold, such as one with trained biases of `o_proj`.
@@ -387,7 +385,10 @@ def export_bagel(
     for name in found:
         if name.endswith("o_proj.bias") and checkpoint[name].any():
             raise ValueError(f"{name} is not 0, and BAGEL has no such bias; freeze it in training.")
-    sides = {LATENT_TABLE: latent_side, VISION_TABLE: vision.image_size // vision.patch_size}
+    sides = {
+        LATENT_TABLE: config.latent_size[0] // config.patch_size,
+        VISION_TABLE: vision.image_size // vision.patch_size,
+    }
     dtype, sources = found["lm_head.weight"].dtype, {bagel_name(name): name for name in found}
     layout = {
         name: torch.empty(shape, dtype=dtype if name in sides else found[sources[name]].dtype, device="meta")
