@@ -25,8 +25,8 @@ NUM_SAMPLES ?= 100
 EVALUATE := $(BIN)/transfusion evaluate
 DIGITS := outputs/quickstart
 evaluate: .venv/installed
-	test -d $(DIGITS)/held_out || $(MAKE) demo
-	rm -rf outputs/evaluation
+	test -f $(DIGITS)/model/config.json || $(MAKE) demo
+	rm -rf outputs/evaluation/digits outputs/evaluation/shapes
 	$(EVALUATE) $(DIGITS)/model -o outputs/evaluation/digits --batch_size 50 --tasks text captions \
 		--data text=$(DIGITS)/held_out/metadata.jsonl captions=$(DIGITS)/held_out \
 		$$(command -v java > /dev/null || echo --set captions.tokenizer=words)
