@@ -267,7 +267,6 @@ def recipes(scale: Scale) -> Table:
         "x_0": _transfusion(scale, prediction_type="sample"),
         "x_0 with the loss of v": _transfusion(scale, **x_0),
         "image parts at half the rate": replace(base, image_learning_rate=base.learning_rate / 2),
-        "image parts at twice the rate": replace(base, image_learning_rate=base.learning_rate * 2),
         "unet": unet,
         "unet, transformer at the linear rate": replace(
             unet, learning_rate=base.learning_rate, image_learning_rate=unet.learning_rate
