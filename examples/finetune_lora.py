@@ -108,11 +108,7 @@ def add_lora(model: Any, args: ModelArguments) -> PeftModel:
         exclude_modules=r"(model\.(patch_encoder|patch_decoder|vision_encoder)|vae)\..*",
         modules_to_save=PATCH_PARTS[args.train_patch_parts],
     )
-    adapted = get_peft_model(model, config)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:  # bfloat16 would round their updates away
-            parameter.data = parameter.data.float()
-    return adapted
+    return get_peft_model(model, config)
 
 
 def count_parameters(model: PeftModel) -> dict[str, int]:

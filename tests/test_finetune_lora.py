@@ -110,12 +110,11 @@ def test_lora_is_on_every_linear_layer_of_the_decoder_and_nowhere_else(kind, par
     assert (len(trained) == 2 * 14) == (parts == "none")
 
 
-def test_lora_is_not_on_a_vision_encoder_and_learns_in_float32():
+def test_lora_is_not_on_a_vision_encoder():
     sizes = {"sample_size": 8, "patch_size": 2, "timestep_embedding_dim": 16, "vision_config": VISION}
     base, _ = new_transfusion(byte_tokenizer(), tiny.text_config(), **sizes)
-    model = adapted(base.bfloat16(), "all")
-    assert all(name.startswith("model.language_model.") for name in targets_of(model))
-    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    targets = targets_of(adapted(base, "all"))
+    assert targets and all(name.startswith("model.language_model.") for name in targets)
 
 
 @pytest.mark.parametrize("kind", ["linear", "unet"])
