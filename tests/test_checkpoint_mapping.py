@@ -204,6 +204,9 @@ def test_the_command_measures_the_scale_of_an_autoencoder_that_has_none(tmp_path
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{i}.png")
     output = tmp_path / "converted"
     command = [str(folder), str(output), "--vae", str(tmp_path / "vae"), "--sample_size", "16"]
+    with pytest.raises(SystemExit):
+        script.main([*command[:-1], "17"])
+    assert "--sample_size must be a multiple of 2 with this autoencoder; got 17" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"0\.18215.*not 8; measure it with .* `--measure_vae_scale`"):
         script.main(command)
     assert not output.exists()
